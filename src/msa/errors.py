@@ -1,0 +1,67 @@
+"""Every error that this package raises.
+
+A message says what was given, what was expected and what to do next, in one line. All errors
+derive from `MSAError`, so that callers can catch one class; where a built-in class is natural
+(`ValueError`, `KeyError`), they derive from that too.
+"""
+
+from __future__ import annotations
+
+
+class MSAError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class InputError(MSAError, ValueError):
+    """A value, text or file that was given cannot be used as it is."""
+
+
+class ConfigError(MSAError, ValueError):
+    """A configuration is inconsistent, incomplete or of an unknown format."""
+
+
+class ModelError(MSAError):
+    """A model cannot be found, loaded or trusted (unknown path, missing or NaN weights)."""
+
+
+class BankError(MSAError):
+    """A memory bank cannot be created, opened or used."""
+
+
+class BankNotFoundError(BankError):
+    """The folder given is not a memory bank."""
+
+
+class BankMismatchError(BankError):
+    """The bank was made with another model, tokenizer, chunk size or format version."""
+
+
+class BankLockedError(BankError):
+    """Another process is writing to the bank; the message says who."""
+
+
+class BankCorruptError(BankError):
+    """A segment or the catalog is damaged; the message names it."""
+
+
+class EmptyBankError(BankError):
+    """A question was asked of a bank without documents."""
+
+
+class DocumentNotFoundError(BankError, KeyError):
+    """No document with this id."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class DuplicateDocumentError(InputError):
+    """The same document id was given twice in one call."""
+
+
+class StorageError(BankError, OSError):
+    """The disk refused a write (full, read-only, permission); the bank is as it was before."""
+
+
+class TrainingError(MSAError):
+    """Training cannot start or go on."""
