@@ -1,0 +1,194 @@
+"""The text format of documents, questions and rounds (that of the released model).
+
+The format is data: a `PromptTemplate`, stored beside a checkpoint as `prompt_template.json`. The
+functions here turn texts into a `LocalContext`: token ids together with two marks per token, which
+tokens route (Eq. 2) and which see the memory (Eq. 3). Training and inference both go through them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_TEMPLATE_FILE = "prompt_template.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """Strings of the text format. The defaults are those of the released model.
+
+    Attributes:
+        prefix: stands in front of every question; sees no memory.
+        document: what is encoded into the memory (stage 1).
+        question: the question as it routes in round 1.
+        question_end: the last characters of `question` that no longer route from round 2 on.
+        tail: stands between the question and what the model writes; does not route.
+        number: how the model writes a document's number.
+        read: a document's text as it is handed to the model.
+        end_of_read: ends the numbers that the model writes, and the texts that it is handed.
+        end_of_retrieve: the model needs no more documents.
+        restate: the question again, in front of the answer.
+        answer: how the answer begins.
+        end: ends the answer.
+    """
+
+    prefix: str = "<|im_start|>user\n"
+    document: str = "<|im_start|>[{number}]. {text}[{number}]<|im_end|>"
+    question: str = (
+        "\nPlease answer the question based on the above historical document information\n\n"
+        "{question}\nPlease return all documents related to the question\n"
+    )
+    question_end: str = "\n"
+    tail: str = "<|im_end|>\n<|im_start|>"
+    number: str = "[{number}]"
+    read: str = "[{number}]. {text}\n"
+    end_of_read: str = "<|object_ref_end|>"
+    end_of_retrieve: str = "<End-of-Retrieve>"
+    restate: str = "<|im_start|>The user's question is: {question}\n<|object_ref_end|>"
+    answer: str = "The answer to the question is:"
+    end: str = "<|im_end|>"
+
+    def special_strings(self) -> tuple[str, ...]:
+        """Markers that a tokenizer made for this format must hold as single tokens."""
+        return ("<|im_start|>", self.end, self.end_of_read, self.end_of_retrieve)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the template beside a checkpoint."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        Path(folder, PROMPT_TEMPLATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PromptTemplate:
+        """Read the template beside a checkpoint; the released format if there is none.
+
+        Raises:
+            ConfigError: the file holds other fields than these.
+        """
+        path = Path(folder, PROMPT_TEMPLATE_FILE)
+        if not path.is_file():
+            return cls()
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            raise ConfigError(f"{path}: expected a JSON object with fields {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(slots=True)
+class LocalContext:
+    """The active tokens of one question.
+
+    Attributes:
+        input_ids: token ids, prefix first.
+        routes: True for tokens that route.
+        sees_memory: False for the prefix.
+        prefix_length: tokens of the prefix; positions of the others start at prefix_length + k.
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    routes: list[bool] = field(default_factory=list)
+    sees_memory: list[bool] = field(default_factory=list)
+    prefix_length: int = 0
+
+    def extend(self, ids: Iterable[int], *, routes: bool = False, sees_memory: bool = True) -> None:
+        """Append tokens that share their marks."""
+        ids = list(ids)
+        self.input_ids += ids
+        self.routes += [routes] * len(ids)
+        self.sees_memory += [sees_memory] * len(ids)
+
+    def positions(self, top_k: int) -> list[int]:
+        """Global RoPE positions (paper 3.2.2): prefix from 0, the rest from prefix_length + k."""
+        return global_positions(len(self.input_ids), self.prefix_length, top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read in one round: document numbers as written, and their texts."""
+
+    documents: tuple[tuple[int, str], ...]
+
+
+def global_positions(length: int, prefix_length: int, top_k: int) -> list[int]:
+    """Positions of a local context: 0.. for the prefix, then prefix_length + top_k onwards."""
+    return [i if i < prefix_length else i + top_k for i in range(length)]
+
+
+class PromptEncoder:
+    """Turns texts into token ids and marks, with one tokenizer and one template."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template or PromptTemplate()
+        self._prefix = self.tokenize(self.template.prefix)
+        self._tail = self.tokenize(self.template.tail)
+        self._end_of_read = self.tokenize(self.template.end_of_read)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def document(self, number: int, text: str) -> list[int]:
+        """What stage 1 encodes for one document."""
+        return self.tokenize(self.template.document.format(number=number, text=text))
+
+    def number(self, number: int) -> list[int]:
+        """A document's number as the model writes it."""
+        return self.tokenize(self.template.number.format(number=number))
+
+    def written(self, numbers: Sequence[int]) -> list[int]:
+        """A whole round as the model writes it: the numbers, then the end mark."""
+        return [t for n in numbers for t in self.number(n)] + self._end_of_read
+
+    def reading(self, reading: Reading) -> list[int]:
+        """The texts that the model is handed, without the end mark."""
+        template = self.template.read
+        text = "".join(template.format(number=n, text=t) for n, t in reading.documents)
+        return self.tokenize(text)
+
+    def context(self, question: str, readings: Sequence[Reading] = ()) -> LocalContext:
+        """The local context at the beginning of a round.
+
+        Round 1 routes by the question; later rounds by the question, without its last characters,
+        and by the text read last (paper 3.5; the released code's layout).
+        """
+        template = self.template
+        text = template.question.format(question=question)
+        end = template.question_end if readings else ""
+        if end and text.endswith(end):
+            text = text[: -len(end)]
+        else:
+            end = ""
+        context = LocalContext(prefix_length=len(self._prefix))
+        context.extend(self._prefix, sees_memory=False)
+        context.extend(self.tokenize(text), routes=True)
+        context.extend(self.tokenize(end) if end else [])
+        context.extend(self._tail)
+        for i, reading in enumerate(readings):
+            context.extend(self.written([n for n, _ in reading.documents]))
+            context.extend(self.reading(reading), routes=i == len(readings) - 1)
+            context.extend(self._end_of_read)
+        return context
+
+    def retrieval_end(self) -> list[int]:
+        """What the model writes when it needs no more documents."""
+        return self.tokenize(self.template.end_of_retrieve)
+
+    def restatement(self, question: str) -> list[int]:
+        """What is handed to the model after it has ended its retrieval."""
+        return self.tokenize(self.template.restate.format(question=question))
+
+    def answer(self, answer: str) -> list[int]:
+        """A whole answer as the model writes it, for training."""
+        return self.tokenize(f"{self.template.answer} {answer}{self.template.end}")
