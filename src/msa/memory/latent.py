@@ -1,0 +1,59 @@
+"""A memory held in plain tensors: for training, and for whoever has states at hand."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from msa.ops.attention import gather_content
+from msa.ops.routing import document_scores, select_documents
+from msa.types import Content, LatentStates, Selection
+
+
+class LatentMemory:
+    """A `MemoryReader` over the latent states of one call of `encode_documents`.
+
+    Gradients flow through it: through the content into the documents' keys and values, and through
+    `scores` into the router (Eq. 5).
+
+    Attributes:
+        scores: routing layer -> [B, N] float32 document scores of the last routing.
+    """
+
+    def __init__(
+        self,
+        states: LatentStates,
+        top_k: int,
+        score: str = "cosine",
+        required: Tensor | None = None,
+    ) -> None:
+        """Hold `states`.
+
+        Args:
+            states: of N documents.
+            top_k: documents that a layer selects.
+            score: "cosine" or "dot", as the model's `routing_score`.
+            required: [B, N] bool, documents that every layer selects whatever their score (at
+                most `top_k` a row); for training before the router has learned.
+        """
+        self.states = states
+        self.top_k = top_k
+        self.score = score
+        self.required = required
+        self.scores: dict[int, Tensor] = {}
+
+    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+        """Top-k documents of every row by Eq. 2."""
+        keys = self.states.layers[layer].routing_keys
+        counts = self.states.chunk_counts
+        scores = document_scores(routing_queries, routing_mask, keys, counts, self.score)
+        self.scores[layer] = scores
+        if self.required is not None:
+            scores = scores.detach() + self.required * 1e4
+        return select_documents(scores, self.top_k)
+
+    def content(self, layer: int, selection: Selection) -> Content:
+        """Pooled keys and values of the selected documents."""
+        states = self.states.layers[layer]
+        return gather_content(
+            states.pooled_keys, states.pooled_values, self.states.chunk_counts, selection.documents
+        )

@@ -1,0 +1,112 @@
+"""Attention over the prefix, the selected documents' chunks and the local tokens (Eq. 3, 4).
+
+Shapes: B batch, T query tokens, S local keys, M memory rows, C chunks, H query heads, G KV heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msa.types import Content
+
+
+def gather_content(
+    keys: Tensor, values: Tensor, chunk_counts: Tensor, documents: Tensor
+) -> Content:
+    """Pooled keys and values of the documents that every row selected, all their chunks.
+
+    Args:
+        keys, values: [C, G, D], chunks of all documents in a row.
+        chunk_counts: [N] int64.
+        documents: [B, K] int64 rows; -1 for none.
+
+    Returns:
+        Content with M = the longest row's number of chunks.
+    """
+    ends = chunk_counts.cumsum(0)
+    chosen = documents.clamp(min=0)
+    counts = chunk_counts[chosen].masked_fill(documents < 0, 0)  # [B, K]
+    row_ends = counts.cumsum(1)
+    totals = row_ends[:, -1:]
+    slot = torch.arange(int(totals.max()), device=keys.device).expand(len(documents), -1)
+    mask = slot < totals
+    # which of the row's documents a slot belongs to, and which of its chunks it is
+    rank = torch.searchsorted(row_ends, slot.contiguous(), right=True)
+    rank = rank.clamp(max=documents.shape[1] - 1)
+    first_slot = (row_ends - counts).gather(1, rank)
+    first_chunk = (ends - chunk_counts)[chosen.gather(1, rank)]
+    index = (first_chunk + slot - first_slot).masked_fill(~mask, 0)
+    return Content(keys[index], values[index], mask)
+
+
+def local_mask(
+    num_queries: int, attention_mask: Tensor | None, num_keys: int, device: torch.device
+) -> Tensor:
+    """Causal mask over the local keys, without padding.
+
+    A padding query sees itself, so that its softmax is defined.
+
+    Args:
+        num_queries: T, the last T of the S keys.
+        attention_mask: [B, S], 0 for padding; or None.
+        num_keys: S.
+        device: where the mask is made.
+
+    Returns:
+        [B or 1, T, S] bool.
+    """
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)
+    causal = (key <= query)[None]
+    if attention_mask is None:
+        return causal
+    return causal & attention_mask[:, None, :].bool() | (key == query)
+
+
+def memory_mask_of(mask: Tensor, content: Content, memory_mask: Tensor | None) -> Tensor:
+    """Put the memory rows in front of a local mask.
+
+    Args:
+        mask: [B or 1, T, S] bool.
+        content: M memory rows.
+        memory_mask: [B, T] bool, False for tokens that see no memory; None if all see it.
+
+    Returns:
+        [B, T, M + S] bool.
+    """
+    batch, rows = content.mask.shape
+    sees = content.mask[:, None, :].expand(batch, mask.shape[1], rows)
+    if memory_mask is not None:
+        sees = sees & memory_mask[:, :, None]
+    return torch.cat([sees, mask.expand(batch, -1, -1)], dim=2)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention with grouped heads.
+
+    Args:
+        queries: [B, T, H, D].
+        keys, values: [B, S, G, D], H a multiple of G.
+        mask: [B or 1, T, S] bool; None for causal attention with S = T.
+        scaling: factor of the scores.
+
+    Returns:
+        [B, T, H, D].
+
+    Source: MSA 3.2.1, Eq. 3 and 4, with the concatenation made by the caller.
+    """
+    out = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=queries.shape[2] != keys.shape[2],
+    )
+    return out.transpose(1, 2)
