@@ -1,0 +1,114 @@
+"""How questions are asked: one frozen object, checked when it is made; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from msa.errors import ConfigError
+
+ASK_OPTIONS_FILE = "ask_options.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskOptions:
+    """Settings of `MemoryEngine.ask`. A checkpoint's own defaults lie in `ask_options.json`.
+
+    Attributes:
+        max_rounds: rounds in which the model may read; after them it must answer.
+        max_documents_per_round: documents that the model may name in one round.
+        max_new_tokens: tokens of the answer, at most.
+        prior_weight: how much the routing scores weigh in on which of the routed documents is
+            named (ours; 0 is the paper: the model alone decides). 1 treats the routing scores as
+            a prior that the model has not seen.
+        prior_temperature: tau of the softmax over routing scores (that of Eq. 5).
+        temperature: 0 writes the likeliest token; above 0 samples.
+        top_p: sample from the smallest set of tokens with this much probability.
+        seed: makes sampling repeatable; `None` draws from torch's global generator.
+        force_answer_prefix: hand the template's answer lead-in to the model instead of letting it
+            write it: the same tokens for a trained model, fewer steps, and no way round it.
+        allow_unread: let the model answer without having read a document.
+        batch_size: questions that are run through the model together.
+    """
+
+    max_rounds: int = 4
+    max_documents_per_round: int = 4
+    max_new_tokens: int = 64
+    prior_weight: float = 0.0
+    prior_temperature: float = 0.1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    force_answer_prefix: bool = True
+    allow_unread: bool = False
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_rounds", "max_documents_per_round", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.")
+        for name in ("prior_weight", "temperature"):
+            value = getattr(self, name)
+            if not _is_finite(value) or value < 0:
+                raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")
+        if not _is_finite(self.prior_temperature) or self.prior_temperature <= 0:
+            raise ConfigError(
+                f"prior_temperature is {self.prior_temperature!r}; give a number above 0."
+            )
+        if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p!r}; give a number above 0, at most 1.")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
+            raise ConfigError(f"seed is {self.seed!r}; give a whole number of at least 0, or None.")
+        for name in ("force_answer_prefix", "allow_unread"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false.")
+
+    def with_changes(self, **changes: Any) -> AskOptions:
+        """These options with some of them changed.
+
+        Raises:
+            ConfigError: a value or a name is not valid.
+        """
+        known = [f.name for f in fields(self)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ConfigError(f"Unknown option {unknown[0]!r}; there are: {', '.join(known)}.")
+        return replace(self, **changes)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the options beside a checkpoint."""
+        text = json.dumps(asdict(self), indent=2)
+        Path(folder, ASK_OPTIONS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AskOptions:
+        """Read the options beside a checkpoint; the defaults if there are none.
+
+        Raises:
+            ConfigError: the file is no JSON object, or holds other names or values.
+        """
+        path = Path(folder, ASK_OPTIONS_FILE)
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object of ask options.")
+        try:
+            return cls().with_changes(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
