@@ -1,0 +1,448 @@
+"""Writes the documents and the questions of a community."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+from msa.training.worlds import (
+    needles,
+    phrases_organisations,
+    phrases_people,
+    phrases_places,
+    phrases_works,
+)
+from msa.training.worlds.community import RELATIONS, article
+from msa.training.worlds.schema import Entity, WorldQuestion, phrase_table
+
+__all__ = ["compose_document", "one_hop_questions", "render_question", "two_hop_questions"]
+
+MAX_SENTENCES: Final = 6
+_MODULES: Final = {
+    "person": phrases_people,
+    "place": phrases_places,
+    "work": phrases_works,
+    "organisation": phrases_organisations,
+}
+_SLOT: Final = re.compile(r"\{(\w+)\}")
+_PREDICATE: Final = re.compile(r"[a-z]|\{(is|has|works|plays|enjoys|holds)\}")
+_LIVING: Final = {
+    "is": "is",
+    "has": "has",
+    "works": "works",
+    "plays": "plays",
+    "enjoys": "enjoys",
+    "holds": "holds",
+}
+_DEAD: Final = {
+    "is": "was",
+    "has": "had",
+    "works": "worked",
+    "plays": "played",
+    "enjoys": "enjoyed",
+    "holds": "held",
+}
+_PRONOUNS: Final = {
+    "m": {"he": "he", "his": "his", "him": "him", "himself": "himself"},
+    "f": {"he": "she", "his": "her", "him": "her", "himself": "herself"},
+    "n": {"he": "it", "his": "its", "him": "it", "himself": "itself"},
+}
+_OPENERS: Final = phrase_table("""
+# opener
+Records show that
+It is recorded that
+According to the archives,
+It is known that
+As far as is known,
+By all accounts,
+The sources agree that
+In addition,
+It is also known that
+It should be added that
+As the chronicles tell,
+""")["opener"]
+_FILLER: Final = phrase_table("""
+# person
+Little else is recorded of the early years.
+Few letters have survived.
+Neighbours spoke of a quiet and friendly person.
+A short obituary appeared in a local paper.
+The rest of the story is uncertain.
+A small street was later named in honour of the family.
+Some of the papers were lost in a fire.
+No portrait is known.
+Friends remembered a dry sense of humour.
+Biographers disagree about the remaining details.
+There were hard years and good years.
+# place
+The streets are narrow and paved with cobbles.
+Winters are mild and summers are wet.
+The railway station was closed some time ago.
+A small museum tells the story of its past.
+There is a market on Saturdays.
+The old quarter was rebuilt after a great fire.
+Two bus lines connect it with the coast.
+Most visitors stay for a single night.
+Its coat of arms shows a ship and a key.
+# work
+Critics were divided at first.
+Few copies of the first version exist today.
+It has been compared to older works of the same kind.
+The reception was friendly.
+It is rarely discussed nowadays.
+Early sketches were destroyed.
+Its title was chosen at the last moment.
+An essay about it appeared later.
+# organisation
+Business was slow in the first years.
+Its archives were damaged by a flood.
+A strike once closed the gates for a month.
+Its logo has been changed several times.
+The accounts are published every spring.
+A brass band plays at the annual meeting.
+Many families have served it for generations.
+""")
+# Second hops whose answer follows from the first document or repeats the starting point.
+_SHORTCUTS: Final = frozenset(
+    {
+        ("father", "spouse"),
+        ("mother", "spouse"),
+        ("spouse", "spouse"),
+        ("sibling", "sibling"),
+        ("sibling", "father"),
+        ("sibling", "mother"),
+        ("twin_town", "twin_town"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Phrases:
+    """The phrases of one kind of entity at one breadth."""
+
+    intros: tuple[tuple[frozenset[str], str], ...]
+    pairs: tuple[tuple[frozenset[str], str], ...]
+    document: dict[str, tuple[str, ...]]
+    predicates: dict[str, tuple[str, ...]]
+    question: dict[str, tuple[str, ...]]
+    nested_question: dict[str, tuple[str, ...]]
+    links: dict[str, tuple[str, ...]]
+
+
+def _share(phrases: tuple[str, ...], breadth: float, least: int = 2) -> tuple[str, ...]:
+    """The part of a list of phrases that a breadth admits."""
+    return phrases[: max(least, round(len(phrases) * breadth))]
+
+
+def _needs(kind: str, phrase: str) -> frozenset[str]:
+    """The relations that a phrase tells."""
+    slots = {slot.removeprefix("a_") for slot in _SLOT.findall(phrase)}
+    return frozenset(slots & RELATIONS[kind].keys())
+
+
+@lru_cache(maxsize=64)
+def _phrases(kind: str, breadth: float) -> _Phrases:
+    module = _MODULES[kind]
+    document = {name: _share(found, breadth) for name, found in module.DOCUMENT.items()}
+    question = {name: _share(found, breadth) for name, found in module.QUESTION.items()}
+    admitted = {name for name, least in RELATIONS[kind].items() if least <= breadth}
+
+    def told(phrases: tuple[str, ...], least: int) -> tuple[tuple[frozenset[str], str], ...]:
+        usable = tuple(phrase for phrase in phrases if _needs(kind, phrase) <= admitted)
+        return tuple((_needs(kind, p), p) for p in _share(usable, breadth, least))
+
+    return _Phrases(
+        intros=told(module.INTROS, 4),
+        pairs=told(module.PAIRS, 2) if breadth > 0.1 else (),
+        document=document,
+        predicates={
+            name: tuple(phrase for phrase in found if _PREDICATE.match(phrase))
+            for name, found in document.items()
+        },
+        question=question,
+        nested_question={
+            name: tuple(phrase for phrase in found if "{p}" not in phrase)
+            for name, found in question.items()
+        },
+        links={name: _share(found, breadth) for name, found in module.LINKS.items()},
+    )
+
+
+class _Writer:
+    """Writes one document sentence by sentence."""
+
+    def __init__(self, entity: Entity, rng: random.Random, breadth: float) -> None:
+        self.entity = entity
+        self.rng = rng
+        self.breadth = breadth
+        self.phrases = _phrases(entity.kind, breadth)
+        self.sentences: list[str] = []
+        self.last: tuple[str, ...] = ()
+        self.after_filler = False
+        tense = _DEAD if entity.words.get("dead") else _LIVING
+        slots = {**tense, **_PRONOUNS[entity.gender], **entity.words, "N": entity.name}
+        for name in entity.told:
+            value = entity.values[name]
+            slots[name] = value
+            if name in ("occupation", "nationality", "genre"):
+                slots["a_" + name] = article(value)
+        self.slots = slots
+
+    def _mention(self) -> tuple[str, bool]:
+        """Choose how to name the subject; also tells whether it is a pronoun."""
+        entity, rng = self.entity, self.rng
+        named = [entity.links[name] for name in self.last if name in entity.links]
+        draw = rng.random()
+        if entity.kind == "person":
+            others = [other for other in named if other.kind == "person"]
+            if any(other.surname == entity.surname for other in others) or draw < 0.2:
+                return entity.name, False
+            if others or self.after_filler or draw < 0.45:
+                return entity.surname, False
+            return self.slots["he"], True
+        if any(other.kind == entity.kind for other in named) or draw < 0.25:
+            return entity.name, False
+        if self.after_filler or any(other.kind != "person" for other in named) or draw < 0.6:
+            return "the " + entity.words["type"], False
+        return "it", True
+
+    def _put(self, sentence: str, relations: tuple[str, ...]) -> None:
+        self.sentences.append(sentence)
+        self.last = relations
+        self.after_filler = False
+
+    def _name_subject(self) -> tuple[str, bool]:
+        mention, pronoun = self._mention()
+        slots = self.slots
+        possessive = slots["his"] if pronoun else mention + "'s"
+        slots["s"], slots["p"] = mention, possessive
+        slots["S"] = mention[0].upper() + mention[1:]
+        slots["P"] = possessive[0].upper() + possessive[1:]
+        return mention, pronoun
+
+    def _fill(self, phrase: str, relation: str) -> str:
+        value = self.entity.values[relation]
+        slots = self.slots
+        slots["v"] = value
+        if "{av}" in phrase:
+            slots["av"] = article(value)
+        return phrase.format_map(slots)
+
+    def intro(self, left: list[str]) -> None:
+        """Write the first sentence."""
+        have = frozenset(left)
+        options = [option for option in self.phrases.intros if option[0] <= have]
+        if not options:
+            relation = left.pop(0)
+            self.slots["S"] = self.slots["s"] = self.entity.name
+            self.slots["P"] = self.slots["p"] = self.entity.name + "'s"
+            phrase = self.rng.choice(self.phrases.predicates[relation])
+            self._put(f"{self.entity.name} {self._fill(phrase, relation)}.", (relation,))
+            return
+        needs, phrase = self.rng.choice(options)
+        self._put(phrase.format_map(self.slots), tuple(needs))
+        left[:] = [name for name in left if name not in needs]
+
+    def pair(self, left: list[str]) -> None:
+        """Perhaps write a sentence that tells several facts at once."""
+        have = frozenset(left)
+        options = [option for option in self.phrases.pairs if option[0] <= have]
+        if options:
+            needs, phrase = self.rng.choice(options)
+            self._name_subject()
+            self._put(phrase.format_map(self.slots), tuple(needs))
+            left[:] = [name for name in left if name not in needs]
+
+    def single(self, relation: str) -> None:
+        """Write a sentence about one fact."""
+        rng = self.rng
+        phrase = rng.choice(self.phrases.document[relation])
+        mention, _ = self._name_subject()
+        if not _PREDICATE.match(phrase):
+            self._put(self._fill(phrase, relation), (relation,))
+            return
+        predicate = self._fill(phrase, relation)
+        if self.breadth > 0.3 and rng.random() < 0.12:
+            self._put(f"{rng.choice(_OPENERS)} {mention} {predicate}.", (relation,))
+        else:
+            self._put(f"{self.slots['S']} {predicate}.", (relation,))
+
+    def joined(self, first: str, second: str) -> None:
+        """Write a sentence about two facts."""
+        rng, entity = self.rng, self.entity
+        _, pronoun = self._name_subject()
+        subject = self.slots["S"]
+        one = self._fill(rng.choice(self.phrases.predicates[first]), first)
+        two = self._fill(rng.choice(self.phrases.predicates[second]), second)
+        draw = rng.random() if self.breadth > 0.3 else 1.0
+        link = entity.links.get(first)
+        if draw < 0.25 and not pronoun:
+            who = "who" if entity.kind == "person" else "which"
+            sentence = f"{subject}, {who} {one}, {two}."
+        elif draw < 0.5 and (link is None or link.kind != entity.kind):
+            sentence = f"{subject} {one}, and {self.slots['he']} {two}."
+        else:
+            sentence = f"{subject} {one}{',' if ',' in one else ''} and {two}."
+        self._put(sentence, (first, second))
+
+    def filler(self) -> None:
+        """Write a sentence without facts."""
+        self._put(self.rng.choice(_FILLER[self.entity.kind]), ())
+        self.after_filler = True
+
+    def write(self) -> str:
+        """Write the whole document."""
+        rng, breadth = self.rng, self.breadth
+        left = list(self.entity.told)
+        if rng.random() < breadth:
+            rng.shuffle(left)
+        self.intro(left)
+        if rng.random() < 0.45:
+            self.pair(left)
+        with_filler = breadth > 0.5 and rng.random() < 0.5 * (breadth - 0.4)
+        early = with_filler and rng.random() < 0.4
+        if early:
+            self.filler()
+        room = MAX_SENTENCES - len(self.sentences) - (with_filler and not early)
+        index = 0
+        while index < len(left):
+            rest = len(left) - index
+            if rest >= 2 and (rest > room or rng.random() < 0.25):
+                self.joined(left[index], left[index + 1])
+                index += 2
+            else:
+                self.single(left[index])
+                index += 1
+            room -= 1
+        if with_filler and not early:
+            self.filler()
+        return " ".join(self.sentences)
+
+
+def _compose_needle(entity: Entity, rng: random.Random, breadth: float) -> str:
+    """Hide the facts of a needle among filler."""
+    facts = []
+    for relation in entity.told:
+        value = entity.values[relation]
+        phrase = rng.choice(_share(needles.DOCUMENT[relation], breadth))
+        facts.append(phrase.format(n=entity.name, v=value, av=article(value)))
+    filler = rng.sample(_share(needles.FILLER, breadth, 8), rng.randint(2, 5))
+    opening = rng.choice(_share(needles.OPENINGS, breadth)).format(n=entity.name)
+    sentences = [*facts, *filler[: MAX_SENTENCES - 1 - len(facts)]]
+    rng.shuffle(sentences)
+    return " ".join([opening, *sentences])
+
+
+def compose_document(entity: Entity, rng: random.Random, breadth: float) -> str:
+    """Write the document of an entity.
+
+    Args:
+        entity: An entity whose told facts are settled.
+        rng: Source of randomness.
+        breadth: From 0 (two phrases per relation) to 1 (all phrases).
+
+    Returns:
+        Two to six sentences; the first one contains the entity's name.
+    """
+    if entity.kind == "needle":
+        return _compose_needle(entity, rng, breadth)
+    return _Writer(entity, rng, breadth).write()
+
+
+def render_question(
+    entity: Entity, relation: str, rng: random.Random, breadth: float, subject: str | None = None
+) -> str:
+    """Ask for a relation of an entity.
+
+    Args:
+        entity: The entity asked about.
+        relation: One of its relations.
+        rng: Source of randomness.
+        breadth: From 0 (two phrases per relation) to 1 (all phrases).
+        subject: A description to use in place of the name, such as "the father of Ann Lee".
+
+    Returns:
+        The question.
+    """
+    if entity.kind == "needle":
+        phrase = rng.choice(_share(needles.QUESTION[relation], breadth))
+        return phrase.format(n=entity.name)
+    phrases = _phrases(entity.kind, breadth)
+    table = phrases.question if subject is None else phrases.nested_question
+    slots = {**entity.words, "s": subject or entity.name, "p": entity.name + "'s"}
+    question = rng.choice(table[relation]).format_map(slots)
+    return question[0].upper() + question[1:]
+
+
+def one_hop_questions(entity: Entity, rng: random.Random, breadth: float) -> list[WorldQuestion]:
+    """Ask for everything that the document of an entity tells.
+
+    Args:
+        entity: An entity with a document.
+        rng: Source of randomness.
+        breadth: From 0 (two phrases per relation) to 1 (all phrases).
+
+    Returns:
+        One question for each told relation.
+    """
+    return [
+        WorldQuestion(
+            question=render_question(entity, relation, rng, breadth),
+            answer=entity.values[relation],
+            aliases=entity.aliases.get(relation, ()),
+            gold=(entity.key,),
+            relation=relation,
+            hops=1,
+        )
+        for relation in entity.told
+    ]
+
+
+def two_hop_questions(
+    entities: list[Entity], rng: random.Random, breadth: float
+) -> list[WorldQuestion]:
+    """Ask questions that need two documents, about as many as there are documents.
+
+    Args:
+        entities: The entities of a community, all with documents.
+        rng: Source of randomness.
+        breadth: From 0 (two phrases per relation) to 1 (all phrases).
+
+    Returns:
+        Questions with distinct pairs of entity and path.
+    """
+    paths = [
+        (entity, link, relation)
+        for entity in entities
+        for link in entity.told
+        if link in entity.links
+        for relation in entity.links[link].told
+        if (link, relation) not in _SHORTCUTS
+    ]
+    rng.shuffle(paths)
+    questions: list[WorldQuestion] = []
+    for entity, link, relation in paths:
+        if len(questions) >= len(entities):
+            break
+        bridge = entity.links[link]
+        answer = bridge.values[relation]
+        links = _phrases(entity.kind, breadth).links[link]
+        slots = {**entity.words, "e": entity.name, "t": bridge.words.get("type", "person")}
+        subject = rng.choice(links).format_map(slots)
+        text = render_question(bridge, relation, rng, breadth, subject)
+        if bridge.name in text or answer in text:
+            continue
+        questions.append(
+            WorldQuestion(
+                question=text,
+                answer=answer,
+                aliases=bridge.aliases.get(relation, ()),
+                gold=(entity.key, bridge.key),
+                relation=f"{link}>{relation}",
+                hops=2,
+            )
+        )
+    return questions
