@@ -289,12 +289,15 @@ class _Community:
         self._connect_works()
 
     def _connect_organisations(self) -> None:
+        living = [person for person in self.people if not person.words["dead"]]
         for index, entity in enumerate(self.organisations):
             if self.places and self.rng.random() < 0.85:
                 entity.link("headquarters", self.rng.choice(self.places))
             else:
                 entity.values["headquarters"] = self.names.place()
-            self._link(entity, "director", self._other(self.people, entity.links["founder"]))
+            self._link(
+                entity, "director", self._other(living or self.people, entity.links["founder"])
+            )
             if index and self.rng.random() < 0.6:
                 self._link(entity, "parent", self.rng.choice(self.organisations[:index]))
 
@@ -350,7 +353,7 @@ class _Facts:
             for name in self.active[entity.kind]
             if name in entity.values or self._drawable(entity, name)
         ]
-        least, most = (3, 5) if entity.kind == "work" else (4, 7)
+        least, most = (4, 6) if entity.kind == "work" else (5, 7)
         count = min(len(possible), rng.randint(least, most))
         if entity.kind == "person":
             rest = [name for name in possible if name != "occupation"]
@@ -388,7 +391,8 @@ class _Facts:
         elif name in ("founding_year", "year"):
             values[name] = str(entity.year)
         elif name == "population":
-            self._number(entity, name, int(10 ** rng.uniform(2.6, 5.7)))
+            least, most = _POPULATIONS[entity.words["type"]]
+            self._number(entity, name, int(10 ** rng.uniform(least, most)))
         elif name == "employees":
             self._number(entity, name, int(10 ** rng.uniform(1.0, 4.0)))
         elif name == "country":
@@ -419,6 +423,13 @@ _LINK_ONLY: Final = frozenset(
         """
     )
 )
+# Decimal logarithms of the smallest and the largest population.
+_POPULATIONS: Final = {
+    "village": (2.3, 3.7),
+    "town": (3.3, 5.1),
+    "port": (3.3, 5.5),
+    "city": (4.8, 6.3),
+}
 _CHOICES: Final = {
     "occupation": wordlists.OCCUPATIONS,
     "instrument": wordlists.INSTRUMENTS,

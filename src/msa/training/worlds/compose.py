@@ -64,6 +64,21 @@ It is also known that
 It should be added that
 As the chronicles tell,
 """)["opener"]
+_TAILS: Final = phrase_table("""
+# tail
+as the old records confirm
+according to several sources
+as far as anyone can tell
+as many older people still remember
+which has never been disputed
+a fact that is mentioned in every account
+as a note in the archive shows
+according to a printed guide
+as is stated in an old encyclopedia
+which is confirmed by two witnesses
+as one can read in the local chronicle
+although the details are scarce
+""")["tail"]
 _FILLER: Final = phrase_table("""
 # person
 Little else is recorded of the early years.
@@ -198,11 +213,12 @@ class _Writer:
         draw = rng.random()
         if entity.kind == "person":
             others = [other for other in named if other.kind == "person"]
-            if any(other.surname == entity.surname for other in others) or draw < 0.2:
+            confusable = any(other.gender == entity.gender for other in others)
+            if not confusable and not self.after_filler and draw < 0.55:
+                return self.slots["he"], True
+            if draw > 0.85 or any(other.surname == entity.surname for other in others):
                 return entity.name, False
-            if others or self.after_filler or draw < 0.45:
-                return entity.surname, False
-            return self.slots["he"], True
+            return entity.surname, False
         if any(other.kind == entity.kind for other in named) or draw < 0.25:
             return entity.name, False
         if self.after_filler or any(other.kind != "person" for other in named) or draw < 0.6:
@@ -219,6 +235,7 @@ class _Writer:
         slots = self.slots
         possessive = slots["his"] if pronoun else mention + "'s"
         slots["s"], slots["p"] = mention, possessive
+        slots["o"] = slots["him"] if pronoun else mention
         slots["S"] = mention[0].upper() + mention[1:]
         slots["P"] = possessive[0].upper() + possessive[1:]
         return mention, pronoun
@@ -237,7 +254,7 @@ class _Writer:
         options = [option for option in self.phrases.intros if option[0] <= have]
         if not options:
             relation = left.pop(0)
-            self.slots["S"] = self.slots["s"] = self.entity.name
+            self.slots["S"] = self.slots["s"] = self.slots["o"] = self.entity.name
             self.slots["P"] = self.slots["p"] = self.entity.name + "'s"
             phrase = self.rng.choice(self.phrases.predicates[relation])
             self._put(f"{self.entity.name} {self._fill(phrase, relation)}.", (relation,))
@@ -265,8 +282,12 @@ class _Writer:
             self._put(self._fill(phrase, relation), (relation,))
             return
         predicate = self._fill(phrase, relation)
-        if self.breadth > 0.3 and rng.random() < 0.12:
+        draw = rng.random() if self.breadth > 0.3 else 1.0
+        if draw < 0.18:
             self._put(f"{rng.choice(_OPENERS)} {mention} {predicate}.", (relation,))
+        elif draw < 0.4:
+            tail = rng.choice(_TAILS)
+            self._put(f"{self.slots['S']} {predicate}, {tail}.", (relation,))
         else:
             self._put(f"{self.slots['S']} {predicate}.", (relation,))
 
@@ -285,12 +306,14 @@ class _Writer:
         elif draw < 0.5 and (link is None or link.kind != entity.kind):
             sentence = f"{subject} {one}, and {self.slots['he']} {two}."
         else:
-            sentence = f"{subject} {one}{',' if ',' in one else ''} and {two}."
+            sentence = f"{subject} {one}{',' if ', ' in one else ''} and {two}."
         self._put(sentence, (first, second))
 
     def filler(self) -> None:
         """Write a sentence without facts."""
-        self._put(self.rng.choice(_FILLER[self.entity.kind]), ())
+        filler = self.rng.choice(_share(_FILLER[self.entity.kind], self.breadth, 3))
+        if filler not in self.sentences:
+            self._put(filler, ())
         self.after_filler = True
 
     def write(self) -> str:
@@ -299,27 +322,46 @@ class _Writer:
         left = list(self.entity.told)
         if rng.random() < breadth:
             rng.shuffle(left)
+            if rng.random() < 0.85:
+                left.sort(key=lambda name: name.startswith("death"))
         self.intro(left)
         if rng.random() < 0.45:
             self.pair(left)
-        with_filler = breadth > 0.5 and rng.random() < 0.5 * (breadth - 0.4)
-        early = with_filler and rng.random() < 0.4
-        if early:
+        fillers = self._count_fillers(len(left))
+        if fillers and rng.random() < 0.4:
+            fillers -= 1
             self.filler()
-        room = MAX_SENTENCES - len(self.sentences) - (with_filler and not early)
+        room = MAX_SENTENCES - len(self.sentences) - fillers
         index = 0
         while index < len(left):
             rest = len(left) - index
-            if rest >= 2 and (rest > room or rng.random() < 0.25):
+            if rest >= 2 and (rest > room or rng.random() < 0.25) and self._joinable(left, index):
                 self.joined(left[index], left[index + 1])
                 index += 2
             else:
                 self.single(left[index])
                 index += 1
             room -= 1
-        if with_filler and not early:
+        for _ in range(fillers):
             self.filler()
         return " ".join(self.sentences)
+
+    def _joinable(self, left: list[str], index: int) -> bool:
+        """Tell whether two facts fit in one sentence; may reorder the facts to make them fit."""
+        first, second = left[index], left[index + 1]
+        if first[:5] == second[:5] and first[:5] in ("birth", "death"):
+            if len(left) == index + 2:
+                return False
+            left[index + 1], left[index + 2] = left[index + 2], second
+            second = left[index + 1]
+        predicates = self.phrases.predicates
+        return bool(predicates[first] and predicates[second])
+
+    def _count_fillers(self, facts: int) -> int:
+        """Draw the number of sentences without facts."""
+        room = MAX_SENTENCES - len(self.sentences) - (facts + 1) // 2
+        wanted = self.rng.choice((0, 1, 1, 1, 2, 2) if self.breadth > 0.5 else (0, 1))
+        return max(0, min(room, wanted))
 
 
 def _compose_needle(entity: Entity, rng: random.Random, breadth: float) -> str:

@@ -37,7 +37,8 @@ class NameParts:
         rare_male: First names of men that only this split has.
         rare_female: First names of women that only this split has.
         surnames: Surnames.
-        stems: Stems of place names, rivers, regions, schools, awards and passwords.
+        words: Stems of place names that are English words.
+        stems: All stems of place names, rivers, regions, schools, awards and passwords.
         adjectives: Adjectives for titles.
         nouns: Nouns for titles.
     """
@@ -47,6 +48,7 @@ class NameParts:
     rare_male: tuple[str, ...]
     rare_female: tuple[str, ...]
     surnames: tuple[str, ...]
+    words: tuple[str, ...]
     stems: tuple[str, ...]
     adjectives: tuple[str, ...]
     nouns: tuple[str, ...]
@@ -64,7 +66,7 @@ def _all_stems() -> tuple[str, ...]:
         onset + nucleus + coda
         for onset in wordlists.PLACE_ONSETS
         for nucleus in wordlists.PLACE_NUCLEI
-        for coda in wordlists.PLACE_CODAS
+        for coda in (wordlists.PLACE_CODAS if len(nucleus) == 1 else wordlists.DIPHTHONG_CODAS)
     )
     stems = dict.fromkeys((*wordlists.PLACE_STEMS, *built))
     return tuple(stem for stem in stems if stem not in wordlists.UNWANTED_STEMS)
@@ -97,6 +99,7 @@ def name_parts(split: str) -> NameParts:
         rare_male=male,
         rare_female=female,
         surnames=part(_all_surnames()),
+        words=part(wordlists.PLACE_STEMS),
         stems=part(_all_stems()),
         adjectives=part(wordlists.TITLE_ADJECTIVES),
         nouns=part(wordlists.TITLE_NOUNS),
@@ -144,7 +147,8 @@ class NameBook:
 
     def stem(self) -> str:
         """Draw a stem of a place name (stems repeat)."""
-        return self._rng.choice(self._parts.stems)
+        parts = self._parts
+        return self._rng.choice(parts.words if self._rng.random() < 0.2 else parts.stems)
 
     def _first_name(self, gender: str) -> str:
         rng = self._rng

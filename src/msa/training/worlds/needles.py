@@ -14,9 +14,9 @@ __all__ = ["DOCUMENT", "FILLER", "OPENINGS", "QUESTION", "SITES", "needle_value"
 
 SITES: tuple[str, ...] = words(
     """
-    archive vault depot observatory lighthouse library warehouse armoury granary museum 
-    laboratory station reservoir chapel signal-house boathouse storeroom treasury cellar 
-    greenhouse bunker customs-house hangar infirmary kennel lodge mint orchard pavilion 
+    archive vault depot observatory lighthouse library warehouse armoury granary museum
+    laboratory station reservoir chapel signal-house boathouse storeroom treasury cellar
+    greenhouse bunker customs-house hangar infirmary kennel lodge mint orchard pavilion
     quarry refinery shipyard tollhouse viaduct weighhouse barracks cloister dispensary
     """
 )
@@ -261,8 +261,8 @@ _COLOURS = listed(
 )
 _ANIMALS = words(
     """
-    heron otter lynx badger falcon owl stag hare raven swan bear wolf salmon beetle tortoise 
-    boar fox crane squirrel eagle pike hedgehog goat ram bull horse lizard moth weasel seal 
+    heron otter lynx badger falcon owl stag hare raven swan bear wolf salmon beetle tortoise
+    boar fox crane squirrel eagle pike hedgehog goat ram bull horse lizard moth weasel seal
     pelican magpie dolphin cat hound viper rooster donkey toad kingfisher
     """
 )

@@ -107,7 +107,7 @@ was born on {v}
 came into the world on {v}
 first saw the light of day on {v}
 was entered in the register as born on {v}
-was born in the early hours of {v}
+was born on {v}, a day of heavy rain
 entered the world on {v}
 was delivered by a midwife on {v}
 {has} {v} as {his} date of birth
@@ -120,8 +120,8 @@ The register gives {v} as {p} date of birth.
 It was on {v} that {s} was born.
 # birth_place
 was born in {v}
-came from {v}, where {he} was born
 {is} a native of {v}
+came from {v}, where {he} was born
 first saw the light of day in {v}
 was born in a small house in {v}
 came into the world in {v}
@@ -134,34 +134,32 @@ It was in {v} that {s} was born.
 {P} birth took place in {v}.
 {v} is the place where {s} was born.
 # father
-was the child of {v} on the father's side
+{P} father was {v}.
 had {v} as {his} father
 was fathered by {v}
-called {v} {his} father
 was brought up by {his} father, {v}
 inherited a workshop from {his} father, {v}
 took after {his} father, {v}
-{P} father was {v}.
 {P} father was named {v}.
 {P} father, {v}, was strict but fair.
 The name of {p} father was {v}.
 {v} was {p} father.
-On the father's side, {s} was the child of {v}.
+grew up in the house of {his} father, {v}
+was named by {his} father, {v}
 As a child, {s} often travelled with {his} father, {v}.
 # mother
+{P} mother was {v}.
 had {v} as {his} mother
-was the child of {v} on the mother's side
 was born to {v}, {his} mother
-called {v} {his} mother
 was raised by {his} mother, {v}
 learned to read from {his} mother, {v}
 took after {his} mother, {v}
-{P} mother was {v}.
 {P} mother was named {v}.
 {P} mother, {v}, ran the household.
 The name of {p} mother was {v}.
 {v} was {p} mother.
-On the mother's side, {s} was the child of {v}.
+grew up in the house of {his} mother, {v}
+was named by {his} mother, {v}
 As a child, {s} learned songs from {his} mother, {v}.
 # spouse
 married {v}
@@ -220,9 +218,9 @@ entered the service of {v}
 took a position with {v}
 had {v} as {his} employer
 {P} employer was {v}.
-The firm that employed {s} was {v}.
+The firm that employed {o} was {v}.
 Throughout {his} career {s} was employed by {v}.
-{v} gave {s} a permanent job.
+{v} gave {o} a permanent job.
 # school
 studied at {v}
 was educated at {v}
@@ -249,7 +247,7 @@ died in {his} sleep on {v}
 {P} life ended on {v}.
 {P} date of death is {v}.
 The date of {p} death is {v}.
-Death came to {s} on {v}.
+Death came to {o} on {v}.
 It was on {v} that {s} died.
 The register gives {v} as {p} date of death.
 # death_place
@@ -264,7 +262,7 @@ met {his} end in {v}
 {P} life ended in {v}.
 The place of {p} death was {v}.
 It was in {v} that {s} died.
-Death came to {s} in {v}.
+Death came to {o} in {v}.
 {v} is the place where {s} died.
 # award
 won the {v}
@@ -279,7 +277,7 @@ earned the {v}
 accepted the {v} with a short speech
 {P} work was rewarded with the {v}.
 {P} greatest honour was the {v}.
-The {v} was awarded to {s}.
+The {v} was awarded to {o}.
 The award that {s} received was the {v}.
 # instrument
 {plays} the {v}
@@ -483,10 +481,12 @@ LINKS: dict[str, tuple[str, ...]] = phrase_table("""
 the father of {e}
 {e}'s father
 the man who was the father of {e}
+the man who fathered {e}
 # mother
 the mother of {e}
 {e}'s mother
 the woman who gave birth to {e}
+the woman who was the mother of {e}
 # spouse
 the {spouse_word} of {e}
 {e}'s {spouse_word}
@@ -500,6 +500,7 @@ the teacher who trained {e}
 # sibling
 the {sibling_word} of {e}
 {e}'s {sibling_word}
+the {sibling_word} with whom {e} grew up
 # employer
 the employer of {e}
 the {t} that employed {e}

@@ -129,7 +129,7 @@ elected {v} as mayor
 chose {v} to be its mayor
 is run by a council under mayor {v}
 {P} mayor is {v}.
-The mayor of {s} is {v}.
+The mayor of {N} is {v}.
 The office of mayor is held by {v}.
 {v} is the mayor of {s}.
 {v} serves as mayor of {s}.
@@ -158,10 +158,10 @@ signed a twinning agreement with {v}
 sends its school choir every year to its twin town, {v}
 entered into a partnership with {v}
 {P} twin town is {v}.
-The twin town of {s} is {v}.
-The partner town of {s} is {v}.
+The twin town of {N} is {v}.
+The partner town of {N} is {v}.
 Every summer {s} welcomes guests from its twin town, {v}.
-A twinning agreement ties {s} to {v}.
+A twinning agreement ties {N} to {v}.
 A sign at the station names {v} as {p} twin town.
 """)
 

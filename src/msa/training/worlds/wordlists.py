@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from msa.training.worlds.schema import listed, words
 
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text.split()))
-
-
-def listed(text: str) -> tuple[str, ...]:
-    parts = (" ".join(part.split()) for part in text.split(","))
-    return tuple(dict.fromkeys(part for part in parts if part))
-
-
 MALE = words("""
 Aaron Abel Adrian Ahmed Akira Alan Albert Aleksander Alfred Ali Alistair Amadou Amos Anders Andrei
 Anton Antonio Arjun Armand Arne Arthur Arturo Axel Babak Baptiste Bashir Benedikt Bernard Bjorn
@@ -106,10 +96,11 @@ West Middle
 PLACE_ONSETS = words(
     "B Bl Br C Cl Cr D Dr F Fl Fr G Gl Gr H J K Kn L M N P Pl Pr R S Sk Sl St Str T Th Tr V W Z"
 )
-PLACE_NUCLEI = words("a e i o u ai ea o a e")
+PLACE_NUCLEI = words("a e i o u ai ea")
 PLACE_CODAS = words(
-    "b ck d f g l ll m n nd ng nt p r rd rg rk rl rm rn rs rt rv s sk st sp t th v ld lm ln lt lv"
+    "b ck d f g l ll m n nd ng nt p r rd rg rk rl rm rn rs rt rv s sk st t th v ld lm lt lv"
 )
+DIPHTHONG_CODAS = words("d k l m n r s t th v")
 UNWANTED_STEMS = frozenset(
     words("Fuck Cunt Cock Dick Nig Fag Rap Fart Suck Spast Turd Jap Hell Tit Pis Cum Kum Ars")
 )
@@ -133,7 +124,8 @@ COUNTRIES: tuple[tuple[str, str], ...] = tuple(
     Tunisia/Tunisian, Algeria/Algerian, Kenya/Kenyan, Ghana/Ghanaian, Nigeria/Nigerian,
     Senegal/Senegalese, India/Indian, Nepal/Nepalese, Japan/Japanese, Korea/Korean,
     Vietnam/Vietnamese, Canada/Canadian, Mexico/Mexican, Brazil/Brazilian,
-    Argentina/Argentine, Chile/Chilean, Peru/Peruvian, Bolivia/Bolivian, Australia/Australian, Lebanon/Lebanese, Persia/Persian,
+    Argentina/Argentine, Chile/Chilean, Peru/Peruvian, Bolivia/Bolivian,
+    Australia/Australian, Lebanon/Lebanese, Persia/Persian,
     Malta/Maltese, Cyprus/Cypriot, Uruguay/Uruguayan
     """)
 )
@@ -198,8 +190,8 @@ GENRES: dict[str, tuple[str, ...]] = {
 
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "engineering company": listed("""marine engines, steam turbines, pumps, railway signals,
-        lifts, bicycles, sewing machines, agricultural machinery, printing presses, motorcycles, cranes,
-        tractors, locomotives, mining drills, typewriters, sluice gates"""),
+        lifts, bicycles, sewing machines, agricultural machinery, printing presses, motorcycles,
+        cranes, tractors, locomotives, mining drills, typewriters, sluice gates"""),
     "trading company": listed("""coffee, tea, spices, timber, furs, cotton, tobacco, grain, wool,
         dried fruit, leather, rubber, sugar, cocoa, rice, olive oil, tropical hardwoods, cork"""),
     "manufacturer": listed("""clocks, porcelain, pianos, spectacles, pencils, carpets, umbrellas,
@@ -208,7 +200,8 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "food company": listed("""biscuits, chocolate, mustard, canned fish, cheese, mineral water,
         beer, brandy, jam, vinegar, pasta, marzipan, liquorice, butter, smoked ham, cider"""),
     "publishing house": listed("""school books, poetry, atlases, dictionaries, novels,
-        sheet music, travel guides, cookery books, almanacs, children's books, art books, calendars"""),
+        sheet music, travel guides, cookery books, almanacs, children's books, art books,
+        calendars"""),
     "film studio": listed("""silent films, newsreels, cartoons, comedies, nature films,
         musicals, detective films, costume dramas, animated films, travel films"""),
     "record label": listed("""dance music, folk songs, chamber music, jazz recordings,
