@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from msa.errors import ModelError
 from msa.inference.constraints import (
     CheckLogits,

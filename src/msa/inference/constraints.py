@@ -205,7 +205,7 @@ class Grammars:
         return self._rows
 
 
-class RetrievalConstraint(LogitsProcessor):  # type: ignore[misc]
+class RetrievalConstraint(LogitsProcessor):
     """Keeps every row of a batch within its grammar (text format of DESIGN; the prior is ours)."""
 
     def __init__(
@@ -253,7 +253,7 @@ class RetrievalConstraint(LogitsProcessor):  # type: ignore[misc]
         return constrained
 
 
-class RoundComplete(StoppingCriteria):  # type: ignore[misc]
+class RoundComplete(StoppingCriteria):
     """Stops a row when its round is complete."""
 
     def __init__(self, grammars: Grammars, prompt_length: int) -> None:
@@ -267,7 +267,7 @@ class RoundComplete(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(done, device=input_ids.device)
 
 
-class CheckLogits(LogitsProcessor):  # type: ignore[misc]
+class CheckLogits(LogitsProcessor):
     """Passes scores on, unless they are not numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -1,0 +1,460 @@
+"""Rounds, driven by scripted logits: a random tiny model would write nonsense.
+
+The script only raises the logits of the tokens that a plan wants next; constraints still apply, so
+a plan that is not legal does not come to pass.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from conftest import make_tiny_model, make_tiny_tokenizer
+from msa.errors import InputError, ModelError
+from msa.inference.interleave import Interleave
+from msa.inference.options import AskOptions
+from msa.memory.latent import LatentMemory
+from msa.memory.reports import StoredDocument
+from msa.text.prompts import PromptEncoder
+from msa.types import Answer, Document, Event
+
+READ, END, STOP = "<|object_ref_end|>", "<End-of-Retrieve>", "<|im_end|>"
+LEAD_IN = "The answer to the question is:"
+TEXTS = {
+    3: "Ada was born in Rome.",
+    17: "Bob is Ada's son, a baker.",
+    170: "Rome lies on the Tiber.",
+    24: "Cid paints.",
+    5: "The Tiber is 406 km long, says Dee.",
+}
+
+
+class FakeLibrary:
+    """Documents encoded by the model itself; a row of the memory is an index of `texts`."""
+
+    def __init__(
+        self, model: Any, encoder: PromptEncoder, texts: Mapping[int, str], top_k: int = 4
+    ) -> None:
+        ids = [encoder.document(n, t) for n, t in texts.items()]
+        lengths = torch.tensor([len(i) for i in ids])
+        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        with torch.no_grad():
+            states = model.encode_documents(padded, lengths)
+        self.reader = LatentMemory(states, top_k)
+        self.stored = {
+            row: StoredDocument(Document(f"doc-{n}", t), n, len(t), 1)
+            for row, (n, t) in enumerate(texts.items())
+        }
+
+    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
+        return {row: self.stored[row] for row in rows if row in self.stored}
+
+
+class Script(LogitsProcessor):
+    """Wants what a question's plan says next: its rounds, then its answer."""
+
+    def __init__(self, tokenizer: Any, plans: Mapping[str, Sequence[str]]) -> None:
+        self.tokenizer = tokenizer
+        # One character per token (byte), so that half a letter compares too.
+        self.plans = {self.raw(q): [self.raw(p) for p in plan] for q, plan in plans.items()}
+        self.lead_in, self.tail = self.raw(LEAD_IN), self.raw("<|im_end|>\n<|im_start|>")
+
+    def raw(self, text: str) -> str:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids))
+
+    def wish(self, text: str) -> str:
+        newline = self.raw("\n")
+        plan = next(p for q, p in self.plans.items() if f"{newline * 2}{q}{newline}" in text)
+        rest = text.split(self.tail, 1)[1]
+        for i, part in enumerate(plan):
+            if not rest.startswith(part):
+                return part.removeprefix(rest) if part.startswith(rest) else ""
+            rest = rest[len(part) :]
+            if part.endswith(READ):  # a text follows
+                rest = rest.partition(READ)[2]
+            elif part.endswith(END):  # the question, again
+                rest = rest.partition(READ)[2]
+                if not plan[i + 1 :][:1] or not plan[i + 1].startswith(self.lead_in):
+                    rest = rest.removeprefix(self.lead_in)
+        return ""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, ids in enumerate(input_ids.tolist()):
+            tokens = self.tokenizer.convert_ids_to_tokens([i for i in ids if i != 0])
+            text = "".join(t or "?" for t in tokens)  # the model has more ids than the tokenizer
+            if wish := self.wish(text):
+                special = next((m for m in (READ, END, STOP) if wish.startswith(m)), wish[0])
+                scores[row, self.tokenizer.convert_tokens_to_ids(special)] += 1000
+        return scores
+
+
+@pytest.fixture
+def model() -> Any:
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(make_tiny_tokenizer())
+
+
+def script(model: Any, encoder: PromptEncoder, plans: Mapping[str, Sequence[str]]) -> list[Any]:
+    """Let `model.generate` follow the plans; the inputs of every call are noted."""
+    calls: list[Any] = []
+    generate = type(model).generate
+
+    def scripted(inputs: Any, **kwargs: Any) -> Any:
+        calls.append(inputs)
+        processors = [Script(encoder.tokenizer, plans), *kwargs.pop("logits_processor")]
+        processors = LogitsProcessorList(processors)
+        return generate(model, inputs, logits_processor=processors, **kwargs)
+
+    model.generate = scripted
+    return calls
+
+
+def run(
+    model: Any,
+    encoder: PromptEncoder,
+    questions: Sequence[str],
+    *,
+    texts: Mapping[int, str] = TEXTS,
+    library: Any = None,
+    stream: bool = False,
+    **options: Any,
+) -> tuple[list[Answer], list[Event]]:
+    top_k = model.config.top_k_documents
+    library = library or FakeLibrary(model, encoder, texts, top_k=max(top_k, len(texts)))
+    rounds = Interleave(model, encoder, library, AskOptions(**options))
+    events = list(rounds.run(questions, stream=stream))
+    answers = {row: e.data for row, e in events if e.kind == "answer"}
+    return [answers[i] for i in range(len(questions))], [e for _, e in events]
+
+
+def read(answer: Answer) -> list[list[int]]:
+    return [[c.number for c in r.read] for r in answer.rounds]
+
+
+def test_one_hop(model: Any, encoder: PromptEncoder) -> None:
+    script(model, encoder, {"Where?": [f"[3]{READ}", END, f" Rome{STOP}"]})
+    (answer,), events = run(model, encoder, ["Where?"])
+    assert answer.text == "Rome"
+    assert answer.stopped == "answered"
+    assert read(answer) == [[3], []]
+    assert [(c.id, c.number, c.text, c.round) for c in answer.citations] == [
+        ("doc-3", 3, TEXTS[3], 1)
+    ]
+    kinds = [(e.kind, e.round) for e in events]
+    assert kinds == [("routing", 1), ("reading", 1), ("routing", 2), ("answer", 2)]
+    for turn in answer.rounds:
+        assert set(turn.routed) == {2, 3}
+        for routed in turn.routed.values():
+            assert sorted(d.number for d in routed) == sorted(TEXTS)
+            assert [d.score for d in routed] == sorted((d.score for d in routed), reverse=True)
+
+
+def test_two_hops_and_several_numbers_in_the_order_written(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    plan = [f"[170][3]{READ}", f"[17]{READ}", END, f" yes, a baker {STOP}"]
+    calls = script(model, encoder, {"Q?": plan})
+    (answer,), _ = run(model, encoder, ["Q?"])
+    assert read(answer) == [[170, 3], [17], []]
+    assert answer.text == "yes, a baker"
+    # The last round's context, as the text format says (everything is prefilled afresh).
+    text = encoder.tokenizer.decode(calls[-1][0].tolist())
+    assert text.endswith(
+        f"<|im_start|>[170][3]{READ}[170]. {TEXTS[170]}\n[3]. {TEXTS[3]}\n{READ}"
+        f"[17]{READ}[17]. {TEXTS[17]}\n{READ}{END}"
+        f"<|im_start|>The user's question is: Q?\n{READ}The answer to the question is:"
+    )
+
+
+def test_a_document_is_not_read_twice_nor_one_that_is_not_there(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    script(model, encoder, {"Q?": [f"[999]{READ}"], "R?": [f"[3]{READ}", f"[3]{READ}"]})
+    answers, _ = run(model, encoder, ["Q?", "R?"], max_rounds=2, max_new_tokens=2)
+    for answer in answers:
+        numbers = [c.number for c in answer.citations]
+        assert len(set(numbers)) == len(numbers)
+        assert set(numbers) <= set(TEXTS)
+
+
+def test_rounds_are_bounded_and_the_engine_ends_the_retrieval(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    plan = [f"[3]{READ}", f"[5]{READ}", END, f" x{STOP}"]
+    calls = script(model, encoder, {"Q?": plan})
+    (answer,), _ = run(model, encoder, ["Q?"], max_rounds=2)
+    assert answer.stopped == "max_rounds"
+    assert answer.text == "x"
+    assert read(answer) == [[3], [5], []]
+    assert f"\n{READ}{END}<|im_start|>The user" in encoder.tokenizer.decode(calls[-1][0])
+
+
+def test_once_everything_is_read_only_the_end_is_left(model: Any, encoder: PromptEncoder) -> None:
+    script(model, encoder, {"Q?": [f"[3]{READ}", f"[5]{READ}"]})
+    (answer,), _ = run(model, encoder, ["Q?"], texts={3: "one", 5: "two"}, max_new_tokens=2)
+    assert read(answer) == [[3], [5], []]
+    assert answer.stopped == "max_tokens"
+
+
+def test_one_document_in_the_memory(model: Any, encoder: PromptEncoder) -> None:
+    script(model, encoder, {"Q?": [END, f"[24]{READ}"]})  # must read something first
+    (answer,), _ = run(model, encoder, ["Q?"], texts={24: TEXTS[24]}, max_new_tokens=2)
+    assert read(answer) == [[24], []]
+
+
+def test_answering_without_reading_needs_permission(model: Any, encoder: PromptEncoder) -> None:
+    script(model, encoder, {"Q?": [END, f" no{STOP}"]})
+    (answer,), _ = run(model, encoder, ["Q?"], allow_unread=True)
+    assert (answer.text, answer.citations, read(answer)) == ("no", (), [[]])
+    (answer,), _ = run(model, encoder, ["Q?"], max_new_tokens=2)
+    assert answer.citations
+
+
+PLANS = {
+    "Where was Ada born?": [f"[3]{READ}", END, f" Rome{STOP}"],
+    "And Bob?": [f"[17][24]{READ}", f"[3]{READ}", END, f" in the city of Rome{STOP}"],
+    "How long is the river of Ada's city of birth, in km?": [
+        f"[3]{READ}", f"[170]{READ}", f"[5]{READ}", END, f" 406{STOP}"
+    ],
+    "C?": [f"[24]{READ}", END, f" Cid{STOP}"],
+}  # fmt: skip
+
+
+def test_rows_of_a_batch_end_in_different_rounds_with_their_own_answers(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    script(model, encoder, PLANS)
+    answers, events = run(model, encoder, list(PLANS), max_rounds=3)
+    assert [a.text for a in answers] == ["Rome", "in the city of Rome", "406", "Cid"]
+    assert [a.stopped for a in answers] == ["answered", "answered", "max_rounds", "answered"]
+    assert [len(a.rounds) for a in answers] == [2, 3, 4, 2]
+    assert [a.question for a in answers] == list(PLANS)
+    assert sum(e.kind == "routing" for e in events) == 11
+
+
+@pytest.mark.parametrize("scripted", [True, False])
+def test_a_batch_gives_the_answers_of_its_questions_one_by_one(
+    model: Any, encoder: PromptEncoder, scripted: bool
+) -> None:
+    """Scripted rounds with free answers (no plan for them); then nothing scripted at all."""
+    if scripted:
+        script(model, encoder, {q: plan[:-1] for q, plan in PLANS.items()})
+    options = {"max_new_tokens": 12, "max_rounds": 3, "max_documents_per_round": 2}
+    together, _ = run(model, encoder, list(PLANS), **options)
+    for question, answer in zip(PLANS, together, strict=True):
+        (alone,), _ = run(model, encoder, [question], **options)
+        assert answer.text == alone.text
+        assert answer.text  # or there would be nothing to compare
+        assert read(answer) == read(alone)
+        assert answer.stopped == alone.stopped
+        assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+        assert answer.usage.generated_tokens == alone.usage.generated_tokens
+        for ours, theirs in zip(answer.rounds, alone.rounds, strict=True):
+            for layer in (2, 3):
+                for a, b in zip(ours.routed[layer], theirs.routed[layer], strict=True):
+                    assert a.number == b.number
+                    assert a.score == pytest.approx(b.score, abs=1e-5)
+
+
+def test_the_answer_is_what_the_model_writes_behind_the_whole_text(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    """The cache is cropped and continued: the same as a prefill of all of it, from nothing."""
+    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END]})
+    (answer,), _ = run(model, encoder, ["Q?"], max_new_tokens=8)
+    ids = calls[-1]
+    context = encoder.context("Q?", [])
+    prefix, k = context.prefix_length, model.config.top_k_documents
+    positions = torch.tensor([[i if i < prefix else i + k for i in range(ids.shape[1])]])
+    # what routed in the last round: the question without its last character, and the text read
+    text = encoder.tokenizer.decode(ids[0])
+    end = text.index("related to the question\n") + len("related to the question")
+    routes = torch.zeros_like(ids, dtype=torch.bool)
+    routes[0, prefix : len(encoder.tokenize(text[:end]))] = True
+    start = text.index("[3]. ")
+    stop = text.index(READ, start)
+    routes[0, len(encoder.tokenize(text[:start])) : len(encoder.tokenize(text[:stop]))] = True
+    sees = torch.ones_like(routes)
+    sees[:, :prefix] = False
+    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    out = type(model).generate(
+        model, ids, attention_mask=torch.ones_like(ids), position_ids=positions,
+        memory=library.reader, routing_mask=routes, memory_mask=sees, max_new_tokens=8,
+        do_sample=False,
+    )  # fmt: skip
+    written = encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer.text == written.strip() != ""
+
+
+def test_a_document_deleted_between_rounds_is_neither_routed_nor_read(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    plan = [f"[3]{READ}", f"[17]{READ}", END, f" x{STOP}"]
+    script(model, encoder, {"Q?": plan})
+    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    rounds = Interleave(model, encoder, library, AskOptions(max_rounds=2, max_new_tokens=2))
+    answer = None
+    for _, event in rounds.run(["Q?"]):
+        if event.kind == "reading" and event.round == 1:
+            del library.stored[1]  # number 17
+        answer = event.data
+    assert [d.number for d in answer.rounds[0].routed[2] if d.number == 17] == [17]
+    assert all(d.number != 17 for r in answer.rounds[1:] for d in r.routed[2])
+    assert all(c.number != 17 for c in answer.citations)
+
+
+def test_usage_counts_every_prefilled_and_every_written_token(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    calls = script(model, encoder, {"Q?": [f"[3][24]{READ}", END, f" Rome{STOP}"]})
+    (answer,), _ = run(model, encoder, ["Q?"])
+    handed = calls[2].shape[1] - calls[1].shape[1] - 1  # all but End-of-Retrieve, its own word
+    assert answer.usage.prompt_tokens == calls[0].shape[1] + calls[1].shape[1] + handed
+    assert answer.usage.generated_tokens == len("[3][24]") + 1 + 1 + len(" Rome") + 1
+    assert 0 < answer.usage.routing_seconds < answer.usage.total_seconds
+
+
+def test_the_lead_in_may_be_left_to_the_model(model: Any, encoder: PromptEncoder) -> None:
+    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END, f"{LEAD_IN} Rome{STOP}"]})
+    (answer,), events = run(
+        model, encoder, ["Q?"], force_answer_prefix=False, stream=True, max_new_tokens=99
+    )
+    assert answer.text == "Rome"
+    assert "".join(e.data for e in events if e.kind == "token") == "Rome"
+    assert not encoder.tokenizer.decode(calls[-1][0]).endswith(LEAD_IN)
+
+
+def test_the_streamed_tokens_are_the_answer_and_come_before_it(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    text = " caf\u00e9 \U0001f600 - two  words\n"
+    script(model, encoder, {"Q?": [f"[3]{READ}", END, text + STOP]})
+    (answer,), events = run(model, encoder, ["Q?"], stream=True)
+    assert answer.text == text.strip()
+    pieces = [e.data for e in events if e.kind == "token"]
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 5
+    assert all(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert events[-1].kind == "answer"
+
+
+def test_closing_a_stream_stops_the_generation(model: Any, encoder: PromptEncoder) -> None:
+    script(model, encoder, {"Q?": [f"[3]{READ}", END, " a" * 400]})
+    library = FakeLibrary(model, encoder, TEXTS)
+    rounds = Interleave(model, encoder, library, AskOptions(max_new_tokens=800))
+    events: Iterator[Any] = rounds.run(["Q?"], stream=True)
+    next(e for _, e in events if e.kind == "token")
+    events.close()
+    assert not [t for t in threading.enumerate() if t.name == "msa-answer"]
+
+
+def test_an_error_while_an_answer_streams_reaches_the_caller(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END, " abc"]})
+    scripted = model.generate
+
+    def failing(inputs: Any, **kwargs: Any) -> Any:
+        if len(calls) == 2:
+            raise RuntimeError("device lost")
+        return scripted(inputs, **kwargs)
+
+    model.generate = failing
+    with pytest.raises(RuntimeError, match="device lost"):
+        run(model, encoder, ["Q?"], stream=True)
+
+
+def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    options = {"temperature": 5.0, "max_new_tokens": 12, "max_rounds": 2}
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    texts = [run(model, encoder, ["Q?"], seed=s, **options)[0][0].text for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_defaults_of_the_checkpoint_do_not_leak_in(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    (plain,), _ = run(model, encoder, ["Q?"], max_new_tokens=12)
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0)
+    (answer,), _ = run(model, encoder, ["Q?"], max_new_tokens=12)
+    assert answer.text == plain.text
+
+
+def test_the_prior_decides_where_the_model_has_no_opinion(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(512, 64))  # all tokens alike
+    texts = {17: "four", 3: TEXTS[3], 4: TEXTS[17], 24: TEXTS[24]}  # no common first digits
+    (answer,), _ = run(
+        model, encoder, ["Q?"], texts=texts, max_rounds=1, max_documents_per_round=1,
+        prior_weight=1.0, max_new_tokens=2,
+    )  # fmt: skip
+    layers = answer.rounds[0].routed
+    best = max(
+        texts,
+        key=lambda n: sum(
+            math.exp(d.score / 0.1) / sum(math.exp(o.score / 0.1) for o in routed)
+            for routed in layers.values()
+            for d in routed
+            if d.number == n
+        ),
+    )
+    assert read(answer)[0] == [best]
+    (other,), _ = run(
+        model, encoder, ["Q?"], texts=texts, max_rounds=1, max_documents_per_round=1,
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert read(other)[0] == [17] != [best]  # the lowest token wins without the prior
+
+
+def test_a_question_too_long_for_the_positions_is_refused_with_both_numbers(
+    encoder: PromptEncoder,
+) -> None:
+    model = make_tiny_model(max_position_embeddings=600)
+    with pytest.raises(InputError, match=r"needs 1\d\d\d positions .* has 600"):
+        run(model, encoder, ["why " * 100])
+
+
+def test_documents_that_no_longer_fit_end_the_retrieval(encoder: PromptEncoder) -> None:
+    model = make_tiny_model(max_position_embeddings=400)
+    script(model, encoder, {"Q?": [f"[3][7]{READ}", f"[9]{READ}"]})
+    texts = {3: "fits", 7: "long " * 60, 9: "long " * 50}
+    (answer,), _ = run(model, encoder, ["Q?"], texts=texts, max_new_tokens=8)
+    assert read(answer) == [[3], []]
+    assert answer.rounds[-1].index == 2
+    (answer,), _ = run(model, encoder, ["Q?"], texts={9: texts[9]}, max_new_tokens=4)
+    assert read(answer) == [[]]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("part", ["embed", "router"])
+def test_a_model_with_nan_weights_is_refused(
+    model: Any, encoder: PromptEncoder, part: str, stream: bool
+) -> None:
+    library = FakeLibrary(model, encoder, TEXTS)
+    with torch.no_grad():
+        if part == "embed":
+            model.model.embed_tokens.weight.fill_(math.nan)
+        else:
+            model.model.layers[2].self_attn.router_q_proj[0].weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="NaN"):
+        run(model, encoder, ["Q?"], library=library, stream=stream)
