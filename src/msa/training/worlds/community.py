@@ -207,7 +207,7 @@ class _Community:
         kind = rng.choice(kinds)
         founder = rng.choice(self.people)
         entity = Entity("organisation", self.names.organisation(kind))
-        entity.year = founder.year + rng.randint(22, 44)
+        entity.year = min(2010, founder.year + rng.randint(22, 44))
         entity.link("founder", founder)
         entity.words = {"type": kind, "a_type": article(kind)}
         self.organisations.append(entity)
@@ -220,7 +220,7 @@ class _Community:
         kind = rng.choice(published if published and rng.random() < 0.6 else kinds)
         made, maker, done, issued, issuer, dated = _WORK_TYPES[kind]
         creator = rng.choice(self.people)
-        work = Entity("work", self.names.work(), year=creator.year + rng.randint(22, 44))
+        work = Entity("work", self.names.work(), year=min(2010, creator.year + rng.randint(22, 44)))
         work.link("creator", creator)
         work.words = {
             "type": kind,

@@ -92,6 +92,18 @@ No portrait is known.
 Friends remembered a dry sense of humour.
 Biographers disagree about the remaining details.
 There were hard years and good years.
+A box of photographs was found in the attic.
+The handwriting in the diaries is hard to read.
+Later generations knew little of all this.
+An old neighbour kept some of the letters.
+The family house has since been torn down.
+Most of what is known comes from church books.
+Success came slowly.
+The winters of those years were cold.
+Money was often short.
+A memorial plaque was unveiled many years later.
+Rumours about a secret fortune were never confirmed.
+Guests were always welcome in the house.
 # place
 The streets are narrow and paved with cobbles.
 Winters are mild and summers are wet.
@@ -102,6 +114,12 @@ The old quarter was rebuilt after a great fire.
 Two bus lines connect it with the coast.
 Most visitors stay for a single night.
 Its coat of arms shows a ship and a key.
+The main square is planted with lime trees.
+A stone wall surrounds the old cemetery.
+Many young people leave in search of work.
+The nearest hospital is an hour away.
+Fog is common in autumn.
+The road through the valley was repaired recently.
 # work
 Critics were divided at first.
 Few copies of the first version exist today.
@@ -111,6 +129,11 @@ It is rarely discussed nowadays.
 Early sketches were destroyed.
 Its title was chosen at the last moment.
 An essay about it appeared later.
+Admirers still quote its opening.
+It fell into obscurity and was then rediscovered.
+Forgeries have been in circulation.
+Students find it difficult.
+The first reactions were cool.
 # organisation
 Business was slow in the first years.
 Its archives were damaged by a flood.
@@ -119,6 +142,11 @@ Its logo has been changed several times.
 The accounts are published every spring.
 A brass band plays at the annual meeting.
 Many families have served it for generations.
+Its lorries are painted green.
+Rumours of a merger were denied.
+A new canteen was opened last spring.
+The books were audited without complaint.
+Apprentices are taken on every autumn.
 """)
 # Second hops whose answer follows from the first document or repeats the starting point.
 _SHORTCUTS: Final = frozenset(
@@ -206,7 +234,7 @@ class _Writer:
                 slots["a_" + name] = article(value)
         self.slots = slots
 
-    def _mention(self) -> tuple[str, bool]:
+    def _mention(self, named_only: bool) -> tuple[str, bool]:
         """Choose how to name the subject; also tells whether it is a pronoun."""
         entity, rng = self.entity, self.rng
         named = [entity.links[name] for name in self.last if name in entity.links]
@@ -214,14 +242,15 @@ class _Writer:
         if entity.kind == "person":
             others = [other for other in named if other.kind == "person"]
             confusable = any(other.gender == entity.gender for other in others)
-            if not confusable and not self.after_filler and draw < 0.55:
+            if not (confusable or named_only or self.after_filler) and draw < 0.55:
                 return self.slots["he"], True
             if draw > 0.85 or any(other.surname == entity.surname for other in others):
                 return entity.name, False
             return entity.surname, False
         if any(other.kind == entity.kind for other in named) or draw < 0.25:
             return entity.name, False
-        if self.after_filler or any(other.kind != "person" for other in named) or draw < 0.6:
+        unclear = named_only or self.after_filler
+        if unclear or any(other.kind != "person" for other in named) or draw < 0.6:
             return "the " + entity.words["type"], False
         return "it", True
 
@@ -230,8 +259,9 @@ class _Writer:
         self.last = relations
         self.after_filler = False
 
-    def _name_subject(self) -> tuple[str, bool]:
-        mention, pronoun = self._mention()
+    def _name_subject(self, phrase: str = "") -> tuple[str, bool]:
+        """Fill the slots of the subject in a way that suits a phrase."""
+        mention, pronoun = self._mention("of {s}" in phrase)
         slots = self.slots
         possessive = slots["his"] if pronoun else mention + "'s"
         slots["s"], slots["p"] = mention, possessive
@@ -269,7 +299,7 @@ class _Writer:
         options = [option for option in self.phrases.pairs if option[0] <= have]
         if options:
             needs, phrase = self.rng.choice(options)
-            self._name_subject()
+            self._name_subject(phrase)
             self._put(phrase.format_map(self.slots), tuple(needs))
             left[:] = [name for name in left if name not in needs]
 
@@ -277,7 +307,7 @@ class _Writer:
         """Write a sentence about one fact."""
         rng = self.rng
         phrase = rng.choice(self.phrases.document[relation])
-        mention, _ = self._name_subject()
+        mention, _ = self._name_subject(phrase)
         if not _PREDICATE.match(phrase):
             self._put(self._fill(phrase, relation), (relation,))
             return

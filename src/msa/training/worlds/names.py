@@ -130,6 +130,7 @@ class NameBook:
         self._taken = taken
         self._first_names: dict[str, list[str]] = {"m": [], "f": []}
         self._local_stems: list[str] = []
+        self._pairs: set[tuple[str, str]] = set()
 
     def _unique(self, draw: Callable[[int], str]) -> str:
         """Draw until the name is new; ``draw`` gets the number of the attempt."""
@@ -169,6 +170,9 @@ class NameBook:
 
         def draw(attempt: int) -> str:
             first = self._first_name(gender)
+            while (first, surname) in self._pairs and rng.random() < 0.85:
+                first = self._first_name(gender)
+            self._pairs.add((first, surname))
             if attempt < 4 and rng.random() < 0.88:
                 return f"{first} {surname}"
             if attempt < 30:
@@ -206,6 +210,8 @@ class NameBook:
                 rng.choice(parts.nouns),
                 rng.choice(parts.nouns),
             )
+            while adjective in (noun, other):
+                adjective = rng.choice(parts.adjectives)
             shape = rng.randrange(9) if attempt < 3 else rng.randrange(6, 9)
             if shape < 3 or noun == other:
                 return f"The {adjective} {noun}"

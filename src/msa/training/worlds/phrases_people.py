@@ -47,6 +47,20 @@ Born in {birth_place} on {birth_date}, {N} became {a_occupation}.
 The {occupation} {N} {is} {nationality} by nationality.
 {N} became {a_occupation} after an education at {school}.
 {N} {is} {a_occupation} and a winner of the {award}.
+{N} earned {his} bread as {a_occupation}.
+{N} came to be known as {a_occupation}.
+{N} was trained as {a_occupation}.
+{N} {is} {a_occupation} who {plays} the {instrument}.
+{N}, a former student of {school}, {is} {a_occupation}.
+{N} was taught by {teacher} and became {a_occupation}.
+{N} {is} {a_occupation} with a passion for {hobby}.
+{N}, whose father was {father}, {is} {a_occupation}.
+{N}, whose mother was {mother}, {is} {a_occupation}.
+{N} was {a_occupation} who died in {death_place}.
+{N}, who died in {death_place} on {death_date}, was {a_occupation}.
+The career of {N} was that of {a_occupation}.
+The life of {N} was that of {a_occupation}.
+People knew {N} as {a_occupation}.
 """)["intro"]
 
 PAIRS: tuple[str, ...] = phrase_table("""
@@ -90,15 +104,15 @@ chose to become {av}
 By profession {s} {is} {av}.
 # nationality
 {is} of {v} nationality
-{is} a {v} citizen
+{is} {av} citizen
 {holds} {v} citizenship
 {has} {v} nationality
 {is} {v} by nationality
-{is} the holder of a {v} passport
+{is} the holder of {av} passport
 never gave up {his} {v} citizenship
 {is} {v} by citizenship
 acquired {v} nationality at birth
-was registered as a {v} national
+was registered as {av} national
 {P} nationality {is} {v}.
 {P} passport {is} {v}.
 {P} papers give {his} nationality as {v}.
