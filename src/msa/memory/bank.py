@@ -1,0 +1,464 @@
+"""MemoryBank: the documents and their latent states, on disk. Durable on return."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from msa.errors import BankError, DocumentNotFoundError, InputError
+from msa.memory.catalog import CATALOG_FILE, Catalog
+from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
+from msa.memory.lock import WriterLock
+from msa.memory.maintenance import Maintenance
+from msa.memory.manifest import BANK_FILE, Manifest
+from msa.memory.reports import (
+    AddProgress,
+    AddReport,
+    BankInfo,
+    CompactReport,
+    StoredDocument,
+    VerifyReport,
+)
+from msa.memory.segments import SegmentWriter
+from msa.memory.storage import storage_errors, sync_folder
+from msa.text.prompts import PromptTemplate
+from msa.types import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from msa.model.modeling_msa import MSAForCausalLM
+
+SEGMENTS_FOLDER = "segments"
+LOCK_FILE = "writer.lock"
+_OUR_FILES = {
+    SEGMENTS_FOLDER,
+    LOCK_FILE,
+    BANK_FILE + ".tmp",
+    *(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")),
+}
+
+
+class MemoryBank:
+    """A memory bank in a folder. Make one with `create` or `open`; close it, or use `with`.
+
+    One process may write at a time, any number may read. All methods may be called from several
+    threads, those that write one at a time.
+
+    Attributes:
+        path: the folder.
+        manifest: what the bank was made with.
+        model, tokenizer: for adding and asking; None when opened without.
+        read_only: True when opened for reading.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        catalog: Catalog,
+        lock: WriterLock | None,
+        model: MSAForCausalLM | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.catalog = catalog
+        self.model = model
+        self.tokenizer = tokenizer
+        self._lock = lock
+        self._closed = False
+        self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
+        if lock is not None:
+            self._writer = SegmentWriter(self.segments_folder, catalog.counter("next_segment"))
+            self._maintenance.remove(self._maintenance.orphans())
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        max_document_tokens: int | None = None,
+    ) -> MemoryBank:
+        """A new, empty bank, open for writing.
+
+        Args:
+            path: a folder that is not there yet, or empty.
+            model: encodes the documents; the bank can be used with no other.
+            tokenizer: the model's.
+            template: text format; the released one by default.
+            dtype: of the latent states on disk; the model's by default.
+            max_document_tokens: longer documents are split into parts of at most so many tokens;
+                by default 512, or the model's positions if those are fewer.
+
+        Raises:
+            BankError: there is a bank already, or something else.
+            BankLockedError: another process is making a bank there.
+            ConfigError: dtype or max_document_tokens cannot be used.
+            StorageError: the folder cannot be written.
+        """
+        path = Path(path)
+        manifest = Manifest.for_model(
+            model, tokenizer, template or PromptTemplate(), dtype, max_document_tokens
+        )
+        with storage_errors(f"make bank '{path}'"):
+            if path.exists() and not path.is_dir():
+                raise BankError(f"cannot make a bank at '{path}': it is a file; choose a folder")
+            path.mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(path / LOCK_FILE, path)
+        try:
+            names = {p.name for p in path.iterdir()}
+            if BANK_FILE in names:
+                raise BankError(f"'{path}' is a memory bank already; open it with MemoryBank.open")
+            if names - _OUR_FILES:
+                raise BankError(
+                    f"'{path}' holds other files ({sorted(names - _OUR_FILES)[0]}); choose a new "
+                    "or an empty folder"
+                )
+            with storage_errors(f"make bank '{path}'"):
+                for leftover in path.glob(CATALOG_FILE + "*"):  # a creation that was interrupted
+                    leftover.unlink()
+                (path / SEGMENTS_FOLDER).mkdir(exist_ok=True)
+            catalog = Catalog.create(path)
+            manifest.save(path)  # last: from here on it is a bank
+            with storage_errors(f"make bank '{path}'"):
+                sync_folder(path.absolute().parent)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, manifest, catalog, lock, model, tokenizer)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        model: MSAForCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: PromptTemplate | None = None,
+        *,
+        read_only: bool = False,
+    ) -> MemoryBank:
+        """An existing bank.
+
+        Args:
+            path: its folder.
+            model, tokenizer: those it was made with; needed for adding and asking only.
+            template: compared with the bank's when given.
+            read_only: take no writer's lock and change nothing; for asking beside a writer.
+
+        Raises:
+            BankNotFoundError: no bank there.
+            BankMismatchError: it was made with another model, tokenizer, template or version.
+            BankLockedError: another process is writing to it.
+            BankCorruptError: bank.json or the catalog is damaged.
+            StorageError: it cannot be opened for writing.
+            InputError: a model without its tokenizer, or the reverse.
+        """
+        path = Path(path)
+        manifest = Manifest.load(path)
+        if (model is None) != (tokenizer is None):
+            raise InputError("a model and its tokenizer are needed, or neither; one was given")
+        if model is not None and tokenizer is not None:
+            manifest.check(path, model, tokenizer, template)
+        lock = None if read_only else WriterLock(path / LOCK_FILE, path)
+        try:
+            catalog = Catalog(path, read_only=read_only)
+            return cls(path, manifest, catalog, lock, model, tokenizer)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    # ---- life
+
+    @property
+    def read_only(self) -> bool:
+        """True when the bank was opened for reading."""
+        return self._lock is None
+
+    @property
+    def segments_folder(self) -> Path:
+        """Where the latent states lie."""
+        return self.path / SEGMENTS_FOLDER
+
+    @property
+    def template(self) -> PromptTemplate:
+        """Text format of the documents."""
+        return self.manifest.prompt_template
+
+    @property
+    def generation(self) -> int:
+        """Grows with every commit, of any process; equal means that nothing has changed."""
+        return self.catalog.counter("generation")
+
+    def close(self) -> None:
+        """Close the bank and let the next writer in; calling it twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.catalog.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> MemoryBank:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Number of documents that the model knows, parts of split ones counted each."""
+        return self.catalog.count()
+
+    def __contains__(self, document_id: object) -> bool:
+        if not isinstance(document_id, str):
+            return False
+        known = self.catalog.known(document_id)
+        return bool(known.numbers) or known.part_of is not None
+
+    def __repr__(self) -> str:
+        return f"MemoryBank('{self.path}', {len(self)} documents)"
+
+    def _check_writable(self, doing: str) -> None:
+        if self._closed:
+            raise BankError(f"bank '{self.path}' is closed; open it again to {doing}")
+        if self.read_only:
+            raise BankError(f"bank '{self.path}' was opened read_only; open it without to {doing}")
+
+    def _encoder(self, doing: str) -> DocumentEncoder:
+        if self.model is None or self.tokenizer is None:
+            raise BankError(
+                f"bank '{self.path}' was opened without a model; give MemoryBank.open the model "
+                f"and tokenizer to {doing}"
+            )
+        return DocumentEncoder(
+            self.model, self.tokenizer, self.template, dtype=self.manifest.torch_dtype
+        )
+
+    # ---- writing
+
+    def add(
+        self,
+        documents: Iterable[Document],
+        *,
+        on_duplicate: OnDuplicate = "error",
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        commit_tokens: int = COMMIT_TOKENS,
+        progress: Callable[[AddProgress], None] | None = None,
+    ) -> AddReport:
+        """Encode and store documents; each is durable once a progress call has counted it.
+
+        Documents are taken one by one and committed every `commit_tokens`, so an iterator of any
+        length can be given; if it or the process is stopped, what was committed stays, and the same
+        call with on_duplicate="skip" goes on from there. A document longer than the bank's
+        `max_document_tokens` is split into linked parts ("book#1", "book#2", ...), stored together.
+
+        Args:
+            documents: to be added. Bad ones (empty, too long, not valid Unicode, ...) are reported
+                in `failed`; the others go on.
+            on_duplicate: for an id that the bank holds with other content: "error" raises, "skip"
+                reports it as failed, "update" replaces it under a new number.
+            batch_tokens: tokens encoded at once, padding included.
+            commit_tokens: tokens after which a commit is made.
+            progress: called after every commit.
+
+        Raises:
+            DuplicateDocumentError: on_duplicate is "error", and an id is in the bank or came before
+                in this call, with other content. What was committed before stays.
+            StorageError: the disk refused; what was committed before stays.
+            ModelError: the model's states are not finite.
+            BankError: the bank is read-only, closed or has no model.
+        """
+        self._check_writable("add documents")
+        options = AddOptions(on_duplicate, batch_tokens, commit_tokens, progress)
+        encoder = self._encoder("add documents")
+        limit = self.manifest.max_document_tokens
+        return Ingest(self.catalog, self._writer, encoder, limit, options).run(documents)
+
+    def update(self, document: Document) -> None:
+        """Replace a document's text, title or metadata.
+
+        New text gets a new number, since the number stands in the encoded text; new metadata alone
+        keeps it. The change is one commit: a reader sees the old document or the new one.
+
+        Raises:
+            DocumentNotFoundError: the bank does not hold the id.
+            InputError: the new document cannot be stored; the old one stays.
+        """
+        self._check_writable("update documents")
+        self._known_numbers(document.id)
+        report = self.add([document], on_duplicate="update")
+        if report.failed:
+            raise InputError(f"document '{report.failed[0][0]}': {report.failed[0][1]}")
+
+    def delete(self, ids: str | Iterable[str]) -> int:
+        """Delete documents, with all their parts; in one commit, all or none.
+
+        Texts are erased at once; latent states stay on disk, unread, until `compact`.
+
+        Args:
+            ids: as given to `add`.
+
+        Returns:
+            How many ids were deleted.
+
+        Raises:
+            DocumentNotFoundError: the bank does not hold one of them.
+            InputError: an id names a part of a split document.
+        """
+        self._check_writable("delete documents")
+        wanted = dict.fromkeys([ids] if isinstance(ids, str) else ids)
+        numbers = [n for i in wanted for n in self._known_numbers(i)]
+        if numbers:
+            self.catalog.delete(numbers)
+        return len(wanted)
+
+    def _known_numbers(self, document_id: str) -> tuple[int, ...]:
+        known = self.catalog.known(document_id)
+        if known.part_of is not None:
+            raise InputError(
+                f"'{document_id}' is a part of '{known.part_of}', which was split; give that id"
+            )
+        if not known.numbers:
+            raise self._not_found(document_id)
+        return known.numbers
+
+    def _not_found(self, document_id: str) -> DocumentNotFoundError:
+        return DocumentNotFoundError(
+            f"bank '{self.path}' holds no document '{document_id}'; 'msa bank list {self.path}' "
+            "names those it holds"
+        )
+
+    def compact(self) -> CompactReport:
+        """Drop the latent states of deleted documents, and merge small segments.
+
+        Group by group: new segment, commit, removal of the old ones; so it needs little room on
+        disk and can be killed at any instant. Readers that have the old segments open keep them.
+
+        Raises:
+            BankCorruptError: a segment to be rewritten is damaged; it is left as it is.
+            StorageError: the disk refused; groups done before stay done.
+        """
+        self._check_writable("compact it")
+        return self._maintenance.compact(self._writer)
+
+    def repair(self) -> int:
+        """Encode the documents of damaged segments again from their stored texts.
+
+        They keep their numbers, so nothing else changes.
+
+        Returns:
+            How many documents were encoded.
+
+        Raises:
+            BankError: the bank is read-only, closed or has no model.
+        """
+        self._check_writable("repair it")
+        return self._maintenance.repair(self._writer, self._encoder("repair it"))
+
+    # ---- reading
+
+    def get(self, document_id: str) -> StoredDocument:
+        """The document with this id; or a part, by its own id ("book#2").
+
+        Raises:
+            DocumentNotFoundError: there is none; for a split document the message names its parts.
+        """
+        stored = self.catalog.by_id(document_id)
+        if stored is not None:
+            return stored
+        parts = self.catalog.by_source(document_id)
+        if parts:
+            raise DocumentNotFoundError(
+                f"'{document_id}' was too long and is stored as {len(parts)} parts, "
+                f"'{parts[0].document.id}' to '{parts[-1].document.id}'; get those, or all with "
+                "parts()"
+            )
+        raise self._not_found(document_id)
+
+    def parts(self, document_id: str) -> list[StoredDocument]:
+        """The document given under this id: itself, or all its parts in order.
+
+        Raises:
+            DocumentNotFoundError: the bank does not hold it.
+        """
+        stored = self.catalog.by_source(document_id)
+        if not stored:
+            raise self._not_found(document_id)
+        return stored
+
+    def get_number(self, number: int) -> StoredDocument:
+        """The document with this number.
+
+        Raises:
+            DocumentNotFoundError: there is none, or none any more.
+        """
+        stored = self.catalog.by_numbers([number]).get(number)
+        if stored is None:
+            raise DocumentNotFoundError(
+                f"bank '{self.path}' holds no document number {number} (any more)"
+            )
+        return stored
+
+    def get_many(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
+        """Number -> document, for those that exist; one that was deleted meanwhile is left out."""
+        return self.catalog.by_numbers(numbers)
+
+    def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
+        """Documents in the order in which they were added, parts of split ones each.
+
+        Raises:
+            InputError: a negative limit or offset.
+        """
+        if offset < 0 or (limit is not None and limit < 0):
+            raise InputError(f"limit={limit}, offset={offset}: expected whole numbers from 0")
+        return self.catalog.page(-1 if limit is None else limit, offset)
+
+    def info(self) -> BankInfo:
+        """Figures of the bank."""
+        totals = self.catalog.totals()
+        segments = self.catalog.segments()
+        manifest = self.manifest
+        catalog_bytes = 0
+        for end in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                catalog_bytes += (self.path / (CATALOG_FILE + end)).stat().st_size
+        return BankInfo(
+            path=self.path,
+            num_documents=totals.num_documents,
+            num_ids=totals.num_ids,
+            num_tokens=totals.num_tokens,
+            num_chunks=totals.num_chunks,
+            num_deleted=totals.num_deleted,
+            num_segments=len(segments),
+            segment_bytes=sum(e.size_bytes for e in segments),
+            catalog_bytes=catalog_bytes,
+            generation=self.generation,
+            model=manifest.model,
+            chunk_size=manifest.chunk_size,
+            routing_layers=manifest.routing_layers,
+            dtype=manifest.dtype,
+            max_document_tokens=manifest.max_document_tokens,
+            created=manifest.created,
+        )
+
+    def verify(self) -> VerifyReport:
+        """Read everything and compare it with its checksums; repairs nothing.
+
+        Beside a writer, a segment that `compact` replaces meanwhile is not reported.
+        """
+        return self._maintenance.verify()

@@ -1,0 +1,519 @@
+"""The catalog: ids, numbers, texts, metadata, and which segments count. SQLite, WAL, full sync.
+
+What is not in the catalog does not exist. Every change is one transaction that also raises
+`generation`; `layout` rises when segments are replaced, so that a reader knows whether it can go on
+from what it has loaded. All methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from msa.errors import BankCorruptError, BankError, StorageError
+from msa.memory.reports import StoredDocument
+from msa.memory.segments import SegmentEntry
+from msa.types import Document
+
+CATALOG_FILE = "catalog.sqlite"
+BUSY_SECONDS = 30.0
+_IDS_PER_QUERY = 500
+
+_SCHEMA = """
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO counters VALUES ('generation', 0), ('layout', 0), ('next_number', 1),
+    ('next_segment', 1);
+CREATE TABLE segments (
+    segment INTEGER PRIMARY KEY, size_bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    routing_bytes INTEGER NOT NULL, routing_sha256 TEXT NOT NULL,
+    num_documents INTEGER NOT NULL, num_chunks INTEGER NOT NULL);
+CREATE TABLE documents (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, source TEXT NOT NULL,
+    part INTEGER NOT NULL, num_parts INTEGER NOT NULL, content_hash BLOB NOT NULL,
+    metadata TEXT NOT NULL, num_tokens INTEGER NOT NULL, num_chunks INTEGER NOT NULL,
+    segment INTEGER NOT NULL);
+CREATE INDEX documents_source ON documents (source);
+CREATE INDEX documents_segment ON documents (segment);
+CREATE TABLE texts (number INTEGER PRIMARY KEY, title TEXT, text TEXT NOT NULL);
+-- deleted documents whose states still lie in a segment
+CREATE TABLE dead (number INTEGER PRIMARY KEY, segment INTEGER NOT NULL,
+    generation INTEGER NOT NULL);
+CREATE INDEX dead_generation ON dead (generation);
+CREATE INDEX dead_segment ON dead (segment);
+"""
+
+_STORED = """SELECT d.number, d.id, d.source, d.part, d.num_parts, d.metadata, d.num_tokens,
+    d.num_chunks, t.title, t.text FROM documents d JOIN texts t USING (number) """
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRow:
+    """A document to be stored: everything but the segment.
+
+    Attributes:
+        number: assigned.
+        document: as stored (a part carries its part id).
+        source: id as given; differs from `document.id` for a part.
+        part, num_parts: 0 and 1 for a whole document.
+        content_hash: of the source's title and text.
+        metadata: JSON text.
+        num_tokens, num_chunks: as encoded.
+    """
+
+    number: int
+    document: Document
+    source: str
+    part: int
+    num_parts: int
+    content_hash: bytes
+    metadata: str
+    num_tokens: int
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the catalog knows of one id.
+
+    Attributes:
+        numbers: documents stored under this source id (several for a split one); empty if none.
+        content_hash, metadata: of them.
+        part_of: the source, when the id names a part of another document.
+    """
+
+    numbers: tuple[int, ...] = ()
+    content_hash: bytes = b""
+    metadata: str = ""
+    part_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a reader must load: one consistent state of the catalog.
+
+    Attributes:
+        generation, layout: of that state.
+        segments: after the segment asked for, without those that hold no live document.
+        dead: numbers deleted after the generation asked for.
+    """
+
+    generation: int
+    layout: int
+    segments: tuple[SegmentEntry, ...]
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts over the live documents, and of the dead ones that still have states."""
+
+    num_documents: int
+    num_ids: int
+    num_tokens: int
+    num_chunks: int
+    num_deleted: int
+
+
+class Catalog:
+    """An open catalog.
+
+    Args:
+        folder: the bank's folder.
+        read_only: never write, not even to recover.
+
+    Raises:
+        BankCorruptError: the file is missing or no SQLite database of ours.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        self.path = folder / CATALOG_FILE
+        self.read_only = read_only
+        self._lock = threading.RLock()
+        self._frozen: tuple[int, int] | None = None
+        if not self.path.is_file():
+            raise BankCorruptError(
+                f"Bank '{folder}' has lost its {CATALOG_FILE}; restore it from a copy, or remove "
+                "the folder and index again"
+            )
+        with self._guard("open"):
+            self._connection = self._connect()
+
+    @classmethod
+    def create(cls, folder: Path) -> Catalog:
+        """Make an empty catalog in a folder that has none."""
+        path = folder / CATALOG_FILE
+        with _guard(path, "create"):
+            connection = sqlite3.connect(path, isolation_level=None)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.close()
+        return cls(folder)
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.read_only:
+            connection = self._connect_to("rw")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")  # a deleted text is gone from the file
+            return connection
+        try:
+            return self._connect_to("ro")
+        except sqlite3.OperationalError as error:
+            # In a folder that we may not write to, SQLite can read along with a writer but cannot
+            # make the shared-memory file itself; when no writer runs there is nothing to share.
+            if error.sqlite_errorcode & 0xFF not in (
+                sqlite3.SQLITE_CANTOPEN,
+                sqlite3.SQLITE_READONLY,
+            ):
+                raise
+            stat = self.path.stat()
+            self._frozen = (stat.st_mtime_ns, stat.st_size)
+            return self._connect_to("ro&immutable=1")
+
+    def _connect_to(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=BUSY_SECONDS,
+        )
+        connection.execute("SELECT value FROM counters").fetchall()
+        return connection
+
+    def close(self) -> None:
+        """Close the database; a writer folds its log into it."""
+        with self._lock:
+            self._connection.close()
+
+    # ---- transactions
+
+    def _guard(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return _guard(self.path, doing)
+
+    @contextlib.contextmanager
+    def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """One durable transaction that raises the generation, or no change at all."""
+        with self._lock, self._guard(doing):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.execute(
+                    "UPDATE counters SET value = value + 1 WHERE name = 'generation'"
+                )
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Several queries that see one state of the catalog."""
+        with self._lock, self._guard("read"):
+            self._follow()
+            self._connection.execute("BEGIN")
+            try:
+                yield self._connection
+            finally:
+                self._connection.execute("COMMIT")
+
+    def _follow(self) -> None:
+        """An immutable connection sees no changes: open it again when the file has some."""
+        if self._frozen is None:
+            return
+        stat = self.path.stat()
+        wal = self.path.with_name(self.path.name + "-wal")
+        if self._frozen != (stat.st_mtime_ns, stat.st_size) or wal.exists():
+            self._connection.close()
+            self._frozen = None
+            self._connection = self._connect()
+
+    # ---- writing
+
+    def commit(
+        self,
+        segments: Sequence[tuple[SegmentEntry, Sequence[int]]],
+        rows: Sequence[CatalogRow],
+        replaced: Iterable[int] = (),
+        metadata: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """Name new segments and their documents, and drop the documents that they replace.
+
+        Args:
+            segments: each with the numbers of its documents.
+            rows: those documents.
+            replaced: numbers of documents that cease to exist.
+            metadata: (source id, JSON text) of documents of which only the metadata changes.
+        """
+        place = {n: entry.segment for entry, numbers in segments for n in numbers}
+        with self._transaction("commit documents to") as db:
+            _bury(db, replaced)
+            db.executemany(
+                "UPDATE documents SET metadata = ? WHERE source = ?",
+                ((text, source) for source, text in metadata),
+            )
+            _insert_segments(db, [entry for entry, _ in segments])
+            db.executemany(
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    (
+                        *(r.number, r.document.id, r.source, r.part, r.num_parts, r.content_hash),
+                        *(r.metadata, r.num_tokens, r.num_chunks, place[r.number]),
+                    )
+                    for r in rows
+                ),
+            )
+            db.executemany(
+                "INSERT INTO texts VALUES (?, ?, ?)",
+                ((r.number, r.document.title, r.document.text) for r in rows),
+            )
+            if rows:
+                _raise_counter(db, "next_number", max(r.number for r in rows) + 1)
+
+    def delete(self, numbers: Iterable[int]) -> None:
+        """Documents cease to exist; their states stay in their segments until `compact`."""
+        with self._transaction("delete documents from") as db:
+            _bury(db, numbers)
+
+    def replace_segments(
+        self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
+    ) -> None:
+        """Segments take the place of others, with all live documents of those.
+
+        Args:
+            removed: numbers of the segments that cease to exist.
+            added: new segments, each with the numbers of its documents.
+        """
+        with self._transaction("rewrite segments of") as db:
+            _insert_segments(db, [entry for entry, _ in added])
+            for entry, numbers in added:
+                db.executemany(
+                    "UPDATE documents SET segment = ? WHERE number = ?",
+                    ((entry.segment, n) for n in numbers),
+                )
+            for segment in removed:
+                db.execute("DELETE FROM dead WHERE segment = ?", (segment,))
+                db.execute("DELETE FROM segments WHERE segment = ?", (segment,))
+                query = "SELECT number FROM documents WHERE segment = ? LIMIT 1"
+                left = db.execute(query, (segment,)).fetchone()
+                assert left is None, f"document {left} would lose its segment"
+            db.execute("UPDATE counters SET value = value + 1 WHERE name = 'layout'")
+
+    def shrink(self) -> None:
+        """Give the room of deleted texts back to the file system."""
+        with self._lock, self._guard("shrink"):
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    # ---- reading
+
+    def counter(self, name: str) -> int:
+        """Value of "generation", "layout", "next_number" or "next_segment"."""
+        with self._reading() as db:
+            return _counter(db, name)
+
+    def count(self) -> int:
+        """Number of live documents."""
+        with self._reading() as db:
+            return int(db.execute("SELECT COUNT(*) FROM documents").fetchone()[0])
+
+    def totals(self) -> Totals:
+        """Counts for `info`."""
+        with self._reading() as db:
+            live = db.execute(
+                "SELECT COUNT(*), COUNT(DISTINCT source), TOTAL(num_tokens), TOTAL(num_chunks) "
+                "FROM documents"
+            ).fetchone()
+            dead = db.execute("SELECT COUNT(*) FROM dead").fetchone()
+        return Totals(*(int(v) for v in (*live, *dead)))
+
+    def known(self, document_id: str) -> Known:
+        """What is stored under an id as given."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
+                "ORDER BY part",
+                (document_id,),
+            ).fetchall()
+            if rows:
+                return Known(tuple(r[0] for r in rows), rows[0][1], rows[0][2])
+            part = db.execute(
+                "SELECT source FROM documents WHERE id = ?", (document_id,)
+            ).fetchone()
+        return Known(part_of=part[0] if part else None)
+
+    def by_id(self, document_id: str) -> StoredDocument | None:
+        """The document or part with this id."""
+        return next(iter(self._stored("WHERE d.id = ?", (document_id,))), None)
+
+    def by_source(self, source: str) -> list[StoredDocument]:
+        """The document given under this id, or all its parts in order."""
+        return self._stored("WHERE d.source = ? ORDER BY d.part", (source,))
+
+    def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
+        """Number -> document, for those that exist."""
+        wanted = list(dict.fromkeys(numbers))
+        found: dict[int, StoredDocument] = {}
+        for start in range(0, len(wanted), _IDS_PER_QUERY):
+            some = wanted[start : start + _IDS_PER_QUERY]
+            marks = ",".join("?" * len(some))
+            for stored in self._stored(f"WHERE d.number IN ({marks})", some):
+                found[stored.number] = stored
+        return found
+
+    def page(self, limit: int, offset: int) -> list[StoredDocument]:
+        """Documents in the order of their numbers; a negative limit means all."""
+        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", (limit, offset))
+
+    def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
+        with self._reading() as db:
+            rows = db.execute(_STORED + where, values).fetchall()
+        return [_stored_document(row) for row in rows]
+
+    def metadata(self) -> Iterator[tuple[int, str]]:
+        """(number, JSON text) of every live document, from one state of the catalog."""
+        with self._reading() as db:
+            rows = db.execute("SELECT number, metadata FROM documents").fetchall()
+        return iter(rows)
+
+    def segments(self) -> list[SegmentEntry]:
+        """All segments, in the order they were written."""
+        with self._reading() as db:
+            return _segments(db, "ORDER BY segment", ())
+
+    def dead_counts(self) -> dict[int, int]:
+        """Segment -> number of its documents that are deleted."""
+        with self._reading() as db:
+            return dict(db.execute("SELECT segment, COUNT(*) FROM dead GROUP BY segment"))
+
+    def live_in(self, segment: int) -> dict[int, int]:
+        """Number -> number of chunks, for the live documents of a segment."""
+        with self._reading() as db:
+            return dict(
+                db.execute("SELECT number, num_chunks FROM documents WHERE segment = ?", (segment,))
+            )
+
+    def snapshot(self, after_segment: int = 0, after_generation: int = -1) -> Snapshot:
+        """What has changed since a reader last looked; everything by default."""
+        with self._reading() as db:
+            return Snapshot(
+                _counter(db, "generation"),
+                _counter(db, "layout"),
+                tuple(
+                    _segments(
+                        db,
+                        "WHERE segment > ? AND num_documents > (SELECT COUNT(*) FROM dead "
+                        "WHERE dead.segment = segments.segment) ORDER BY segment",
+                        (after_segment,),
+                    )
+                ),
+                tuple(
+                    row[0]
+                    for row in db.execute(
+                        "SELECT number FROM dead WHERE generation > ?", (after_generation,)
+                    )
+                ),
+            )
+
+    def problems(self) -> list[str]:
+        """What SQLite itself and the tables' relations to each other say is wrong."""
+        checks = {
+            "documents without text": "SELECT COUNT(*) FROM documents WHERE number NOT IN "
+            "(SELECT number FROM texts)",
+            "texts without document": "SELECT COUNT(*) FROM texts WHERE number NOT IN "
+            "(SELECT number FROM documents)",
+            "documents in a segment that does not exist": "SELECT COUNT(*) FROM documents WHERE "
+            "segment NOT IN (SELECT segment FROM segments)",
+            "documents both live and deleted": "SELECT COUNT(*) FROM documents JOIN dead "
+            "USING (number)",
+            "split documents with a part missing": "SELECT COUNT(*) FROM (SELECT 1 FROM documents "
+            "GROUP BY source HAVING COUNT(*) <> MAX(num_parts))",
+            "numbers at or above the next one": "SELECT COUNT(*) FROM documents WHERE number >= "
+            "(SELECT value FROM counters WHERE name = 'next_number')",
+        }
+        with self._reading() as db:
+            answer = [row[0] for row in db.execute("PRAGMA integrity_check(10)")]
+            found = [] if answer == ["ok"] else [f"{CATALOG_FILE}: {line}" for line in answer]
+            for words, query in checks.items():
+                count = db.execute(query).fetchone()[0]
+                if count:
+                    found.append(f"{CATALOG_FILE}: {count} {words}")
+        return found
+
+
+def _stored_document(row: Sequence[Any]) -> StoredDocument:
+    """From the columns of `_STORED`."""
+    number, name, source, part, num_parts, metadata, num_tokens, num_chunks, title, text = row
+    document = Document(name, text, title, json.loads(metadata))
+    part_of = source if part else None
+    return StoredDocument(document, number, num_tokens, num_chunks, part_of, part, num_parts)
+
+
+def _bury(db: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    generation = _counter(db, "generation")
+    for number in numbers:
+        db.execute(
+            "INSERT INTO dead SELECT number, segment, ? FROM documents WHERE number = ?",
+            (generation, number),
+        )
+        db.execute("DELETE FROM documents WHERE number = ?", (number,))
+        db.execute("DELETE FROM texts WHERE number = ?", (number,))
+
+
+def _insert_segments(db: sqlite3.Connection, entries: Sequence[SegmentEntry]) -> None:
+    columns = tuple(f.name for f in fields(SegmentEntry))
+    db.executemany(
+        f"INSERT INTO segments ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+        ([getattr(e, name) for name in columns] for e in entries),
+    )
+    if entries:
+        _raise_counter(db, "next_segment", max(e.segment for e in entries) + 1)
+
+
+def _raise_counter(db: sqlite3.Connection, name: str, value: int) -> None:
+    db.execute("UPDATE counters SET value = MAX(value, ?) WHERE name = ?", (value, name))
+
+
+def _counter(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()[0])
+
+
+def _segments(db: sqlite3.Connection, where: str, values: Sequence[object]) -> list[SegmentEntry]:
+    query = (
+        "SELECT segment, size_bytes, sha256, routing_bytes, routing_sha256, num_documents, "
+        "num_chunks FROM segments " + where
+    )
+    return [SegmentEntry(*row) for row in db.execute(query, values)]
+
+
+@contextlib.contextmanager
+def _guard(path: Path, doing: str) -> Iterator[None]:
+    """SQLite's errors as ours, by their code."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = (error.sqlite_errorcode or 0) & 0xFF if hasattr(error, "sqlite_errorcode") else 0
+        if code in (
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_READONLY,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_PERM,
+        ):
+            raise StorageError(
+                f"cannot {doing} {path}: {error}. The bank is as it was before; free space or "
+                "allow writing there, and try again"
+            ) from error
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such table" in str(error):
+            raise BankCorruptError(
+                f"{path} is damaged ({error}); restore it from a copy, or remove the bank and "
+                "index again"
+            ) from error
+        raise BankError(f"cannot {doing} {path}: {error}") from error

@@ -1,0 +1,131 @@
+"""Stage 1 in bulk: documents to latent states, batches of similar length.
+
+Shapes: N documents of a batch, L tokens of its longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from msa.errors import InputError, ModelError
+from msa.memory.segments import EncodedBatch
+from msa.text.prompts import PromptEncoder, PromptTemplate
+from msa.types import Document, LatentStates, LayerStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from msa.model.modeling_msa import MSAForCausalLM
+
+DEFAULT_BATCH_TOKENS = 16384
+
+
+class DocumentEncoder:
+    """Encodes documents with one model, tokenizer and template.
+
+    Args:
+        model: encodes; put into evaluation mode while it does.
+        tokenizer: the model's.
+        template: text format; the released one by default.
+        dtype: of the states; the model's by default.
+    """
+
+    def __init__(
+        self,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.prompts = PromptEncoder(tokenizer, template)
+        self.dtype = dtype or model.dtype
+
+    @property
+    def max_tokens(self) -> int:
+        """The model's positions: no document can have more tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def tokens(self, number: int, document: Document) -> list[int]:
+        """What is encoded for a document: its content in the template, as token ids."""
+        return self.prompts.document(number, document.content)
+
+    def encode(
+        self,
+        documents: Sequence[tuple[int, Document]],
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ) -> Iterator[EncodedBatch]:
+        """Latent states of documents, given with their numbers.
+
+        See `encode_tokens`, for which this makes the tokens.
+        """
+        return self.encode_tokens([(n, self.tokens(n, d)) for n, d in documents], batch_tokens)
+
+    def encode_tokens(
+        self,
+        documents: Sequence[tuple[int, Sequence[int]]],
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ) -> Iterator[EncodedBatch]:
+        """Latent states of documents, in batches of similar length.
+
+        Args:
+            documents: number and token ids of each, no more than `max_tokens`.
+            batch_tokens: N * L of a batch, padding included; a longer document goes alone.
+
+        Yields:
+            Batches on the CPU, in `dtype`, shortest documents first; every document once.
+
+        Raises:
+            InputError: a document has no tokens, or more than the model has positions.
+            ModelError: the states are not finite numbers.
+
+        Source: ours; padding costs as much as text, so lengths are bucketed.
+        """
+        for number, ids in documents:
+            if not 1 <= len(ids) <= self.max_tokens:
+                raise InputError(
+                    f"document {number} has {len(ids)} tokens; the model takes 1 to "
+                    f"{self.max_tokens}. Split it"
+                )
+        batch: list[tuple[int, Sequence[int]]] = []
+        for item in sorted(documents, key=lambda d: len(d[1])):
+            if batch and (len(batch) + 1) * len(item[1]) > batch_tokens:
+                yield self._encode_batch(batch)
+                batch = []
+            batch.append(item)
+        if batch:
+            yield self._encode_batch(batch)
+
+    @torch.no_grad()
+    def _encode_batch(self, batch: Sequence[tuple[int, Sequence[int]]]) -> EncodedBatch:
+        longest = len(batch[-1][1])
+        input_ids = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for _, ids in batch])
+        lengths = torch.tensor([len(ids) for _, ids in batch])
+        device = self.model.device
+        training = self.model.training
+        self.model.eval()
+        try:
+            states = self.model.encode_documents(input_ids.to(device), lengths.to(device))
+        finally:
+            self.model.train(training)
+        numbers = tuple(n for n, _ in batch)
+        return EncodedBatch(numbers, self._on_cpu(states, numbers))
+
+    def _on_cpu(self, states: LatentStates, numbers: tuple[int, ...]) -> LatentStates:
+        layers = {}
+        for i, s in states.layers.items():
+            moved = [
+                t.to("cpu", self.dtype) for t in (s.pooled_keys, s.pooled_values, s.routing_keys)
+            ]
+            if not all(bool(t.isfinite().all()) for t in moved):
+                raise ModelError(
+                    f"the model gives infinite or NaN states in layer {i} for documents "
+                    f"{numbers[0]} to {numbers[-1]}; its weights are damaged, or {self.dtype} is "
+                    "too narrow for them. Load it again, or choose another dtype"
+                )
+            layers[i] = LayerStates(*moved)
+        return LatentStates(states.chunk_counts.cpu(), layers)

@@ -1,0 +1,274 @@
+"""bank.json: what a bank was made with, so that it is never asked with anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+import msa
+from msa.errors import BankCorruptError, BankMismatchError, BankNotFoundError, ConfigError
+from msa.memory.storage import storage_errors, write_file
+from msa.text.prompts import PromptTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from msa.model.modeling_msa import MSAForCausalLM
+
+BANK_FILE = "bank.json"
+FORMAT = "msa-bank"
+FORMAT_VERSION = 1
+DEFAULT_DOCUMENT_TOKENS = 512
+MIN_DOCUMENT_TOKENS = 32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What decides the latent states of given weights, besides the fields that bank.json names.
+_CONFIG_FIELDS = (
+    "attention_bias",
+    "backbone",
+    "head_dim",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+)
+
+# Text whose token ids tell tokenizers apart that share a vocabulary.
+_PROBE = (
+    "<|im_start|>user\n [17]. The 1st   of MAY, 1984: naïve café — 北京, Привет!\t'quotes' "
+    "e.g. don't; x=3.14e-10 \u200b🙂 ÅÅ\r\nEnd-of-Retrieve<End-of-Retrieve><|object_ref_end|>"
+)
+
+_model_hashes: WeakKeyDictionary[Any, tuple[Any, tuple[str, str]]] = WeakKeyDictionary()
+_tokenizer_hashes: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+
+def _hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)};".encode())
+        rounded = tensor.detach().to(torch.bfloat16).cpu().contiguous().reshape(-1)
+        digest.update(rounded.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprints(model: MSAForCausalLM) -> tuple[str, str]:
+    """Hashes of the weights (the router's apart) and of the router.
+
+    Over names, shapes and values rounded to bfloat16, so that a checkpoint has one fingerprint
+    whether it is loaded in float32 or in bfloat16. Kept per model object until a weight changes.
+
+    Returns:
+        (weights, router), SHA-256 in hexadecimal.
+
+    Source: ours.
+    """
+    parameters = sorted(model.named_parameters())
+    version = tuple((p.data_ptr(), p._version, p.dtype) for _, p in parameters)
+    known = _model_hashes.get(model)
+    if known is not None and known[0] == version:
+        return known[1]
+    settings = {name: getattr(model.config, name, None) for name in _CONFIG_FIELDS}
+    weights = _hash_tensors((n, p) for n, p in parameters if "router" not in n)
+    weights += json.dumps(settings, sort_keys=True, default=str)
+    hashes = (
+        hashlib.sha256(weights.encode()).hexdigest(),
+        _hash_tensors((n, p) for n, p in parameters if "router" in n),
+    )
+    _model_hashes[model] = (version, hashes)
+    return hashes
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary and of the token ids of a fixed text.
+
+    Not of the tokenizer's file, whose form changes with the library's version.
+
+    Source: ours.
+    """
+    known = _tokenizer_hashes.get(tokenizer)
+    if known is not None and known[0] == len(tokenizer):
+        return known[1]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False)
+    value = hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
+    _tokenizer_hashes[tokenizer] = (len(tokenizer), value)
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The contents of bank.json.
+
+    Attributes:
+        format, format_version: "msa-bank", 1.
+        created: ISO 8601, UTC.
+        msa_version: version of this package that made the bank.
+        model: name or path of the model, to tell people.
+        weights, router, tokenizer: fingerprints.
+        template: fields of the prompt template.
+        chunk_size, routing_layers, routing_score, top_k: of the model.
+        num_key_value_heads, head_dim: shape of a chunk's state.
+        dtype: of all states on disk: "float32", "bfloat16" or "float16".
+        max_document_tokens: longer documents are split into parts of at most so many tokens.
+    """
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    created: str
+    msa_version: str
+    model: str
+    weights: str
+    router: str
+    tokenizer: str
+    template: dict[str, str]
+    chunk_size: int
+    routing_layers: tuple[int, ...]
+    routing_score: str
+    top_k: int
+    num_key_value_heads: int
+    head_dim: int
+    dtype: str
+    max_document_tokens: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of the states on disk."""
+        return DTYPES[self.dtype]
+
+    @property
+    def prompt_template(self) -> PromptTemplate:
+        """Text format of the documents."""
+        return PromptTemplate(**self.template)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        dtype: torch.dtype | None,
+        max_document_tokens: int | None,
+    ) -> Manifest:
+        """Describe a new bank.
+
+        Raises:
+            ConfigError: the dtype or the document length cannot be used.
+        """
+        config = model.config
+        name = str(dtype or model.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ConfigError(f"dtype={name}: a bank holds one of {', '.join(DTYPES)}")
+        positions = int(config.max_position_embeddings)
+        limit = max_document_tokens or min(DEFAULT_DOCUMENT_TOKENS, positions)
+        if not MIN_DOCUMENT_TOKENS <= limit <= positions:
+            raise ConfigError(
+                f"max_document_tokens={limit}: expected {MIN_DOCUMENT_TOKENS} to {positions}, "
+                "the model's positions"
+            )
+        weights, router = model_fingerprints(model)
+        return cls(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            msa_version=msa.__version__,
+            model=str(getattr(config, "name_or_path", "") or type(model).__name__),
+            weights=weights,
+            router=router,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            template=asdict(template),
+            chunk_size=int(config.chunk_size),
+            routing_layers=tuple(config.routing_layers or ()),
+            routing_score=config.routing_score,
+            top_k=int(config.top_k),
+            num_key_value_heads=int(config.num_key_value_heads or config.num_attention_heads),
+            head_dim=int(config.head_dim),
+            dtype=name,
+            max_document_tokens=limit,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write bank.json durably; from then on the folder is a bank."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        with storage_errors(f"write {folder / BANK_FILE}"):
+            write_file(folder / BANK_FILE, [text.encode()])
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read bank.json.
+
+        Raises:
+            BankNotFoundError: the folder is no bank.
+            BankMismatchError: the bank has another format version.
+            BankCorruptError: bank.json is there and cannot be understood.
+        """
+        path = folder / BANK_FILE
+        if not path.is_file():
+            raise BankNotFoundError(
+                f"'{folder}' is not a memory bank (it has no {BANK_FILE}); "
+                "make one with 'msa index' or MemoryBank.create"
+            )
+        try:
+            values = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise BankCorruptError(f"{path} is damaged ({error}); restore it") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise BankNotFoundError(f"'{folder}' is not a memory bank: {path} is something else")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise BankMismatchError(
+                f"Bank '{folder}' has format version {values.get('format_version')}; this version "
+                f"of msa reads {FORMAT_VERSION}. Use the msa that made it "
+                f"({values.get('msa_version')}), or index the documents again"
+            )
+        names = {f.name for f in fields(cls)}
+        if set(values) != names or values["dtype"] not in DTYPES:
+            wrong = sorted(set(values) ^ names) or ["dtype"]
+            raise BankCorruptError(f"{path} is damaged (fields {wrong}); restore it")
+        values["routing_layers"] = tuple(values["routing_layers"])
+        return cls(**values)
+
+    def check(
+        self,
+        folder: Path,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None,
+    ) -> None:
+        """Refuse a model, tokenizer or template that the bank was not made with.
+
+        Raises:
+            BankMismatchError: the message says what differs and what to do.
+        """
+        given = Manifest.for_model(
+            model,
+            tokenizer,
+            template or self.prompt_template,
+            self.torch_dtype,
+            None,
+        )
+        advice = f"Open it with the model it was made with ({self.model}), or index again"
+        for name in ("chunk_size", "routing_layers", "num_key_value_heads", "head_dim"):
+            mine, other = getattr(self, name), getattr(given, name)
+            if mine != other:
+                raise BankMismatchError(
+                    f"Bank '{folder}' was made with {name}={mine}; this model has {other}. {advice}"
+                )
+        for name, words in (
+            ("weights", "model weights"),
+            ("router", "router weights"),
+            ("routing_score", "routing score"),
+            ("tokenizer", "tokenizer"),
+            ("template", "prompt template"),
+        ):
+            if getattr(self, name) != getattr(given, name):
+                raise BankMismatchError(
+                    f"Bank '{folder}' was made with other {words} than those given. {advice}"
+                )
