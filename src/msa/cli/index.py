@@ -1,0 +1,234 @@
+"""`msa index`: files and folders into a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from msa.cli import output
+from msa.cli.options import (
+    BankOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    load_model,
+    open_bank,
+)
+from msa.errors import BankNotFoundError
+from msa.text.loaders import (
+    FieldNames,
+    LoadedDocument,
+    LoadFailure,
+    load_documents,
+    total_bytes,
+)
+
+if TYPE_CHECKING:
+    from msa.memory.bank import MemoryBank
+    from msa.memory.reports import AddProgress, AddReport
+    from msa.types import Document
+
+SHOWN_REASONS = 20
+
+
+class Intake:
+    """Documents on their way into a bank, and everything that fell by the wayside.
+
+    Attributes:
+        failed, ignored: what gave no document, and why.
+        bar: shows the bytes read, from when it is set.
+    """
+
+    def __init__(self, paths: Sequence[Path], fields: FieldNames) -> None:
+        self.total_bytes = total_bytes(paths)
+        self.failed: list[LoadFailure] = []
+        self.ignored: list[LoadFailure] = []
+        self.bar: output.ProgressBar | None = None
+        self._unseen_bytes = 0
+        self._loaded = load_documents(paths, fields=fields, on_bytes=self._read)
+        self._waiting: list[LoadedDocument] = []
+
+    def has_documents(self) -> bool:
+        """True if there is at least one; reads no further than that one."""
+        if not self._waiting:
+            self._waiting = [loaded for loaded in [next(self._usable(), None)] if loaded]
+        return bool(self._waiting)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents, read as they are asked for."""
+        waiting, self._waiting = self._waiting, []
+        for loaded in chain(waiting, self._usable()):
+            yield loaded.document
+
+    def _usable(self) -> Iterator[LoadedDocument]:
+        for loaded in self._loaded:
+            if isinstance(loaded, LoadedDocument):
+                yield loaded
+            else:
+                (self.ignored if loaded.ignored else self.failed).append(loaded)
+
+    def _read(self, num_bytes: int) -> None:
+        self._unseen_bytes += num_bytes
+        if self.bar is not None:
+            self.bar.advance(self._unseen_bytes)
+            self._unseen_bytes = 0
+
+
+def index(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATHS...", help="Files and folders; folders are read whole."),
+    ],
+    bank: BankOption,
+    model: ModelOption = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update/--skip",
+            help="For a known id with another text: store the new one, or keep the old (failed).",
+        ),
+    ] = True,
+    id_field: Annotated[
+        str, typer.Option(metavar="NAME", help="JSONL field or table column of the id.")
+    ] = "id",
+    text_field: Annotated[
+        str, typer.Option(metavar="NAME", help="JSONL field or table column of the text.")
+    ] = "text",
+    title_field: Annotated[
+        str, typer.Option(metavar="NAME", help="JSONL field or table column of the title.")
+    ] = "title",
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens that are encoded together.")
+    ] = 16384,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if anything at all failed.")
+    ] = False,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Read files and folders into a memory bank, which is made if it is not there.
+
+    Reads txt, md, jsonl, csv and tsv (also .gz), and pdf, html and docx with the extra
+    "documents". Long texts are split into linked parts. Run it again after files have changed:
+    unchanged documents cost nothing, changed ones are encoded anew. Exits with 1 if no document
+    could be stored.
+    """
+    intake = Intake(paths, FieldNames(id=id_field, text=text_field, title=title_field))
+    report: AddReport | None = None
+    if intake.has_documents():
+        with open_or_create(bank, model, device) as memory:
+            report = _add(memory, intake, "update" if update else "skip", batch_tokens)
+    if json:
+        output.print_json(_as_json(bank, intake, report))
+    else:
+        _print_report(bank, intake, report)
+    if report is None or not report.added + report.updated + report.unchanged:
+        raise typer.Exit(1)
+    if strict and (report.failed or intake.failed):
+        raise typer.Exit(1)
+
+
+def open_or_create(path: Path, model_path: Path | None, device: str | None) -> MemoryBank:
+    """A bank to write to; made if the folder is not there or empty."""
+    try:
+        open_bank(path).close()  # what is wrong with it is said before a model is loaded
+        exists = True
+    except BankNotFoundError:
+        exists = False
+    model, tokenizer, template = load_model(model_path, device)
+    from msa.memory.bank import MemoryBank
+
+    if exists:
+        return MemoryBank.open(path, model, tokenizer, template=template)
+    return MemoryBank.create(path, model, tokenizer, template=template)
+
+
+def _add(memory: MemoryBank, intake: Intake, on_duplicate: Any, batch_tokens: int) -> AddReport:
+    """Store the documents; what is stored when the user interrupts stays."""
+    with output.progress("Indexing", intake.total_bytes) as bar:
+        intake.bar = bar
+
+        def show(progress: AddProgress) -> None:
+            speed = progress.tokens / max(progress.seconds, 1e-9)
+            bar.advance(
+                note=f"{output.plural(progress.documents, 'document')}, "
+                f"{output.number(speed)} tokens/s"
+            )
+
+        try:
+            return memory.add(
+                intake.documents(),
+                on_duplicate=on_duplicate,
+                batch_tokens=batch_tokens,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Interrupted. The bank holds {output.plural(len(memory), 'document')}; "
+                "run the same command again to go on."
+            ) from None
+
+
+def _failures(intake: Intake, report: AddReport | None) -> list[tuple[str, str]]:
+    """(source, reason) of everything that failed, in files first, then in the bank."""
+    found = [(failure.source, failure.reason) for failure in intake.failed]
+    return found + list(report.failed if report else ())
+
+
+def _as_json(bank: Path, intake: Intake, report: AddReport | None) -> dict[str, Any]:
+    failed = _failures(intake, report)
+    return {
+        "bank": bank,
+        "added": report.added if report else 0,
+        "unchanged": report.unchanged if report else 0,
+        "updated": report.updated if report else 0,
+        "failed": len(failed),
+        "ignored": len(intake.ignored),
+        "parts": report.parts if report else 0,
+        "tokens": report.tokens if report else 0,
+        "seconds": report.seconds if report else 0.0,
+        "failures": [{"source": source, "reason": reason} for source, reason in failed],
+        "ignored_files": [{"source": f.source, "reason": f.reason} for f in intake.ignored],
+    }
+
+
+def _print_report(bank: Path, intake: Intake, report: AddReport | None) -> None:
+    console = output.stdout()
+    failed = _failures(intake, report)
+    counts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    counts.add_column()
+    counts.add_column(justify="right")
+    for name, count in (
+        ("added", report.added if report else 0),
+        ("unchanged", report.unchanged if report else 0),
+        ("updated", report.updated if report else 0),
+        ("failed", len(failed)),
+        ("ignored", len(intake.ignored)),
+    ):
+        counts.add_row(name, output.number(count))
+    console.print(counts)
+    for title, reasons in (
+        ("Failed", failed),
+        ("Ignored", [(f.source, f.reason) for f in intake.ignored]),
+    ):
+        if reasons:
+            console.print(f"\n{title}:", style="bold")
+        for source, reason in reasons[:SHOWN_REASONS]:
+            console.print(f"  {output.one_line(source)}: {output.one_line(reason)}", soft_wrap=True)
+        if len(reasons) > SHOWN_REASONS:
+            rest = output.number(len(reasons) - SHOWN_REASONS)
+            console.print(f"  and {rest} more; --json lists them all")
+    if report is None:
+        output.print_error(f"no document found; {bank} was not touched")
+    elif report.tokens:
+        speed = output.number(report.tokens / max(report.seconds, 1e-9))
+        console.print(
+            f"\n{output.plural(report.tokens, 'token')} encoded in {report.seconds:.1f} s "
+            f"({speed} tokens/s) into {bank}",
+            soft_wrap=True,
+        )

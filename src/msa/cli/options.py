@@ -1,0 +1,109 @@
+"""Options that several commands share, and what they open: models, banks, engines."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msa.cli import output
+
+if TYPE_CHECKING:
+    from msa.inference.engine import MemoryEngine
+    from msa.memory.bank import MemoryBank
+
+BankOption = Annotated[
+    Path,
+    typer.Option(
+        "--bank", "-b", metavar="DIR", help="Folder of the memory bank.", show_default=False
+    ),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help="Folder of a model; the small one that ships with the package if not given.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ...; a GPU if there is one.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+
+
+def register(
+    app: typer.Typer, command: Callable[..., None], example: str, name: str | None = None
+) -> None:
+    """Make a function a command: its docstring is the help, with an example below."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, help=text, epilog=f"Example: {example}")(command)
+
+
+def load_model(path: Path | None, device: str | None) -> tuple[Any, Any, Any]:
+    """Model (on its device), tokenizer and prompt template.
+
+    Raises:
+        ModelError: no such model, damaged weights.
+        InputError: no such device.
+    """
+    with output.progress("Loading the model"):
+        import torch
+        from transformers.utils import logging
+
+        # Ours says in one line what is wrong; theirs would stand between our lines.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+        from msa.default_model import load_model as load
+        from msa.errors import InputError
+
+        model, tokenizer, template = load(path)
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model.to(torch.device(name))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device {name!r} cannot be used: {reason}") from error
+        model.eval()
+    return model, tokenizer, template
+
+
+def quiet_warnings() -> None:
+    """Keep warnings of libraries out of what people read; `--debug` shows them."""
+    warnings.simplefilter("ignore")
+
+
+def open_engine(bank_path: Path, model_path: Path | None, device: str | None) -> MemoryEngine:
+    """An engine over an existing bank, which it opens for reading."""
+    bank = open_bank(bank_path)  # a folder that is no bank is said before a model is loaded
+    bank.close()
+    model, tokenizer, template = load_model(model_path, device)
+    with output.progress("Opening the bank"):
+        from msa.inference.engine import MemoryEngine
+        from msa.memory.bank import MemoryBank
+
+        bank = MemoryBank.open(bank_path, model, tokenizer, read_only=True)
+        return MemoryEngine(model, tokenizer, bank, template=template)
+
+
+def open_bank(path: Path, *, write: bool = False) -> MemoryBank:
+    """A bank without a model: enough to look, delete, compact and verify."""
+    from msa.memory.bank import MemoryBank
+
+    return MemoryBank.open(path, read_only=not write)

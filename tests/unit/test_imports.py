@@ -1,0 +1,183 @@
+"""Data flows down the layout: a file imports only what stands above it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+PACKAGE = SOURCE / "msa"
+
+# Packages and modules of the first level, in the order in which data flows.
+ORDER = [
+    "errors",
+    "types",
+    "ops",
+    "model",
+    "text",
+    "memory",
+    "inference",
+    "training",
+    "evaluation",
+    "serving",
+    "default_model",
+    "cli",
+]
+# The order within packages, where one is laid down; files not named here are only kept from cycles.
+WITHIN = {
+    "ops": ["pooling", "routing", "positions", "attention", "kernels"],
+    "model": ["configuration_msa", "modeling_msa", "convert"],
+    "text": ["prompts", "loaders", "splitting"],
+    "memory": ["encoder", "catalog", "segments", "bank", "resident", "parallel", "budget"],
+    "inference": ["engine", "interleave"],
+}
+# `inference/engine.py` is the face of the package and calls the rounds of `interleave.py`.
+FACES = {"inference": "engine"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, types_too: bool = True) -> dict[str, int]:
+    """Modules of this package that a module imports, anywhere in the file -> line."""
+    found: dict[str, int] = {}
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(parse(module)):
+        if not types_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            skipped |= {child for statement in node.body for child in ast.walk(statement)}
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}:{node.lineno}: write imports in full, not relative"
+            base = node.module or ""
+            # `from msa.ops import pooling` is the module, `from msa.ops.pooling import f` is too
+            full = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else base for name in full]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "msa" and name != module:
+                found.setdefault(name, node.lineno)
+    return found
+
+
+def test_every_module_has_its_place_in_the_order():
+    first_level = {name.split(".")[1] for name in MODULES if "." in name}
+    assert first_level <= set(ORDER), f"give them a place: {first_level - set(ORDER)}"
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"msa"}))
+def test_a_file_imports_only_what_stands_above_it(module):
+    package, *rest = module.split(".")[1:]
+    for imported, line in imports(module).items():
+        where = f"{module}:{line} imports {imported}"
+        if imported == "msa":
+            # The face gives lazy access to everything; only the command line, below all, uses it.
+            assert package == "cli", f"{where}; import from the file that defines the name"
+            continue
+        other, *other_rest = imported.split(".")[1:]
+        assert ORDER.index(other) <= ORDER.index(package), f"{where}, which stands below it"
+        within = WITHIN.get(package, [])
+        if other == package and rest and other_rest:
+            mine, theirs = rest[0], other_rest[0]
+            if mine in within and theirs in within and FACES.get(package) != mine:
+                assert within.index(theirs) <= within.index(mine), f"{where}, which stands below it"
+
+
+def test_there_are_no_cycles():
+    graph = {module: set(imports(module, types_too=False)) - {"msa"} for module in MODULES}
+    graph.pop("msa")
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module in done or module not in graph:
+            return
+        for other in graph[module]:
+            visit(other, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_is_unpickled_or_evaluated(module):
+    """Banks and checkpoints come from strangers: safetensors and JSON only."""
+    for node in ast.walk(parse(module)):
+        where = f"{module}:{getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.Import):
+            assert not {a.name.split(".")[0] for a in node.names} & {"pickle", "dill", "shelve"}, (
+                where
+            )
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in {"pickle", "dill", "shelve"}, where
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in {"eval", "exec", "torch.load", "torch.save", "pd.read_pickle"}, where
+        if isinstance(node, ast.keyword) and node.arg in {"weights_only", "allow_pickle"}:
+            assert ast.unparse(node.value) != {"weights_only": "False"}.get(node.arg, "True"), where
+
+
+def run_python(code: str) -> str:
+    environment = dict(os.environ, PYTHONPATH=str(SOURCE))
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+HEAVY = "sorted({'torch', 'transformers', 'numpy', 'markitdown'} & set(sys.modules))"
+
+
+@pytest.mark.parametrize("module", ["msa", "msa.errors", "msa.types", "msa.cli.main"])
+def test_importing_it_imports_nothing_heavy(module):
+    assert run_python(f"import sys, {module}; print({HEAVY})") == "[]"
+
+
+def test_loading_documents_needs_no_torch():
+    code = f"import sys, msa.text.loaders, msa.text.splitting; print({HEAVY})"
+    assert run_python(code) == "[]"
+
+
+def test_help_is_there_within_a_second_and_imports_no_torch():
+    code = (
+        f"import sys; from msa.cli.main import main\ntry: main(['--help'])\nfinally: print({HEAVY})"
+    )
+    times = []
+    for _ in range(3):  # the quickest of three: the machine may be busy
+        start = time.perf_counter()
+        code_and_exit = f"{code}\n".replace(
+            "main(['--help'])", "main(['--help'])\nexcept SystemExit: pass"
+        )
+        assert run_python(code_and_exit).endswith("[]")
+        times.append(time.perf_counter() - start)
+        if times[-1] < 1:
+            break
+    assert min(times) < 1.0
+
+
+def test_every_public_name_is_found():
+    import msa
+
+    for name in msa.__all__:
+        assert getattr(msa, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = msa.nothing
