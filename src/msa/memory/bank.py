@@ -111,20 +111,12 @@ class MemoryBank:
         manifest = Manifest.for_model(
             model, tokenizer, template or PromptTemplate(), dtype, max_document_tokens
         )
+        _check_free(path)
         with storage_errors(f"make bank '{path}'"):
-            if path.exists() and not path.is_dir():
-                raise BankError(f"cannot make a bank at '{path}': it is a file; choose a folder")
             path.mkdir(parents=True, exist_ok=True)
         lock = WriterLock(path / LOCK_FILE, path)
         try:
-            names = {p.name for p in path.iterdir()}
-            if BANK_FILE in names:
-                raise BankError(f"'{path}' is a memory bank already; open it with MemoryBank.open")
-            if names - _OUR_FILES:
-                raise BankError(
-                    f"'{path}' holds other files ({sorted(names - _OUR_FILES)[0]}); choose a new "
-                    "or an empty folder"
-                )
+            _check_free(path)  # another process may have made one before we had the lock
             with storage_errors(f"make bank '{path}'"):
                 for leftover in path.glob(CATALOG_FILE + "*"):  # a creation that was interrupted
                     leftover.unlink()
@@ -462,3 +454,18 @@ class MemoryBank:
         Beside a writer, a segment that `compact` replaces meanwhile is not reported.
         """
         return self._maintenance.verify()
+
+
+def _check_free(path: Path) -> None:
+    """Refuse to make a bank where there is one, or where something else is."""
+    with storage_errors(f"make bank '{path}'"):
+        if path.exists() and not path.is_dir():
+            raise BankError(f"cannot make a bank at '{path}': it is a file; choose a folder")
+        names = {p.name for p in path.iterdir()} if path.exists() else set()
+    if BANK_FILE in names:
+        raise BankError(f"'{path}' is a memory bank already; open it with MemoryBank.open")
+    if names - _OUR_FILES:
+        raise BankError(
+            f"'{path}' holds other files ({min(names - _OUR_FILES)}); choose a new or an empty "
+            "folder"
+        )

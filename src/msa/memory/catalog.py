@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import BankCorruptError, BankError, StorageError
+from msa.memory.records import SegmentEntry
 from msa.memory.reports import StoredDocument
-from msa.memory.segments import SegmentEntry
 from msa.types import Document
 
 CATALOG_FILE = "catalog.sqlite"
@@ -336,6 +336,8 @@ class Catalog:
 
     def known(self, document_id: str) -> Known:
         """What is stored under an id as given."""
+        if not _is_unicode(document_id):
+            return Known()
         with self._reading() as db:
             rows = db.execute(
                 "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
@@ -351,10 +353,14 @@ class Catalog:
 
     def by_id(self, document_id: str) -> StoredDocument | None:
         """The document or part with this id."""
+        if not _is_unicode(document_id):
+            return None
         return next(iter(self._stored("WHERE d.id = ?", (document_id,))), None)
 
     def by_source(self, source: str) -> list[StoredDocument]:
         """The document given under this id, or all its parts in order."""
+        if not _is_unicode(source):
+            return []
         return self._stored("WHERE d.source = ? ORDER BY d.part", (source,))
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
@@ -446,6 +452,11 @@ class Catalog:
                 if count:
                     found.append(f"{CATALOG_FILE}: {count} {words}")
         return found
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which SQLite cannot be asked for (and `add` does not let in)."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _stored_document(row: Sequence[Any]) -> StoredDocument:

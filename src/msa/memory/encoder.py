@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msa.errors import InputError, ModelError
-from msa.memory.segments import EncodedBatch
+from msa.memory.records import EncodedBatch
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Document, LatentStates, LayerStates
 

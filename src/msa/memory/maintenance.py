@@ -10,14 +10,9 @@ import torch
 from msa.errors import BankCorruptError, StorageError
 from msa.memory.catalog import Catalog
 from msa.memory.encoder import DocumentEncoder
+from msa.memory.records import EncodedBatch, SegmentEntry
 from msa.memory.reports import CompactReport, VerifyReport
-from msa.memory.segments import (
-    SEGMENT_BYTES,
-    EncodedBatch,
-    Segment,
-    SegmentEntry,
-    SegmentWriter,
-)
+from msa.memory.segments import SEGMENT_BYTES, Segment, SegmentWriter
 from msa.memory.storage import storage_errors, sync_folder
 
 

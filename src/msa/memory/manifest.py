@@ -117,7 +117,7 @@ class Manifest:
         model: name or path of the model, to tell people.
         weights, router, tokenizer: fingerprints.
         template: fields of the prompt template.
-        chunk_size, routing_layers, routing_score, top_k: of the model.
+        chunk_size, routing_layers, routing_score, top_k_documents: of the model.
         num_key_value_heads, head_dim: shape of a chunk's state.
         dtype: of all states on disk: "float32", "bfloat16" or "float16".
         max_document_tokens: longer documents are split into parts of at most so many tokens.
@@ -135,7 +135,7 @@ class Manifest:
     chunk_size: int
     routing_layers: tuple[int, ...]
     routing_score: str
-    top_k: int
+    top_k_documents: int
     num_key_value_heads: int
     head_dim: int
     dtype: str
@@ -188,7 +188,7 @@ class Manifest:
             chunk_size=int(config.chunk_size),
             routing_layers=tuple(config.routing_layers or ()),
             routing_score=config.routing_score,
-            top_k=int(config.top_k),
+            top_k_documents=int(config.top_k_documents),
             num_key_value_heads=int(config.num_key_value_heads or config.num_attention_heads),
             head_dim=int(config.head_dim),
             dtype=name,

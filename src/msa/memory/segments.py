@@ -35,10 +35,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa.errors import BankCorruptError
+from msa.memory.records import EncodedBatch, SegmentEntry, segment_name
 from msa.memory.storage import storage_errors, write_file
 from msa.types import LatentStates, LayerStates
 
-SEGMENT_SUFFIX = ".safetensors"
 # Latent states per file: enough for few files, little enough to hold and to rewrite.
 SEGMENT_BYTES = 64 << 20
 _DTYPE_NAMES = {
@@ -55,53 +55,6 @@ assert sys.byteorder == "little", "safetensors files are little-endian"
 
 class SegmentMissingError(BankCorruptError):
     """The segment's file is not there."""
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentEntry:
-    """What the catalog knows of a segment; all that `Segment` trusts.
-
-    Attributes:
-        segment: its number, never used twice.
-        size_bytes, sha256: of the whole file.
-        routing_bytes, routing_sha256: of the file's beginning, header to routing keys.
-        num_documents, num_chunks: N and C.
-    """
-
-    segment: int
-    size_bytes: int
-    sha256: str
-    routing_bytes: int
-    routing_sha256: str
-    num_documents: int
-    num_chunks: int
-
-    @property
-    def name(self) -> str:
-        """File name in the bank's `segments` folder."""
-        return f"{self.segment:06d}{SEGMENT_SUFFIX}"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """Documents that were encoded together.
-
-    Attributes:
-        numbers: the bank's numbers of the N documents.
-        states: their latent states, in that order.
-    """
-
-    numbers: tuple[int, ...]
-    states: LatentStates
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the states."""
-        return sum(
-            t.nbytes
-            for s in self.states.layers.values()
-            for t in (s.routing_keys, s.pooled_keys, s.pooled_values)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +154,9 @@ def write_segment(folder: Path, segment: int, batches: Sequence[EncodedBatch]) -
                 routing.update(piece)
             yield piece
 
-    entry_name = f"{segment:06d}{SEGMENT_SUFFIX}"
-    with storage_errors(f"write segment {folder / entry_name}"):
-        write_file(folder / entry_name, pieces())
+    path = folder / segment_name(segment)
+    with storage_errors(f"write segment {path}"):
+        write_file(path, pieces())
     return SegmentEntry(
         segment=segment,
         size_bytes=len(header) + ends[-1],
