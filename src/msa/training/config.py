@@ -1,0 +1,240 @@
+"""The YAML file that `msa train` reads, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from msa.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """The byte-level BPE that is trained when `tokenizer` names no folder.
+
+    Attributes:
+        vocab_size: entries, special strings and bytes included.
+        worlds: generated worlds of 64 documents it is trained on.
+        text_characters: characters of each real text file it is trained on.
+        path: folder of a tokenizer to use instead of training one.
+    """
+
+    vocab_size: int = 4096
+    worlds: int = 200
+    text_characters: int = 2_000_000
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealData:
+    """Real data, read when the files are there; a missing folder is an error.
+
+    Attributes:
+        questions: folders holding `corpus.jsonl.gz` and `questions.train.jsonl.gz`.
+        texts: files `*.jsonl.gz` of {"text": ...} for tokenizer and language model.
+    """
+
+    questions: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSettings:
+    """One training step's documents.
+
+    Attributes:
+        documents: N, documents of a world; all are in the memory of that step.
+        breadth: 0 to 1, how varied the language is; two numbers go from one to the other over the
+            stage.
+        min_digits, max_digits: lengths of document numbers, drawn evenly.
+        max_document_tokens: longer documents are cut (real text).
+        real: share of steps that use real documents and questions instead.
+    """
+
+    documents: int = 32
+    breadth: tuple[float, ...] = (0.2,)
+    min_digits: int = 3
+    max_digits: int = 3
+    max_document_tokens: int = 160
+    real: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Single-step samples per training step (paper 3.5: chains are split into their steps).
+
+    Attributes:
+        name: question -> number of the first document.
+        read: question and the right document -> end of retrieval, answer.
+        hop: two-hop question and its first document -> number of the second.
+        answer: two-hop question and both documents -> end of retrieval, answer.
+        more_questions: further question-answer pairs behind the same read documents.
+    """
+
+    name: int = 24
+    read: int = 8
+    hop: int = 0
+    answer: int = 0
+    more_questions: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Weights of the parts of the loss.
+
+    Attributes:
+        language_model: L_LM over what the model writes (numbers, end of retrieval, answers).
+        routing: L_aux, Eq. 5.
+        context: weight, inside L_LM, of the other tokens of the local context after the question.
+        documents: language model loss over the documents, as stage 1 runs them.
+        numbers: auxiliary head that reads a document's number out of its pooled values.
+    """
+
+    language_model: float = 1.0
+    routing: float = 0.1
+    context: float = 0.1
+    documents: float = 0.1
+    numbers: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training with its own data and loss weights."""
+
+    name: str
+    steps: int
+    learning_rate: float = 0.01
+    final_learning_rate: float = 0.1
+    warmup_steps: int = 50
+    world: WorldSettings = field(default_factory=WorldSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    losses: LossSettings = field(default_factory=LossSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Muon for the matrices of the layers, AdamW for the rest.
+
+    Attributes:
+        adam_learning_rate: AdamW's rate as a share of the stage's (which is Muon's).
+        weight_decay: of both.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    adam_learning_rate: float = 0.3
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All of a training run.
+
+    Attributes:
+        model: fields of `MSAConfig`; ignored when `start_from` is given.
+        stages: run in this order.
+        start_from: checkpoint folder to go on from (for fine-tuning or a converted backbone).
+        seed: of weights, worlds and order.
+        save_steps, log_steps: how often checkpoints and metrics are written.
+        bfloat16: run matrix products in bfloat16 (autocast).
+        compile: compile the layers' pointwise parts with torch.compile.
+        threads: CPU threads; 0 leaves it to torch.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    real_data: RealData = field(default_factory=RealData)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    start_from: str | None = None
+    seed: int = 0
+    save_steps: int = 500
+    log_steps: int = 50
+    bfloat16: bool = False
+    compile: bool = False
+    threads: int = 0
+
+
+def load_config(path: str | Path) -> TrainingConfig:
+    """Read a YAML file; every key must be known.
+
+    Raises:
+        ConfigError: unreadable, not YAML, unknown or ill-typed keys, or no stages.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML ({reason})") from error
+    config = _build(TrainingConfig, values, str(path))
+    if not config.stages:
+        raise ConfigError(f"{path}: expected at least one entry under 'stages'")
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{path}: stages need names of their own, got {names}")
+    return config
+
+
+_NESTED = {
+    "tokenizer": TokenizerSettings,
+    "real_data": RealData,
+    "optimizer": OptimizerSettings,
+    "world": WorldSettings,
+    "samples": SampleSettings,
+    "losses": LossSettings,
+}
+
+
+def _build(cls: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where}: unknown {unknown}; known are {sorted(fields)}")
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        place = f"{where}: {name}"
+        if name in _NESTED:
+            value = _build(_NESTED[name], value, place)
+        elif name == "stages":
+            value = tuple(_build(Stage, v, f"{place}[{i}]") for i, v in enumerate(value or ()))
+        else:
+            value = _typed(value, str(fields[name].type), place)
+        out[name] = value
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in out
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: missing {missing}")
+    return cls(**out)
+
+
+def _typed(value: Any, kind: str, where: str) -> Any:
+    """Check a plain value against its annotation; numbers are accepted where floats are."""
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind.startswith("str") and (isinstance(value, str) or ("None" in kind and value is None)):
+        return value
+    if kind.startswith("tuple[float"):
+        return tuple(float(v) for v in (value if isinstance(value, list) else [value]))
+    if kind.startswith("tuple[str") and isinstance(value, list):
+        return tuple(str(v) for v in value)
+    if kind.startswith("Mapping") and isinstance(value, Mapping):
+        return dict(value)
+    raise ConfigError(f"{where}: expected {kind}, got {value!r}")

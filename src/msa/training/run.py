@@ -1,0 +1,254 @@
+"""`msa train`: tokenizer, then every stage on transformers' `Trainer`, then an exported checkpoint.
+
+Layout of the output folder: `tokenizer/`, `NAME/checkpoint-*` per stage, `metrics.jsonl` (a line
+per logged step), `config.yaml` (as given), `model/` (the exported checkpoint). A run that is
+started again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from msa.errors import TrainingError
+from msa.model.configuration_msa import MSAConfig
+from msa.text.prompts import PromptEncoder, PromptTemplate
+from msa.training.config import Stage, TrainingConfig, load_config
+from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
+from msa.training.model import MSAForTraining
+from msa.training.optimizer import MuonWithAdamW
+from msa.training.samples import SampleBuilder
+from msa.training.tokenizer import train_tokenizer
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+class MSATrainer(Trainer):
+    """transformers' Trainer over whole training steps, with Muon and the parts of the loss."""
+
+    def __init__(self, *, stage: Stage, config: TrainingConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stage = stage
+        self.run_config = config
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Muon and AdamW at the stage's rate."""
+        if self.optimizer is None:
+            self.optimizer = MuonWithAdamW(
+                self.model, self.stage.learning_rate, self.run_config.optimizer
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, then cosine down to the stage's share of the rate."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = get_scheduler(
+                "cosine_with_min_lr",
+                optimizer or self.optimizer,
+                num_warmup_steps=self.stage.warmup_steps,
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs={"min_lr_rate": self.stage.final_learning_rate},
+            )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Steps in order: step i is made from i."""
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Loss of one step; its parts are kept for the log."""
+        outputs = model(**inputs)
+        for name, value in outputs["parts"].items():
+            self._parts.setdefault(name, []).append(value)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the means of the parts since the last log."""
+        for name, values in self._parts.items():
+            logs[name] = round(torch.stack(values).float().mean().item(), 5)
+        self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+
+class _Metrics(TrainerCallback):  # type: ignore[misc]
+    """Writes `metrics.jsonl` and calls the progress function."""
+
+    def __init__(self, path: Path, stage: Stage, progress: Progress | None) -> None:
+        self.path, self.stage, self.progress = path, stage, progress
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        row = {"stage": self.stage.name, "step": state.global_step, **logs}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.progress is not None:
+            self.progress(self.stage.name, state.global_step, self.stage.steps, logs)
+
+
+def train(
+    config_path: str | Path,
+    output: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Train by a YAML file, or go on with a run that was interrupted.
+
+    Args:
+        config_path: see `TrainingConfig`.
+        output: folder of the run. If it holds a run of another config, that is an error.
+        progress: called at every log with (stage, step, steps, metrics).
+
+    Returns:
+        Folder of the exported checkpoint, for `MSAForCausalLM.from_pretrained`.
+
+    Raises:
+        ConfigError: the file is not a valid config.
+        TrainingError: the folder belongs to another run, or data is missing.
+    """
+    config = load_config(config_path)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, Path(config_path))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)
+    template = PromptTemplate.load(config.start_from) if config.start_from else PromptTemplate()
+    tokenizer = _tokenizer(config, folder, template)
+    model = _model(config, tokenizer)
+    builder = SampleBuilder(PromptEncoder(tokenizer, template), model.config.top_k_documents)
+    real = RealWorlds(config.real_data.questions)
+    for stage in config.stages:
+        dataset = StepDataset(stage, builder, real, config.seed)
+        model = _run_stage(config, stage, dataset, model, folder, progress)
+    target = folder / "model"
+    model.export(str(target))
+    tokenizer.save_pretrained(target)
+    template.save(target)
+    return target
+
+
+def _claim(folder: Path, config_path: Path) -> None:
+    kept = folder / "config.yaml"
+    text = config_path.read_text(encoding="utf-8")
+    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+        raise TrainingError(
+            f"{folder} holds a run of another config ({kept} differs from {config_path}); "
+            "choose another --output, or remove that folder"
+        )
+    kept.write_text(text, encoding="utf-8")
+
+
+def _tokenizer(
+    config: TrainingConfig, folder: Path, template: PromptTemplate
+) -> PreTrainedTokenizerFast:
+    source = config.tokenizer.path or config.start_from
+    target = Path(source) if source else folder / "tokenizer"
+    if not (target / "tokenizer.json").is_file():
+        if source:
+            raise TrainingError(f"{target} holds no tokenizer.json; name a tokenizer's folder")
+        texts = tokenizer_texts(config.tokenizer, config.real_data, config.seed)
+        trained = train_tokenizer(texts, config.tokenizer.vocab_size, template)
+        partial = folder / "tokenizer.partial"
+        trained.save_pretrained(partial)
+        partial.rename(target)
+    return PreTrainedTokenizerFast.from_pretrained(target)
+
+
+def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAForTraining:
+    if config.start_from:
+        model: MSAForTraining = MSAForTraining.from_pretrained(
+            config.start_from, dtype=torch.float32
+        )
+        return model
+    return MSAForTraining(
+        MSAConfig(
+            **{
+                **config.model,
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+        )
+    )
+
+
+def _run_stage(
+    config: TrainingConfig,
+    stage: Stage,
+    dataset: StepDataset,
+    model: MSAForTraining,
+    folder: Path,
+    progress: Progress | None,
+) -> MSAForTraining:
+    """Run one stage, or load what it left."""
+    output = folder / stage.name
+    done = output / "done"
+    if (done / "model.safetensors").is_file():
+        finished: MSAForTraining = MSAForTraining.from_pretrained(done, dtype=torch.float32)
+        return finished
+    model.loss_settings = stage.losses
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=stage.steps,
+        per_device_train_batch_size=1,
+        learning_rate=stage.learning_rate,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        logging_steps=config.log_steps,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        bf16=config.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+    if config.compile:
+        compile_layers(model)
+    trainer = MSATrainer(
+        stage=stage,
+        config=config,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=lambda items: items[0],
+        callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
+    )
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    partial = output / "done.partial"
+    model.save_pretrained(partial)
+    partial.rename(done)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return model
+
+
+def compile_layers(model: MSAForTraining) -> None:
+    """Fuse the pointwise work of every layer (feed-forward and norms) with torch.compile."""
+    for layer in model.model.layers:
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            if not hasattr(module, "_msa_compiled"):
+                module.forward = torch.compile(module.forward, dynamic=True)
+                module._msa_compiled = True

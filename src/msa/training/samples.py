@@ -1,0 +1,221 @@
+"""From worlds to training batches: documents to encode, and single-step samples of questions.
+
+A chain of Memory Interleave is split into its steps (paper 3.5): question -> first number;
+question and first text -> second number; question and all texts -> end of retrieval and answer.
+Every sample is a local context made by the `PromptEncoder` that inference uses.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msa.text.prompts import LocalContext, PromptEncoder, Reading
+from msa.training.config import LossSettings, SampleSettings, WorldSettings
+from msa.training.worlds import World, WorldQuestion
+
+IGNORED = -100
+MAX_DIGITS = 8
+BLANK_DIGIT = 10
+
+
+@dataclass(slots=True)
+class Sample:
+    """One row: a local context, what is predicted in it, and which documents are right."""
+
+    context: LocalContext
+    labels: list[int]
+    weights: list[float]
+    positives: list[int]
+
+    def write(self, ids: Sequence[int], weight: float) -> None:
+        """Append tokens that are predicted, with a weight."""
+        self.context.extend(ids)
+        self.labels += ids
+        self.weights += [weight] * len(ids)
+
+
+class SampleBuilder:
+    """Builds the tensors of one training step from one world."""
+
+    def __init__(self, encoder: PromptEncoder, top_k: int) -> None:
+        self.encoder = encoder
+        self.top_k = top_k
+
+    def step(
+        self,
+        world: World,
+        rng: random.Random,
+        settings: WorldSettings,
+        samples: SampleSettings,
+        losses: LossSettings,
+    ) -> dict[str, object]:
+        """Tensors of one step.
+
+        Returns:
+            "documents" [N, L] int64 right-padded, "lengths" [N] int64, "digits" [N, MAX_DIGITS]
+            int64, and "groups": list of dictionaries of `collate`.
+        """
+        numbers = draw_numbers(rng, len(world.documents), settings.min_digits, settings.max_digits)
+        texts = [
+            self._cut(document.text, settings.max_document_tokens) for document in world.documents
+        ]
+        maker = _WorldSamples(self.encoder, world, numbers, texts, rng, losses)
+        one = [q for q in world.questions if len(q.gold) == 1]
+        two = [q for q in world.questions if len(q.gold) == 2]
+        groups = [
+            [maker.name(q) for q in _draw(rng, one + two, samples.name)],
+            [maker.answer(q, samples.more_questions) for q in _draw(rng, one, samples.read)],
+            [maker.hop(q) for q in _draw(rng, two, samples.hop)],
+            [maker.answer(q, samples.more_questions) for q in _draw(rng, two, samples.answer)],
+        ]
+        rows = [
+            self.encoder.document(n, text)[: settings.max_document_tokens + 16]
+            for n, text in zip(numbers, texts, strict=True)
+        ]
+        return {
+            "documents": pad([torch.tensor(r) for r in rows], 0),
+            "lengths": torch.tensor([len(r) for r in rows]),
+            "digits": torch.tensor([digits_of(n) for n in numbers]),
+            "groups": [collate(g, len(rows), self.top_k) for g in groups if g],
+        }
+
+    def _cut(self, text: str, max_tokens: int) -> str:
+        ids = self.encoder.tokenize(text)
+        if len(ids) <= max_tokens:
+            return text
+        cut: str = self.encoder.tokenizer.decode(ids[:max_tokens])
+        return cut.replace("\ufffd", "")
+
+
+class _WorldSamples:
+    """Samples of one world, with the numbers that its documents have in this step."""
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        world: World,
+        numbers: Sequence[int],
+        texts: Sequence[str],
+        rng: random.Random,
+        losses: LossSettings,
+    ) -> None:
+        self.encoder = encoder
+        self.rng = rng
+        self.context_weight = losses.context
+        self.row = {document.key: i for i, document in enumerate(world.documents)}
+        self.numbers = numbers
+        self.texts = texts
+        self.by_document: dict[str, list[WorldQuestion]] = {}
+        for question in world.questions:
+            self.by_document.setdefault(question.gold[-1], []).append(question)
+
+    def name(self, question: WorldQuestion) -> Sample:
+        """Round 1: the number of the first document."""
+        return self._numbered(question, [], question.gold[0])
+
+    def hop(self, question: WorldQuestion) -> Sample:
+        """Round 2: the number of the second document, with the first one read."""
+        reading = self._reading(question.gold[0])
+        return self._numbered(question, [reading], question.gold[1])
+
+    def answer(self, question: WorldQuestion, more: int) -> Sample:
+        """The last round: end of retrieval, the question again, the answer.
+
+        Behind it stand further questions that the same texts answer, each with its answer.
+        """
+        sample = self._begin(question, [self._reading(key) for key in question.gold])
+        sample.write(self.encoder.retrieval_end(), 1.0)
+        sample.positives = [self.row[question.gold[-1]]]
+        others = [
+            q
+            for key in question.gold
+            for q in self.by_document.get(key, ())
+            if q is not question and set(q.gold) <= set(question.gold)
+        ]
+        self.rng.shuffle(others)
+        for q in [question, *others[:more]]:
+            sample.write(self.encoder.restatement(q.question), self.context_weight)
+            sample.write(self.encoder.answer(q.answer), 1.0)
+        return sample
+
+    def _reading(self, key: str) -> Reading:
+        row = self.row[key]
+        return Reading(((self.numbers[row], self.texts[row]),))
+
+    def _begin(self, question: WorldQuestion, readings: Sequence[Reading]) -> Sample:
+        context = self.encoder.context(question.question, readings)
+        sample = Sample(context, [], [], [])
+        start = len(self.encoder.context(question.question).input_ids) if readings else None
+        count = len(context.input_ids)
+        start = count if start is None else start
+        sample.labels = [IGNORED] * start + context.input_ids[start:]
+        sample.weights = [0.0] * start + [self.context_weight] * (count - start)
+        return sample
+
+    def _numbered(
+        self, question: WorldQuestion, readings: Sequence[Reading], target: str
+    ) -> Sample:
+        sample = self._begin(question, readings)
+        row = self.row[target]
+        sample.write(self.encoder.written([self.numbers[row]]), 1.0)
+        sample.positives = [row]
+        return sample
+
+
+def collate(samples: Sequence[Sample], num_documents: int, top_k: int) -> dict[str, Tensor]:
+    """Right-padded tensors of a group of samples.
+
+    Returns:
+        "input_ids", "position_ids", "labels" [B, T] int64; "routing_mask", "memory_mask" [B, T]
+        bool; "weights" [B, T] float32; "positives" [B, N] bool.
+    """
+    contexts = [s.context for s in samples]
+    positives = torch.zeros(len(samples), num_documents, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        positives[i, sample.positives] = True
+    return {
+        "input_ids": pad([torch.tensor(c.input_ids) for c in contexts], 0),
+        "position_ids": pad([torch.tensor(c.positions(top_k)) for c in contexts], 0),
+        "routing_mask": pad([torch.tensor(c.routes) for c in contexts], False),
+        "memory_mask": pad([torch.tensor(c.sees_memory) for c in contexts], False),
+        "labels": pad([torch.tensor(s.labels) for s in samples], IGNORED),
+        "weights": pad([torch.tensor(s.weights) for s in samples], 0.0),
+        "positives": positives,
+    }
+
+
+def pad(rows: list[Tensor], value: float) -> Tensor:
+    """Stack rows of different lengths, padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def draw_numbers(rng: random.Random, count: int, min_digits: int, max_digits: int) -> list[int]:
+    """Different document numbers, their lengths drawn evenly from the range."""
+    numbers: set[int] = set()
+    while len(numbers) < count:
+        low = 10 ** (rng.randint(min_digits, max_digits) - 1)
+        numbers.add(rng.randrange(low, 10 * low))
+    drawn = sorted(numbers)
+    rng.shuffle(drawn)
+    return drawn
+
+
+def digits_of(number: int) -> list[int]:
+    """The digits from the left, then BLANK_DIGIT up to MAX_DIGITS."""
+    digits = [int(d) for d in str(number)][:MAX_DIGITS]
+    return digits + [BLANK_DIGIT] * (MAX_DIGITS - len(digits))
+
+
+def _draw(
+    rng: random.Random, questions: Sequence[WorldQuestion], count: int
+) -> list[WorldQuestion]:
+    if not questions or not count:
+        return []
+    if count <= len(questions):
+        return rng.sample(list(questions), count)
+    return [rng.choice(questions) for _ in range(count)]
