@@ -84,7 +84,8 @@ def test_code_keeps_its_size():
         assert text.count("\n") <= 600, f"{path} has more than 600 lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or 0) - node.lineno + 1
+                first = node.body[min(len(node.body) - 1, ast.get_docstring(node) is not None)]
+                length = (node.end_lineno or 0) - first.lineno + 1
                 assert length <= 60, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 

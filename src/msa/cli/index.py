@@ -168,7 +168,7 @@ def _add(memory: MemoryBank, intake: Intake, on_duplicate: Any, batch_tokens: in
                 progress=show,
             )
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+            raise output.Interrupted(
                 f"Interrupted. The bank holds {output.plural(len(memory), 'document')}; "
                 "run the same command again to go on."
             ) from None

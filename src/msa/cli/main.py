@@ -77,8 +77,8 @@ def _run(words: list[str], debug: bool) -> int:
     """The exit code of one command line; errors become one line on stderr."""
     try:
         code = typer.main.get_command(app)(words, prog_name="msa", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        return _interrupted(stop)
+    except (KeyboardInterrupt, typer.Abort, output.Interrupted) as stop:
+        return _interrupted(str(stop))
     except Exception as error:
         if isinstance(error, _ShownError):
             message: str = error.format_message()  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def _run(words: list[str], debug: bool) -> int:
             )
         return EXIT_FAILED
     if code == EXIT_INTERRUPTED:
-        return _interrupted(None)
+        return _interrupted()
     return code if isinstance(code, int) else 0
 
 
@@ -109,6 +109,6 @@ def _usage_hint(error: Exception) -> str:
     return f". Try '{command} --help'."
 
 
-def _interrupted(stop: BaseException | None) -> int:
-    output.print_note(str(stop or "") or "Interrupted.")
+def _interrupted(message: str = "") -> int:
+    output.print_note(message or "Interrupted.")
     return EXIT_INTERRUPTED

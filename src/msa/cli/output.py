@@ -99,6 +99,10 @@ def plural(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
+class Interrupted(Exception):  # noqa: N818 - somebody's wish, no error
+    """The user pressed Ctrl-C; the message says what is safe and how to go on."""
+
+
 class ProgressBar:
     """A bar on a terminal; elsewhere a line now and then, so that a log shows life."""
 

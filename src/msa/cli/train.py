@@ -44,7 +44,7 @@ def train(
             with contextlib.redirect_stdout(sys.stderr):  # the trainer's own prints
                 model = run(config, folder, progress=show)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+            raise output.Interrupted(
                 "Interrupted. The same command goes on from the last checkpoint."
             ) from None
     if json:
