@@ -57,7 +57,8 @@ def chunk_scores(vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor) ->
     """
     batch, tokens, _ = vectors.shape
     keys = routing_keys.flatten(1).float()
-    scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, -1)
+    with torch.autocast(vectors.device.type, enabled=False):  # scores stay float32
+        scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, -1)
     return scores.masked_fill(~routing_mask[:, :, None], -torch.inf).amax(dim=1)
 
 
