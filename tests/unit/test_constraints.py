@@ -112,7 +112,8 @@ def test_marks_and_numbers_of_several_tokens_with_common_beginnings() -> None:
     )
     rounds = language(rules)
     by_tokens = {w: p.numbers for w, p in rounds.items()}
-    assert by_tokens[(20, 1, 8)] == () and rounds[(20, 1, 8)].ended
+    assert by_tokens[(20, 1, 8)] == ()
+    assert rounds[(20, 1, 8)].ended
     assert by_tokens[(20, 1, 2, 20, 1, 20, 9, 9)] == (12, 1)
     assert by_tokens[(20, 1, 20, 1, 2, 20, 9, 9)] == (1, 12)
     assert len(rounds) == 1 + 3 + 6

@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -30,6 +30,7 @@ from msa.inference.constraints import (
     Written,
     check_logits,
 )
+from msa.inference.library import Library
 from msa.inference.options import AskOptions
 from msa.inference.trace import TracingReader, fuse_layers
 from msa.memory.reports import StoredDocument
@@ -38,7 +39,6 @@ from msa.types import (
     Answer,
     Citation,
     Event,
-    MemoryReader,
     Round,
     RoutedDocument,
     Usage,
@@ -52,19 +52,6 @@ if TYPE_CHECKING:
 ANSWER_ROOM = 32
 # Far above any round: the grammar ends every one of them.
 _ROUND_TOKENS = 4096
-
-
-class Library(Protocol):
-    """A memory as it was when the question came, and the texts of its documents."""
-
-    @property
-    def reader(self) -> MemoryReader:
-        """Routes and fetches content."""
-        ...
-
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        """Memory rows -> their documents, without those that were deleted meanwhile."""
-        ...
 
 
 @dataclass(slots=True)
@@ -146,7 +133,7 @@ class Interleave:
         started = time.perf_counter()
         active = [_Question(i, text, started) for i, text in enumerate(questions)]
         for question in active:
-            self._check_length(question)
+            self.check_length(question.text)
         index = 0
         while active:
             index += 1
@@ -269,7 +256,7 @@ class Interleave:
             context = self._encoder.context(
                 question.text, [*question.readings, Reading(tuple(longer))]
             )
-            if self._room(question, context) < min(ANSWER_ROOM, self._options.max_new_tokens):
+            if self._room(question.text, context) < min(ANSWER_ROOM, self._options.max_new_tokens):
                 continue
             documents = longer
             citations.append(
@@ -282,13 +269,18 @@ class Interleave:
             question.forced = "max_positions"
         return tuple(citations)
 
-    def _room(self, question: _Question, context: LocalContext) -> int:
+    def _room(self, question: str, context: LocalContext) -> int:
         """Positions left for an answer that is given after this context."""
-        end = self._end_of_retrieve + self._encoder.restatement(question.text) + self._lead_in
+        end = self._end_of_retrieve + self._encoder.restatement(question) + self._lead_in
         return self._max_positions - self._top_k - len(context.input_ids) - len(end)
 
-    def _check_length(self, question: _Question) -> None:
-        room = self._room(question, self._encoder.context(question.text))
+    def check_length(self, question: str) -> None:
+        """Refuse a question that leaves no position for an answer.
+
+        Raises:
+            InputError: with the positions needed, and those that there are.
+        """
+        room = self._room(question, self._encoder.context(question))
         if room < 1:
             needed = self._max_positions - room + 1
             raise InputError(

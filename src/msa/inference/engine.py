@@ -1,0 +1,303 @@
+"""MemoryEngine: questions to a memory bank (stages 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from msa.errors import InputError
+from msa.inference.batch import prompt_batch
+from msa.inference.constraints import check_logits
+from msa.inference.interleave import Interleave
+from msa.inference.library import Filter, Library, Shelf
+from msa.inference.options import AskOptions
+from msa.inference.trace import TracingReader, fuse_layers
+from msa.memory.bank import MemoryBank
+from msa.text.prompts import PromptEncoder, PromptTemplate
+from msa.types import Answer, Event, Hit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from msa.model.modeling_msa import MSAForCausalLM
+
+Questions = list[str] | tuple[str, ...]
+
+
+class MemoryEngine:
+    """Asks one bank with one model.
+
+    Every question sees the bank as it is when the question comes, and that state to its end.
+
+    Example::
+
+        engine = MemoryEngine(model, tokenizer, "bank/")
+        answer = engine.ask("When was Erik Watts' father born?")
+        print(answer.text, [c.id for c in answer.citations])
+
+    Attributes:
+        model: in evaluation mode.
+        bank: the bank; opened for reading when a path was given.
+        options: how questions are asked unless a call says otherwise.
+    """
+
+    def __init__(
+        self,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        bank: MemoryBank | str | Path,
+        *,
+        template: PromptTemplate | None = None,
+        device: torch.device | str | None = None,
+        options: AskOptions | None = None,
+        **changes: Any,
+    ) -> None:
+        """Load a bank for asking.
+
+        Args:
+            model: put into evaluation mode.
+            tokenizer: the model's.
+            bank: open, or its folder.
+            template: text format; the bank's by default.
+            device: where the model is moved; by default it stays where it is.
+            options: by default the `ask_options.json` beside the model's weights, if there is one.
+            **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
+
+        Raises:
+            BankNotFoundError, BankMismatchError, BankCorruptError: the bank cannot be asked.
+            ConfigError: an option is not valid.
+        """
+        if options is None:
+            options = AskOptions.load(model.name_or_path) if model.name_or_path else AskOptions()
+        self.options = options.with_changes(**changes)
+        if device is not None:
+            model.to(torch.device(device))
+        self.model = model.eval()
+        self._opened = not isinstance(bank, MemoryBank)
+        if isinstance(bank, MemoryBank):
+            self.bank = bank
+            if bank.model is not model or template not in (None, bank.template):
+                bank.manifest.check(bank.path, model, tokenizer, template)
+        else:
+            self.bank = MemoryBank.open(bank, model, tokenizer, template, read_only=True)
+        self._encoder = PromptEncoder(tokenizer, template or self.bank.template)
+        self._shelf = Shelf(self.bank, model.device, model.dtype)
+
+    def close(self) -> None:
+        """Close the bank, if it was opened here."""
+        if self._opened:
+            self.bank.close()
+
+    def __enter__(self) -> MemoryEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @overload
+    def retrieve(
+        self, question: str, top_k: int = ..., filter: Filter | None = ...
+    ) -> list[Hit]: ...
+
+    @overload
+    def retrieve(
+        self, question: Questions, top_k: int = ..., filter: Filter | None = ...
+    ) -> list[list[Hit]]: ...
+
+    def retrieve(
+        self, question: str | Questions, top_k: int = 16, filter: Filter | None = None
+    ) -> list[Hit] | list[list[Hit]]:
+        """Documents that the model routes to for a question, best first.
+
+        One prefill, no generation. The model sees the content of as many documents as when it is
+        asked (its configured k), so that its layers look for the same; `top_k` only says how many
+        are listed.
+
+        Args:
+            question: one, or several.
+            top_k: documents to list, at least 1.
+            filter: metadata that documents must have, or a function of their metadata.
+
+        Returns:
+            At most `top_k` hits, for every question.
+
+        Raises:
+            EmptyBankError: there is no document (that passes the filter).
+            InputError: the question or `top_k` is not valid.
+            ModelError: the model computes what is not a number.
+        """
+        questions = _checked(question)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1.")
+        visible = self.model.config.top_k_documents
+        library = self._shelf.library(max(top_k, visible), filter)
+        rounds = Interleave(self.model, self._encoder, library, self.options)
+        for text in questions:
+            rounds.check_length(text)
+        hits: list[list[Hit]] = []
+        for batch in _batches(questions, self.options.batch_size):
+            hits += self._hits(batch, library, top_k)
+        return hits[0] if isinstance(question, str) else hits
+
+    @torch.no_grad()
+    def _hits(self, questions: Sequence[str], library: Library, top_k: int) -> list[list[Hit]]:
+        visible = self.model.config.top_k_documents
+        contexts = [self._encoder.context(q) for q in questions]
+        batch = prompt_batch(contexts, visible, 0, self.model.device)
+        reader = TracingReader(library.reader, visible)
+        out = self.model(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            memory=reader,
+            routing_mask=batch.routing_mask,
+            memory_mask=batch.memory_mask,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        check_logits(out.logits[:, -1])
+        hits = []
+        for layers in reader.rows():
+            fused = list(fuse_layers(layers, self.options.prior_temperature).items())
+            stored = library.lookup([row for row, _ in fused])
+            found = [(row, score) for row, score in fused if row in stored][:top_k]
+            by_layer = {layer: dict(selected) for layer, selected in layers.items()}
+            hits.append(
+                [
+                    Hit(
+                        id=stored[row].document.id,
+                        number=stored[row].number,
+                        score=score,
+                        layer_scores={i: s[row] for i, s in by_layer.items() if row in s},
+                        title=stored[row].document.title,
+                        text=stored[row].document.text,
+                        metadata=stored[row].document.metadata,
+                    )
+                    for row, score in found
+                ]
+            )
+        return hits
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: Literal[False] = ...,
+        filter: Filter | None = ...,
+        **changes: Any,
+    ) -> Answer: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: Literal[True],
+        filter: Filter | None = ...,
+        **changes: Any,
+    ) -> Iterator[Event]: ...
+
+    @overload
+    def ask(
+        self,
+        question: Questions,
+        *,
+        stream: Literal[False] = ...,
+        filter: Filter | None = ...,
+        **changes: Any,
+    ) -> list[Answer]: ...
+
+    def ask(
+        self,
+        question: str | Questions,
+        *,
+        stream: bool = False,
+        filter: Filter | None = None,
+        **changes: Any,
+    ) -> Answer | list[Answer] | Iterator[Event]:
+        """Answer a question from the bank.
+
+        Args:
+            question: one, or several; several are run through the model together and get the
+                answers that they would get one by one (unless they are sampled).
+            stream: yield what happens as it happens; for one question. Closing the iterator stops
+                the model.
+            filter: metadata that documents must have, or a function of their metadata.
+            **changes: fields of `AskOptions` that are to differ for this call.
+
+        Returns:
+            The answer; a list of answers; or with `stream` an iterator of events, of which the
+            last holds the answer.
+
+        Raises:
+            EmptyBankError: there is no document (that passes the filter).
+            InputError: the question is no text, empty, or does not fit into the model's positions.
+            ConfigError: an option is not valid.
+            ModelError: the model computes what is not a number.
+        """
+        options = self.options.with_changes(**changes)
+        questions = _checked(question)
+        if stream and not isinstance(question, str):
+            raise InputError(
+                f"A list of {len(questions)} questions cannot be streamed; ask them one by one, or "
+                "without stream=True."
+            )
+        library = self._shelf.library(self.model.config.top_k_documents, filter)
+        rounds = Interleave(self.model, self._encoder, library, options)
+        for text in questions:
+            rounds.check_length(text)
+        if stream:
+            return _events(rounds, questions[0])
+        answers: list[Answer] = []
+        for batch in _batches(questions, options.batch_size):
+            finished = {
+                row: event.data for row, event in rounds.run(batch) if event.kind == "answer"
+            }
+            answers += [finished[row] for row in range(len(batch))]
+        return answers[0] if isinstance(question, str) else answers
+
+
+def _checked(question: object) -> list[str]:
+    """Questions as a list.
+
+    Raises:
+        InputError: one of them is no text, or empty.
+    """
+    if not isinstance(question, str | list | tuple):
+        raise InputError(
+            f"The question is {type(question).__name__}; give a string, or a list of strings."
+        )
+    questions = [question] if isinstance(question, str) else list(question)
+    for i, text in enumerate(questions):
+        name = "The question" if isinstance(question, str) else f"Question {i + 1}"
+        if not isinstance(text, str):
+            raise InputError(f"{name} is {type(text).__name__}; give a string.")
+        if not text.strip():
+            raise InputError(f"{name} is empty; ask something.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name} is not valid Unicode text ({error.reason}).") from error
+    return questions
+
+
+def _events(rounds: Interleave, question: str) -> Iterator[Event]:
+    with closing(rounds.run([question], stream=True)) as events:
+        for _, event in events:
+            yield event
+
+
+def _batches(questions: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(questions), size):
+        yield questions[start : start + size]

@@ -1,0 +1,121 @@
+"""A memory as it was when a question came, and the texts behind its rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from msa.errors import EmptyBankError, InputError
+from msa.memory.bank import MemoryBank
+from msa.memory.reports import StoredDocument
+from msa.memory.resident import ResidentBank, ResidentView
+from msa.types import JSON, MemoryReader
+
+Filter = Mapping[str, JSON] | Callable[[Mapping[str, JSON]], bool]
+
+# Views with a filter cost a pass over the catalog; as many are kept while the bank stands still.
+_VIEWS_KEPT = 64
+
+
+class Library(Protocol):
+    """What rounds need of a memory."""
+
+    @property
+    def reader(self) -> MemoryReader:
+        """Routes and fetches content; the same state from beginning to end."""
+        ...
+
+    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
+        """Memory rows -> their documents, without those that were deleted meanwhile."""
+        ...
+
+
+class BankLibrary:
+    """A `Library` over one view of a resident bank."""
+
+    def __init__(self, bank: MemoryBank, view: ResidentView) -> None:
+        self._bank = bank
+        self._view = view
+
+    @property
+    def reader(self) -> MemoryReader:
+        """The view."""
+        return self._view
+
+    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
+        """See `Library.lookup`."""
+        numbers = self._view.rows_to_numbers(torch.tensor(list(rows), dtype=torch.int64)).tolist()
+        stored = self._bank.get_many(numbers)
+        return {row: stored[n] for row, n in zip(rows, numbers, strict=True) if n in stored}
+
+
+class Shelf:
+    """Hands out libraries over the latest state of a bank."""
+
+    def __init__(self, bank: MemoryBank, device: torch.device, dtype: torch.dtype) -> None:
+        """Load a bank for asking.
+
+        Args:
+            bank: open.
+            device: where the model is.
+            dtype: of the content, the model's.
+        """
+        self.bank = bank
+        self._resident = ResidentBank(bank, device, content_dtype=dtype)
+        self._filtered: dict[str, ResidentView] = {}
+
+    def library(self, top_k: int, where: Filter | None = None) -> BankLibrary:
+        """The bank as it is now.
+
+        Args:
+            top_k: documents that a layer selects.
+            where: metadata that a document must have (every key with an equal value), or a
+                function of a document's metadata.
+
+        Raises:
+            EmptyBankError: there is no document to ask, or none that passes.
+            InputError: `where` is neither a mapping nor a function.
+        """
+        self._resident.refresh()
+        view = self._resident.view() if where is None else self._filtered_view(where)
+        if not view.num_documents:
+            if where is not None and len(self._resident):
+                raise EmptyBankError(
+                    f"No document of bank '{self.bank.path}' passes the filter; ask with another, "
+                    "or without."
+                )
+            raise EmptyBankError(
+                f"Bank '{self.bank.path}' holds no documents; add some with "
+                f"'msa index {self.bank.path} FILE...' or MemoryBank.add."
+            )
+        return BankLibrary(self.bank, replace(view, top_k=top_k))
+
+    def _filtered_view(self, where: Filter) -> ResidentView:
+        if callable(where):
+            return self._resident.view(where)
+        if not isinstance(where, Mapping):
+            raise InputError(
+                f"The filter is {type(where).__name__}; give a mapping of metadata values, or a "
+                "function of a document's metadata."
+            )
+        try:
+            key = json.dumps(where, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The filter holds what is no JSON value ({error}).") from error
+        known = self._filtered.get(key)
+        if known is not None and known.generation == self._resident.generation:
+            return known
+        view = self._resident.view(_equal_to(where))
+        if len(self._filtered) >= _VIEWS_KEPT:
+            self._filtered.clear()
+        self._filtered[key] = view
+        return view
+
+
+def _equal_to(where: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
+    wanted = dict(where)
+    return lambda metadata: all(k in metadata and metadata[k] == v for k, v in wanted.items())

@@ -1,0 +1,257 @@
+"""Options, fusion, traces, batches and the text of answers: everything around the rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_tiny_tokenizer
+from msa.errors import ConfigError, InputError, ModelError
+from msa.inference.answers import AnswerPieces, AnswerText, EndsWith
+from msa.inference.batch import continued, prompt_batch
+from msa.inference.engine import _checked
+from msa.inference.options import ASK_OPTIONS_FILE, AskOptions
+from msa.inference.trace import TracingReader, fuse_layers
+from msa.text.prompts import LocalContext, PromptTemplate
+from msa.types import Content, Selection
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_rounds", 0),
+        ("max_rounds", 2.0),
+        ("max_rounds", True),
+        ("max_documents_per_round", -1),
+        ("max_new_tokens", "64"),
+        ("batch_size", 0),
+        ("prior_weight", -0.1),
+        ("prior_weight", float("nan")),
+        ("prior_temperature", 0.0),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("force_answer_prefix", "yes"),
+        ("allow_unread", 1),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is .*; give"):
+        AskOptions(**{name: value})
+
+
+def test_unknown_options_are_refused_and_the_known_ones_named() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown option 'rounds'; there are: max_rounds, "):
+        AskOptions().with_changes(rounds=3)
+    changed = AskOptions().with_changes(max_rounds=3)
+    assert changed.max_rounds == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed.max_rounds = 4  # type: ignore[misc]
+
+
+def test_options_are_kept_beside_a_checkpoint(tmp_path: Any) -> None:
+    assert AskOptions.load(tmp_path) == AskOptions()
+    AskOptions(max_rounds=2, prior_weight=0.5, seed=7).save(tmp_path)
+    assert AskOptions.load(tmp_path) == AskOptions(max_rounds=2, prior_weight=0.5, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        (json.dumps({"top_k": 3}), "Unknown option 'top_k'"),
+        (json.dumps({"max_rounds": 0}), "max_rounds is 0"),
+    ],
+)
+def test_a_bad_options_file_is_named(tmp_path: Any, text: str, message: str) -> None:
+    (tmp_path / ASK_OPTIONS_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        AskOptions.load(tmp_path)
+    assert str(tmp_path / ASK_OPTIONS_FILE) in str(error.value)
+
+
+def test_options_need_no_torch() -> None:
+    code = "import sys, msa.inference.options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- questions
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("", "The question is empty"),
+        (" \n\t", "The question is empty"),
+        (3, "The question is int; give a string, or a list"),
+        (None, "The question is NoneType"),
+        (b"why?", "The question is bytes"),
+        (["why?", ""], "Question 2 is empty"),
+        (["why?", 7], "Question 2 is int"),
+        ("caf\udce9?", "not valid Unicode"),
+    ],
+)
+def test_what_is_no_question_is_refused(question: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _checked(question)
+
+
+# ---- fusion
+
+selections = st.dictionaries(
+    st.integers(0, 5),
+    st.lists(
+        st.tuples(st.integers(0, 20), st.floats(-1, 1)), unique_by=lambda pair: pair[0], max_size=6
+    ),
+    max_size=4,
+)
+
+
+@settings(deadline=None)
+@given(selections, st.floats(0.01, 2))
+def test_fused_scores_are_a_distribution_over_all_selected_documents(
+    layers: dict[int, list[tuple[int, float]]], temperature: float
+) -> None:
+    fused = fuse_layers(layers, temperature)
+    assert set(fused) == {d for selected in layers.values() for d, _ in selected}
+    assert list(fused.values()) == sorted(fused.values(), reverse=True)
+    if fused:
+        assert sum(fused.values()) == pytest.approx(1)
+
+
+def test_fusion_is_the_mean_of_the_layers_softmaxes() -> None:
+    layers = {2: [(7, 0.5), (8, 0.3)], 3: [(8, 0.9)], 4: []}
+    one = torch.softmax(torch.tensor([5.0, 3.0]), 0).tolist()
+    fused = fuse_layers(layers, 0.1)
+    assert fused == pytest.approx({8: (one[1] + 1) / 2, 7: one[0] / 2}, abs=1e-6)
+    assert list(fused) == [8, 7]
+
+
+def test_equal_scores_are_ordered_by_document() -> None:
+    assert list(fuse_layers({0: [(9, 0.1), (4, 0.1), (6, 0.1)]})) == [4, 6, 9]
+    assert fuse_layers({}) == {}
+
+
+class Memory:
+    """Always selects the same."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.asked: list[Selection] = []
+
+    def route(self, layer: int, queries: torch.Tensor, mask: torch.Tensor) -> Selection:
+        return self.selection
+
+    def content(self, layer: int, selection: Selection) -> Content:
+        self.asked.append(selection)
+        empty = torch.zeros(2, 0, 1, 1)
+        return Content(empty, empty, torch.zeros(2, 0, dtype=torch.bool))
+
+
+def test_a_trace_keeps_all_that_was_routed_and_shows_the_model_its_share() -> None:
+    inf = float("inf")
+    documents = torch.tensor([[5, 2, 9], [4, -1, -1]])
+    memory = Memory(Selection(documents, torch.tensor([[0.5, 0.25, 0.125], [0.5, -inf, -inf]])))
+    reader = TracingReader(memory, visible=2)
+    nothing = torch.empty(0)
+    shown = reader.route(3, nothing, nothing)
+    reader.content(3, shown)
+    assert shown.documents.tolist() == memory.asked[0].documents.tolist() == [[5, 2], [4, -1]]
+    assert reader.rows() == [{3: [(5, 0.5), (2, 0.25), (9, 0.125)]}, {3: [(4, 0.5)]}]
+    assert reader.seconds > 0
+
+
+def test_routing_scores_that_are_not_numbers_are_refused() -> None:
+    memory = Memory(Selection(torch.tensor([[1]]), torch.tensor([[float("nan")]])))
+    with pytest.raises(ModelError, match="layer 7 are NaN"):
+        TracingReader(memory).route(7, torch.empty(0), torch.empty(0))
+
+
+# ---- batches
+
+
+def context(prefix: int, length: int) -> LocalContext:
+    made = LocalContext(prefix_length=prefix)
+    made.extend(range(10, 10 + prefix), sees_memory=False)
+    made.extend(range(20, 20 + length - 1), routes=True)
+    made.extend([99])
+    return made
+
+
+def test_prompts_are_padded_on_the_left_with_the_first_position_repeated() -> None:
+    batch = prompt_batch([context(2, 4), context(2, 2)], 8, 0, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 22, 99], [0, 0, 10, 11, 20, 99]]
+    assert batch.attention_mask.tolist() == [[1] * 6, [0, 0, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 10, 11, 12, 13], [0, 0, 0, 1, 10, 11]]
+    assert batch.routing_mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]]
+    assert batch.memory_mask.int().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+
+
+def test_continuations_end_in_one_column_and_their_positions_go_on() -> None:
+    prompts = prompt_batch([context(2, 4), context(2, 2)], 8, 0, torch.device("cpu"))
+    batch = continued(prompts, torch.tensor([1, 0]), [[7], [5, 6]], 0)
+    assert batch.input_ids[:, 6:].tolist() == [[0, 7], [5, 6]]
+    assert batch.attention_mask.tolist() == [[0, 0, 1, 1, 1, 1, 0, 1], [1] * 8]
+    assert batch.position_ids[:, 6:].tolist() == [[12, 12], [14, 15]]
+    assert not batch.routing_mask[:, 6:].any()
+    assert batch.length == 8
+
+
+# ---- answers
+
+TOKENIZER = make_tiny_tokenizer()
+TEMPLATE = PromptTemplate()
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = TOKENIZER.encode(text, add_special_tokens=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (" Rome<|im_end|>", "Rome"),
+        ("The answer to the question is: Rome <|im_end|> more", "Rome"),
+        (" Rome", "Rome"),
+        ("<|im_end|>", ""),
+        ("The answer", "The answer"),
+        (" a <|im_start|>b<|im_end|>", "a b"),
+    ],
+)
+def test_lead_in_and_end_mark_are_no_part_of_the_answer(written: str, text: str) -> None:
+    reader = AnswerText(TOKENIZER, TEMPLATE, [ids("<|im_end|>")])
+    assert reader.text(ids(written)) == text
+
+
+@given(
+    st.text(st.sampled_from("The answer to is:\u00e9\U0001f600 \n#."), max_size=40), st.booleans()
+)
+def test_the_pieces_of_any_answer_are_its_text(written: str, ended: bool) -> None:
+    ends = [ids("<|im_end|>"), ids("#.#")]  # the second as if a tokenizer had split its mark
+    reader = AnswerText(TOKENIZER, TEMPLATE, ends)
+    tokens = ids(written) + (ends[0] if ended else [])
+    pieces = AnswerPieces(reader)
+    given_ = [pieces.push(token) for token in tokens] + [pieces.finish()]
+    assert "".join(given_) == reader.text(tokens)
+    assert not any("\ufffd" in piece for piece in given_)
+
+
+def test_an_end_mark_of_several_tokens_is_seen_only_behind_the_prompt() -> None:
+    ends = EndsWith([[5, 6], [9]], prompt_length=2)
+    rows = torch.tensor([[0, 5, 6, 1], [0, 0, 5, 6], [0, 5, 5, 9]])
+    assert ends(rows, None).tolist() == [False, True, True]
+    assert ends(rows[:, :3], None).tolist() == [False, False, False]
