@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from conftest import make_tiny_model
 from msa import MSAConfig, MSAForCausalLM
 from msa.errors import ConfigError, InputError
 from msa.memory.latent import LatentMemory
@@ -141,9 +141,7 @@ def test_the_prefix_sees_no_memory(tiny_model):
     sees = torch.tensor([[False, False, True, True, True, True, True]])
     with torch.no_grad():
         plain = tiny_model(question).logits
-        with_memory = tiny_model(
-            question, memory=LatentMemory(states, 4), memory_mask=sees
-        ).logits
+        with_memory = tiny_model(question, memory=LatentMemory(states, 4), memory_mask=sees).logits
     assert torch.allclose(plain[:, :2], with_memory[:, :2], atol=1e-6)
     assert not torch.allclose(plain[:, 2:], with_memory[:, 2:], atol=1e-3)
 

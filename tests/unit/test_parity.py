@@ -55,17 +55,10 @@ def close(a, b, tolerance=TOLERANCE):
     assert difference <= tolerance, f"max abs difference {difference}"
 
 
-def prefill(model, memory, golden, cache=None):
-    """The released layout: the prefix in front, document id 0 routes, pads on the left."""
-    document_ids, ids = golden["doc_ids"], golden["input_ids"]
-    mask = golden["attention_mask"] if "attention_mask" in golden else None
-    return document_ids, ids, mask, cache
-
-
 def rows_with_prefix(golden, prefix_ids):
     """Left-padded ids, positions and masks with the prefix in front of each row's true tokens."""
     ids, positions = golden["input_ids"], golden["position_ids"]
-    routes = golden["layer2.routing_mask"] if "layer2.routing_mask" in golden else None
+    routes = golden.get("layer2.routing_mask")
     batch, length = ids.shape
     true = golden["attention_mask"][:, -length:].bool() if "attention_mask" in golden else None
     if true is None:
@@ -131,11 +124,9 @@ def test_stage2(golden_folder, variant):
         close(selection.scores, golden[f"layer{layer}.topk_scores"])
         content = memory.content(layer, selection)
         assert content.mask.sum(1).tolist() == golden[f"layer{layer}.num_selected_chunks"].tolist()
-    prefix = len(stage1["template_prefix_ids"])
     for row in range(len(true)):
         n = int(true[row].sum())
         close(out.logits[row, -n:], golden["logits"][row, -n:])
-        assert n + prefix == int((~true[row]).logical_not().sum()) + prefix
 
 
 def test_decode(golden_folder, variant):
@@ -223,7 +214,6 @@ def test_training_losses_and_gradients(golden_folder):
     report = json.loads((golden_folder / "train.json").read_text())
     lengths = torch.tensor(report["doc_lengths"])
     ids, document_ids = golden["input_ids"][0], golden["doc_ids"][0]
-    print(document_ids.tolist(), golden["position_ids"].tolist(), golden["labels"].tolist())
     documents = ids[document_ids > 0]
     rows = torch.nn.utils.rnn.pad_sequence(documents.split(lengths.tolist()), batch_first=True)
     states = model.encode_documents(rows, lengths)

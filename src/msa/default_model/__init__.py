@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msa.errors import ModelError
 
@@ -20,21 +19,18 @@ WEIGHTS = FOLDER / "checkpoint"
 DEMO = FOLDER / "demo"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(NamedTuple):
     """A model with what belongs to it.
 
     Attributes:
         model: in evaluation mode.
         tokenizer: of the same folder.
         template: the text format that the model was trained with.
-        source: where it was loaded from.
     """
 
     model: MSAForCausalLM
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
-    source: str
 
 
 def load_default_model(device: str = "cpu") -> LoadedModel:
@@ -85,7 +81,7 @@ def load_model(path: str | Path | None = None, *, device: str = "cpu") -> Loaded
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{folder}: weight {name} holds NaN or infinite values; get it anew")
     model.to(device).eval()
-    return LoadedModel(model, tokenizer, PromptTemplate.load(folder), str(folder))
+    return LoadedModel(model, tokenizer, PromptTemplate.load(folder))
 
 
 def check_folder(folder: Path) -> None:

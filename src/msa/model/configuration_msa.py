@@ -18,8 +18,9 @@ class MSAConfig(Qwen3Config):
     Attributes:
         backbone: name of a file in `msa.model.backbones`.
         chunk_size: tokens per chunk, P (paper: 64).
-        top_k_documents: documents that each routing layer selects, k (paper: 16). Also sets where the
-            question's positions start, whatever was found (paper 3.2.2).
+        top_k_documents: documents that each routing layer selects, k (paper: 16). The question's
+            positions start k after the prefix, whatever was found (paper 3.2.2). Not named top_k,
+            which transformers takes for a setting of sampling.
         routing_layers: indices of the routing layers; None for the upper half (paper).
         routing_score: "cosine" (the paper, Eq. 2) or "dot" (scaled dot product; what the released
             inference code computes for every `aux_loss_method` but "INFONCE").
@@ -55,7 +56,8 @@ class MSAConfig(Qwen3Config):
             raise ConfigError(f"routing_layers={self.routing_layers}: an index is given twice")
         if self.chunk_size < 1 or self.top_k_documents < 1:
             raise ConfigError(
-                f"chunk_size={self.chunk_size}, top_k_documents={self.top_k_documents}: expected whole numbers from 1"
+                f"chunk_size={self.chunk_size}, top_k_documents={self.top_k_documents}: "
+                "expected whole numbers from 1"
             )
         if self.routing_score not in ROUTING_SCORES:
             raise ConfigError(

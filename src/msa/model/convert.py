@@ -37,7 +37,8 @@ def convert_backbone(backbone: PreTrainedModel, **settings: Any) -> MSAForCausal
     fields = {k: v for k, v in backbone.config.to_dict().items() if k not in _NOT_CARRIED}
     config = MSAConfig(**{**fields, "backbone": name, **settings})
     with torch.device(backbone.device):
-        model = MSAForCausalLM(config).to(backbone.dtype)
+        model = MSAForCausalLM(config)
+    model.to(backbone.dtype)
     weights = backbone.state_dict()
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

@@ -99,7 +99,9 @@ class MSAAttention(nn.Module):
         queries, keys = self.backbone.rotate(queries, keys, *position_embeddings, unsqueeze_dim=2)
         return queries, keys, values
 
-    def compress(self, hidden: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> LayerStates:
+    def compress(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+    ) -> LayerStates:
         """Latent states of documents in this layer.
 
         Args:
@@ -147,9 +149,7 @@ class MSAAttention(nn.Module):
         queries, keys, values = self.project(hidden_states, position_embeddings)
         content = None
         if self.routes and step.lengths is not None:
-            step.states[self.layer_index] = self.compress(
-                hidden_states, keys, values, step.lengths
-            )
+            step.states[self.layer_index] = self.compress(hidden_states, keys, values, step.lengths)
         elif self.routes:
             content = self.recall(hidden_states, step)
         if step.cache is not None:
@@ -230,8 +230,8 @@ class MSAModel(MSAPreTrainedModel):
         last = max(self.config.routing_layers, default=-1)
         for index, layer in enumerate(self.layers):
             if index == last and not with_hidden:
-                attention = layer.self_attn
-                normed = layer.input_layernorm(hidden)
+                attention = cast(MSAAttention, layer.self_attn)
+                normed = cast(nn.Module, layer.input_layernorm)(hidden)
                 _, keys, values = attention.project(normed, position_embeddings)
                 step.states[index] = attention.compress(normed, keys, values, lengths)
                 break

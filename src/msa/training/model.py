@@ -32,7 +32,9 @@ class MSAForTraining(MSAForCausalLM):
         self.loss_settings = LossSettings()
         self.post_init()
 
-    def forward(self, documents: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(  # type: ignore[override]  # a step is given by name, as the Trainer does
+        self, documents: Tensor | None = None, **inputs: Any
+    ) -> Any:
         """Loss of one step when `documents` is given; else as `MSAForCausalLM.forward`.
 
         Args:
@@ -69,11 +71,11 @@ class MSAForTraining(MSAForCausalLM):
         self, states: LatentStates, groups: list[Mapping[str, Tensor]], parts: dict[str, Tensor]
     ) -> Tensor:
         """L_LM over all groups, weighted by their labels, and L_aux (Eq. 5)."""
-        total, weight, routing, recall = 0.0, 0.0, [], []
+        total = weight = self.temperature.new_zeros(())
+        routing: list[Tensor] = []
+        recall: list[Tensor] = []
         for group in groups:
-            memory = LatentMemory(
-                states, self.config.top_k_documents, self.config.routing_score
-            )
+            memory = LatentMemory(states, self.config.top_k_documents, self.config.routing_score)
             step = Step(
                 memory=memory,
                 routing_mask=group["routing_mask"],
@@ -92,7 +94,7 @@ class MSAForTraining(MSAForCausalLM):
                 for s in memory.scores.values()
             ]
         settings = self.loss_settings
-        parts["language_model"] = torch.as_tensor(total / weight)
+        parts["language_model"] = total / weight.clamp(min=1e-6)
         parts["routing"] = torch.stack(routing).mean()
         parts["recall_at_1"] = torch.stack(recall).mean()
         loss: Tensor = (

@@ -28,7 +28,8 @@ class MuonWithAdamW(Optimizer):
             learning_rate: Muon's (updates scaled to the size of AdamW's by `match_rms_adamw`).
             settings: AdamW's share and weight decay.
         """
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.ndim == 0:
                 continue
@@ -52,7 +53,7 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        self.muon.step()
+        self.muon.step()  # type: ignore[no-untyped-call]
         self.adam.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -48,7 +48,7 @@ class MSATrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Muon and AdamW at the stage's rate."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             self.optimizer = MuonWithAdamW(
                 self.model, self.stage.learning_rate, self.run_config.optimizer
             )
@@ -56,7 +56,7 @@ class MSATrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm-up, then cosine down to the stage's share of the rate."""
-        if self.lr_scheduler is None:
+        if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = get_scheduler(
                 "cosine_with_min_lr",
                 optimizer or self.optimizer,
@@ -70,9 +70,7 @@ class MSATrainer(Trainer):
         """Steps in order: step i is made from i."""
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """Loss of one step; its parts are kept for the log."""
         outputs = model(**inputs)
         for name, value in outputs["parts"].items():
@@ -87,7 +85,7 @@ class MSATrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _Metrics(TrainerCallback):  # type: ignore[misc]
+class _Metrics(TrainerCallback):
     """Writes `metrics.jsonl` and calls the progress function."""
 
     def __init__(self, path: Path, stage: Stage, progress: Progress | None) -> None:
@@ -248,7 +246,8 @@ def _run_stage(
 def compile_layers(model: MSAForTraining) -> None:
     """Fuse the pointwise work of every layer (feed-forward and norms) with torch.compile."""
     for layer in model.model.layers:
-        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            module: Any = getattr(layer, name)
             if not hasattr(module, "_msa_compiled"):
                 module.forward = torch.compile(module.forward, dynamic=True)
                 module._msa_compiled = True

@@ -1,0 +1,134 @@
+"""How well a model routes, names and answers: generated worlds it has never seen, and real sets.
+
+    python benchmarks/quality.py [--model FOLDER] [--real FOLDER_OF_SETS] [--output docs/results]
+
+Writes quality.json with the commit, the machine and the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from msa import MemoryBank, MemoryEngine
+from msa.default_model import load_model
+from msa.evaluation.metrics import mean, recall
+from msa.evaluation.question_answering import (
+    ask_all,
+    bm25_rankings,
+    real_questions,
+    world_questions,
+)
+from msa.types import Document
+
+REAL_SETS = ("squad", "2wikimultihopqa")
+
+
+def main() -> None:
+    args = arguments()
+    loaded = load_model(args.model)
+    results: dict[str, object] = {"about": about(args)}
+    options = json.loads(args.options)
+    for size in args.sizes:
+        documents, one, two = world_questions(
+            args.seed + size, size, args.questions, breadth=args.breadth
+        )
+        sets = {"one_hop": one, "two_hop": two}
+        results[f"world_{size}"] = run(loaded, documents, sets, options)
+        show(f"world_{size}", results[f"world_{size}"])
+    for name in REAL_SETS if args.real else ():
+        documents, questions = real_questions(
+            Path(args.real, name), "dev", args.questions, args.seed
+        )
+        row = run(loaded, documents, {"questions": questions}, options)
+        ranked = bm25_rankings(documents, questions, 16)
+        row["bm25_recall_at_16"] = mean(
+            [recall(r, q.gold) for r, q in zip(ranked, questions, strict=True)]
+        )
+        results[name] = row
+        show(name, row)
+    if args.output:
+        path = Path(args.output, "quality.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"written: {path}")
+
+
+def run(loaded, documents: list[Document], sets: dict[str, list], options: dict) -> dict:
+    row: dict[str, object] = {"documents": len(documents)}
+    with tempfile.TemporaryDirectory() as folder:
+        bank = MemoryBank.create(Path(folder, "bank"), *loaded)
+        started = time.perf_counter()
+        report = bank.add(documents)
+        row["tokens"] = report.tokens
+        row["encoded_tokens_per_second"] = round(report.tokens / (time.perf_counter() - started))
+        row["failed"] = len(report.failed)
+        with MemoryEngine(
+            loaded.model, loaded.tokenizer, bank, template=loaded.template, **options
+        ) as engine:
+            for name, questions in sets.items():
+                figures, answers = ask_all(engine, questions)
+                hits = engine.retrieve([q.text for q in questions], top_k=16)
+                row[name] = {
+                    **{k: round(v, 4) for k, v in figures.as_dict().items()},
+                    "retrieve_recall_at_16": round(
+                        mean(
+                            [
+                                recall([h.id for h in found], q.gold)
+                                for found, q in zip(hits, questions, strict=True)
+                            ]
+                        ),
+                        4,
+                    ),
+                }
+                for question, answer in list(zip(questions, answers, strict=True))[:4]:
+                    print("  ", question.text, "|", answer.text, "|", question.answers[0])
+        bank.close()
+    return row
+
+
+def about(args: argparse.Namespace) -> dict[str, object]:
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "-s", "-uno") else ""),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
+        "torch": torch.__version__,
+        "seed": args.seed,
+        "breadth": args.breadth,
+        "options": args.options,
+    }
+
+
+def show(name: str, row: object) -> None:
+    print(name, json.dumps(row, indent=1), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=None, help="folder; the default model if none")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 10000])
+    parser.add_argument("--questions", type=int, default=200, help="questions of each kind")
+    parser.add_argument("--breadth", type=float, default=1.0)
+    parser.add_argument("--real", default=None, help="folder that holds squad/, 2wikimultihopqa/")
+    parser.add_argument("--options", default="{}", help="JSON of AskOptions")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--output", default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Questions asked of a bank, and how many are routed, named and answered right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msa.errors import InputError
+from msa.evaluation.metrics import exact_match, mean, recall, token_f1
+from msa.types import Answer, Document
+
+if TYPE_CHECKING:
+    from msa.inference.engine import MemoryEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with what is right.
+
+    Attributes:
+        text: the question.
+        answers: accepted answers.
+        gold: ids of the documents needed, in reading order.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    gold: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QAFigures:
+    """Figures over a set of questions; shares from 0 to 1.
+
+    Attributes:
+        questions: how many were asked.
+        routed: the first gold document is among those that some routing layer selected in round 1.
+        routed_all: every gold document was selected by some layer in some round.
+        named: the first document read is the first gold document.
+        named_all: every gold document was read.
+        exact_match, f1: of the answers.
+        seconds_per_question: wall time.
+    """
+
+    questions: int
+    routed: float
+    routed_all: float
+    named: float
+    named_all: float
+    exact_match: float
+    f1: float
+    seconds_per_question: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def ask_all(
+    engine: MemoryEngine,
+    questions: Sequence[Question],
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> tuple[QAFigures, list[Answer]]:
+    """Ask every question and score the answers.
+
+    Args:
+        engine: over the bank that holds the gold documents.
+        questions: at least one.
+        progress: called with the number of questions answered so far.
+        **options: of `MemoryEngine.ask`.
+    """
+    if not questions:
+        raise InputError("no questions were given; give at least one")
+    answers: list[Answer] = []
+    for start in range(0, len(questions), 16):
+        batch = [q.text for q in questions[start : start + 16]]
+        answers += engine.ask(batch, **options)
+        if progress is not None:
+            progress(len(answers))
+    return score(questions, answers), answers
+
+
+def score(questions: Sequence[Question], answers: Sequence[Answer]) -> QAFigures:
+    """Figures of answers that were given to questions."""
+    routed, routed_all, named, named_all = [], [], [], []
+    for question, answer in zip(questions, answers, strict=True):
+        rounds = [
+            {entry.id for layer in round_.routed.values() for entry in layer}
+            for round_ in answer.rounds
+        ]
+        read = [citation.id for citation in answer.citations]
+        seen = set().union(*rounds) if rounds else set()
+        routed.append(float(bool(rounds) and question.gold[0] in rounds[0]))
+        routed_all.append(float(recall(sorted(seen), question.gold) == 1.0))
+        named.append(float(read[:1] == [question.gold[0]]))
+        named_all.append(float(recall(read, question.gold) == 1.0))
+    pairs = list(zip(questions, answers, strict=True))
+    return QAFigures(
+        questions=len(questions),
+        routed=mean(routed),
+        routed_all=mean(routed_all),
+        named=mean(named),
+        named_all=mean(named_all),
+        exact_match=mean([exact_match(a.text, q.answers) for q, a in pairs]),
+        f1=mean([token_f1(a.text, q.answers) for q, a in pairs]),
+        seconds_per_question=mean([a.usage.total_seconds for a in answers]),
+    )
+
+
+def world_questions(
+    seed: int, num_documents: int, per_kind: int, *, breadth: float = 1.0
+) -> tuple[list[Document], list[Question], list[Question]]:
+    """A generated world that no training run has seen: held-out names, another seed.
+
+    Args:
+        seed: of the world and of the draw.
+        num_documents: documents of the world, all of them for the bank.
+        per_kind: one-hop and two-hop questions drawn, at most.
+        breadth: of the language.
+
+    Returns:
+        Documents, one-hop questions, two-hop questions.
+    """
+    from msa.training.worlds import generate_world
+
+    world = generate_world(seed, num_documents, breadth=breadth, split="test")
+    documents = [Document(id=d.key, text=d.text, title=d.title) for d in world.documents]
+    rng = random.Random(seed)
+    by_hops: dict[int, list[Question]] = {1: [], 2: []}
+    for q in world.questions:
+        by_hops[len(q.gold)].append(Question(q.question, (q.answer, *q.aliases), q.gold))
+    one, two = (rng.sample(qs, min(per_kind, len(qs))) for qs in by_hops.values())
+    return documents, one, two
+
+
+def real_questions(
+    folder: Path, split: str, count: int, seed: int
+) -> tuple[list[Document], list[Question]]:
+    """A question-answering set: `corpus.jsonl.gz` and `questions.SPLIT.jsonl.gz`.
+
+    Args:
+        folder: of the set.
+        split: such as "dev".
+        count: questions drawn, at most.
+        seed: of the draw.
+
+    Returns:
+        All documents of the corpus, and the questions that have an answer and gold documents.
+    """
+    documents = [
+        Document(id=row["id"], text=row["text"], title=row.get("title") or None)
+        for row in _rows(folder / "corpus.jsonl.gz")
+    ]
+    known = {d.id for d in documents}
+    questions = [
+        Question(row["question"], tuple(row["answers"]), tuple(row["gold"]))
+        for row in _rows(folder / f"questions.{split}.jsonl.gz")
+        if row.get("answers") and row.get("gold") and known.issuperset(row["gold"])
+    ]
+    return documents, random.Random(seed).sample(questions, min(count, len(questions)))
+
+
+def bm25_rankings(
+    documents: Sequence[Document], questions: Sequence[Question], top_k: int
+) -> list[list[str]]:
+    """Ids of the best documents of every question by BM25 (the `bm25s` library).
+
+    Raises:
+        InputError: `bm25s` is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError as error:
+        raise InputError("bm25s is not installed; pip install 'msa-memory[evaluate]'") from error
+    retriever = bm25s.BM25()
+    corpus = [d.content for d in documents]
+    retriever.index(
+        bm25s.tokenize(corpus, stopwords="en", show_progress=False), show_progress=False
+    )
+    found, _ = retriever.retrieve(
+        bm25s.tokenize([q.text for q in questions], stopwords="en", show_progress=False),
+        k=min(top_k, len(documents)),
+        show_progress=False,
+    )
+    return [[documents[int(i)].id for i in row] for row in found]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as gzipped JSONL ({error})") from error
