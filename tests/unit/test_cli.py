@@ -95,6 +95,7 @@ def test_version(run):
         (["ask", "why", "--bank", "b", "--nonsense"], "--nonsense"),
         (["ask", "  ", "--bank", "b"], "the question is empty"),
         (["search", "", "--bank", "b"], "the query is empty"),
+        (["search", "x", "--bank", "b", "--filter", "user"], "'user' is not NAME=VALUE"),
         (["search", "x", "--bank", "b", "--top-k", "many"], "--top-k"),
         (["bank", "add", "b", "i", "--text", "x", "--metadata", "{"], "not valid JSON"),
         (["bank", "add", "b", "i", "--text", "x", "--metadata", "[1]"], "expected a JSON object"),
@@ -331,7 +332,8 @@ class FakeEngine:
         yield from (Event("token", 3, piece) for piece in ("19", "39\x07"))
         yield Event("answer", 3, ANSWER)
 
-    def retrieve(self, query, top_k):
+    def retrieve(self, query, top_k, filter):
+        self.calls.append((query, filter))
         hits = [
             Hit("erik", 17, 0.9, {2: 0.91}, "Erik Watts", "Erik Watts is a son.", {"a": 1}),
             Hit("bill", 23, 0.1, {2: 0.5}, None, "Bill Watts was born in 1939.", {}),
@@ -385,9 +387,11 @@ def test_ask_stream_shows_every_step_in_order(run, engine):
 
 def test_ask_hands_on_only_the_options_that_were_given(run, engine):
     words = ["--max-rounds", 2, "--max-new-tokens", 9, "--temperature", 0.5, "--seed", 3]
-    run("ask", "Q?", "--bank", "b", "--prior-weight", 1, *words)
+    words += ["--prior-weight", 1, "--filter", "user=eve", "--filter", "year=1990"]
+    run("ask", "Q?", "--bank", "b", *words)
     chosen = {"max_rounds": 2, "max_new_tokens": 9, "temperature": 0.5, "seed": 3}
-    assert engine.calls == [("Q?", {**chosen, "prior_weight": 1.0})]
+    wanted = {"user": "eve", "year": 1990}
+    assert engine.calls == [("Q?", {**chosen, "prior_weight": 1.0, "filter": wanted})]
 
 
 def test_ask_reads_questions_from_stdin_and_goes_on_after_a_bad_one(run, engine, monkeypatch):

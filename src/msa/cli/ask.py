@@ -10,7 +10,15 @@ import typer
 from rich.text import Text
 
 from msa.cli import output
-from msa.cli.options import BankOption, DeviceOption, JsonOption, ModelOption, open_engine
+from msa.cli.options import (
+    BankOption,
+    DeviceOption,
+    FilterOption,
+    JsonOption,
+    ModelOption,
+    metadata_filter,
+    open_engine,
+)
 from msa.cli.output import one_line
 from msa.errors import MSAError
 
@@ -53,6 +61,7 @@ def ask(
     seed: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")
     ] = None,
+    filter: FilterOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -67,6 +76,7 @@ def ask(
         "prior_weight": prior_weight,
         "temperature": temperature,
         "seed": seed,
+        "filter": metadata_filter(filter),
     }
     options = {name: value for name, value in given.items() if value is not None}
     if question is not None and not question.strip():
@@ -93,14 +103,16 @@ def search(
         int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Documents, at most.")
     ] = 10,
     model: ModelOption = None,
+    filter: FilterOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """List the documents that the model routes a query to, best first."""
     if not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
+    wanted = metadata_filter(filter)
     engine = open_engine(bank, model, device)
-    hits = engine.retrieve(query, top_k=top_k)
+    hits = engine.retrieve(query, top_k=top_k, filter=wanted)
     if json:
         for hit in hits:
             output.print_json(hit)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msa.cli import output
+from msa.errors import InputError
+from msa.types import JSON
 
 if TYPE_CHECKING:
+    from msa.default_model import LoadedModel
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
 
@@ -42,6 +46,15 @@ DeviceOption = Annotated[
         show_default=False,
     ),
 ]
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="NAME=VALUE",
+        help="Only documents with this metadata; repeat for more.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
@@ -54,7 +67,23 @@ def register(
     app.command(name, help=text, epilog=f"Example: {example}")(command)
 
 
-def load_model(path: Path | None, device: str | None) -> tuple[Any, Any, Any]:
+def metadata_filter(pairs: list[str] | None) -> dict[str, JSON] | None:
+    """Metadata that documents must have; a value is JSON if it can be, otherwise a string."""
+    if not pairs:
+        return None
+    wanted: dict[str, JSON] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--filter")
+        try:
+            wanted[name] = json.loads(value)
+        except ValueError:
+            wanted[name] = value
+    return wanted
+
+
+def load_model(path: Path | None, device: str | None) -> LoadedModel:
     """Model (on its device), tokenizer and prompt template.
 
     Raises:
@@ -67,21 +96,17 @@ def load_model(path: Path | None, device: str | None) -> tuple[Any, Any, Any]:
 
         # Ours says in one line what is wrong; theirs would stand between our lines.
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
         from msa.default_model import load_model as load
-        from msa.errors import InputError
 
-        model, tokenizer, template = load(path)
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model.to(torch.device(name))
+            torch.empty(1, device=name)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"device {name!r} cannot be used: {reason}") from error
-        model.eval()
-    return model, tokenizer, template
+        return load(path, device=name)
 
 
 def quiet_warnings() -> None:

@@ -1,0 +1,317 @@
+"""The commands from end to end, with a tiny random model: bank on disk, questions, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from msa.cli import demo, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line in this process; gives exit code, stdout, stderr, and JSON lines."""
+
+    def run(*words: object) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as stop:
+            main.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        parsed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        return SimpleNamespace(code=code, out=out, err=err, json=parsed)
+
+    return run
+
+
+def one_error(result: SimpleNamespace, *parts: str) -> None:
+    """The command failed with one line on stderr that says all of this."""
+    assert result.code == 1, result
+    assert result.err.startswith("Error: ")
+    assert result.err.count("\n") == 1, result.err
+    for part in parts:
+        assert part in result.err
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "ada.txt").write_text("Ada was born in London in 1815.")
+    (folder / "bob.md").write_text("# Bob\n\nBob lives in Paris.")
+    rows = [{"id": f"r{i}", "text": f"Row {i} is about number {i}."} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def bank(run, files, model_folder, tmp_path) -> Path:
+    path = tmp_path / "bank"
+    assert run("index", files, "--bank", path, "--model", model_folder).code == 0
+    return path
+
+
+def ids(run, bank: Path) -> set[str]:
+    return {row["document"]["id"] for row in run("bank", "list", bank, "--limit", 0, "--json").json}
+
+
+def test_index_again_after_changes_encodes_only_what_changed(run, files, bank, model_folder):
+    (files / "ada.txt").write_text("Ada was born in London in 1816.")
+    (files / "new.txt").write_text("Something new.")
+    result = run("index", files, "--bank", bank, "--model", model_folder, "--json")
+    counts = {k: result.json[0][k] for k in ("added", "unchanged", "updated", "failed")}
+    assert counts == {"added": 1, "unchanged": 21, "updated": 1, "failed": 0}
+    assert result.json[0]["tokens"] < 400
+    assert len(ids(run, bank)) == 23
+
+
+def test_index_reports_bad_files_and_stores_the_others(run, files, bank, model_folder):
+    (files / "latin.txt").write_bytes(b"caf\xe9")
+    (files / "photo.jpg").write_bytes(b"\xff\xd8\0")
+    (files / "rows.jsonl").open("a").write('{"id": "broken"\n{"id": "r1", "text": "again"}\n')
+    words = ("index", files, "--bank", bank, "--model", model_folder)
+    result = run(*words, "--json")
+    assert result.code == 0
+    reasons = {Path(f["source"]).name: f["reason"] for f in result.json[0]["failures"]}
+    assert reasons["latin.txt"].startswith("not valid UTF-8")
+    assert reasons["rows.jsonl:21"].startswith("malformed JSON")
+    assert reasons["rows.jsonl:22"].startswith("duplicate id 'r1'")
+    assert result.json[0]["ignored"] == 1
+    assert run(*words, "--strict").code == 1
+    assert len(ids(run, bank)) == 22
+
+
+def test_a_long_document_is_split_and_deleted_as_one(run, files, bank, model_folder):
+    book = files / "book.txt"
+    book.write_text("\n\n".join(f"Chapter {i}. " + "Words follow words. " * 20 for i in range(12)))
+    assert run("index", book, "--bank", bank, "--model", model_folder).code == 0
+    parts = {i for i in ids(run, bank) if i.startswith("book.txt#")}
+    assert len(parts) > 4
+    assert run("bank", "delete", bank, "book.txt", "--json").json[0]["deleted"] == 1
+    assert not {i for i in ids(run, bank) if i.startswith("book.txt")}
+
+
+def test_ask_and_search_answer_from_documents_that_exist(run, bank, model_folder):
+    words = ("--bank", bank, "--model", model_folder)
+    hits = run("search", "Where was Ada born?", *words, "--top-k", 5, "--json").json
+    assert 0 < len(hits) <= 5
+    known = ids(run, bank)
+    assert {hit["id"] for hit in hits} <= known
+    result = run("ask", "Where was Ada born?", *words, "--max-new-tokens", 8, "--json")
+    assert result.code == 0
+    (answer,) = result.json
+    assert answer["question"] == "Where was Ada born?"
+    assert {c["id"] for c in answer["citations"]} <= known
+    assert answer["rounds"]
+    plain = run("ask", "Where was Ada born?", *words, "--max-new-tokens", 8, "--trace")
+    assert "round 1 layer 2 routed" in plain.out
+    assert "round 1 layer 3 routed" in plain.out
+    stream = run("ask", "Where?", *words, "--max-new-tokens", 8, "--stream", "--json").json
+    assert [stream[0]["kind"], stream[-1]["kind"]] == ["routing", "answer"]
+
+
+def test_a_filter_asks_only_documents_with_that_metadata(run, bank, model_folder, tmp_path):
+    path = tmp_path / "more.jsonl"
+    rows = [{"id": f"m{i}", "text": f"Note {i}.", "user": "eve", "year": 1990} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--bank", bank, "--model", model_folder)
+    assert run("index", path, *words).code == 0
+    result = run(
+        "search", "Note", *words, "--filter", "user=eve", "--filter", "year=1990", "--json"
+    )
+    assert {hit["id"] for hit in result.json} == {"m0", "m1", "m2"}
+    one_error(run("search", "Note", *words, "--filter", "user=nobody"), "filter")
+    assert run("search", "Note", *words, "--filter", "user").code == 2
+
+
+def test_bank_add_update_delete_compact_verify_info(run, bank, model_folder):
+    words = ("--model", model_folder)
+    add = ("bank", "add", bank, "eve")
+    one = run(*add, "--text", "Eve sings.", "--metadata", '{"user": "x"}', *words)
+    assert (one.code, one.out) == (0, "eve added; the bank holds 23 documents\n")
+    one_error(run(*add, "--text", "Eve dances.", *words), "eve")
+    assert run(*add, "--text", "Eve dances.", "--update", *words).code == 0
+    one_error(run(*add, "--text", "  ", *words), "'eve' is empty")
+    one_error(run("bank", "delete", bank, "eve", "nobody"), "nobody")
+    assert "eve" in ids(run, bank)
+    assert run("bank", "delete", bank, "eve", "r1").code == 0
+    assert not {"eve", "r1"} & ids(run, bank)
+    info = run("bank", "info", bank, "--json").json[0]
+    assert (info["num_ids"], info["num_deleted"] > 0) == (21, True)
+    assert "21" in run("bank", "info", bank).out
+    assert run("bank", "compact", bank, "--json").json[0]["dropped"] == info["num_deleted"]
+    verified = run("bank", "verify", bank)
+    assert (verified.code, "sound" in verified.out) == (0, True)
+
+
+def test_a_damaged_bank_is_reported_and_repaired(run, bank, model_folder):
+    segment = next((bank / "segments").glob("*.safetensors"))
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    segment.write_bytes(data)
+    result = run("bank", "verify", bank)
+    assert result.code == 1
+    assert segment.name in result.out
+    assert "repair" in result.out
+    assert run("bank", "verify", bank, "--json").json[0]["ok"] is False
+    assert run("bank", "repair", bank, "--model", model_folder).code == 0
+    assert run("bank", "verify", bank).code == 0
+
+
+def test_the_demo_asks_adds_and_deletes(run, model_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    documents = [{"id": f"d{i}", "title": None, "text": f"Town {i} lies north."} for i in range(30)]
+    questions = [
+        {"question": "Where is town 3?", "answer": "north", "gold": ["d3"], "hops": 1},
+        {"question": "And its neighbour?", "answer": "south", "gold": ["d3", "d4"], "hops": 2},
+    ]
+    added = {"document": {"id": "new", "text": "Town X is new."}, "question": "X?", "answer": "new"}
+    for name, records in (("documents.jsonl", documents), ("questions.jsonl", questions)):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "added.json").write_text(json.dumps(added))
+    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
+    result = run("demo", "--model", model_folder, "--json")
+    assert result.code == 0
+    assert [row["step"] for row in result.json] == ["ask", "ask", "added", "deleted"]
+    assert result.json[1]["gold"] == ["d3", "d4"]
+    assert "new" not in json.dumps(result.json[3]["rounds"])
+    plain = run("demo", "--model", model_folder, "--questions", 1).out
+    assert "A bank of 30 documents that the model has never seen" in plain
+    assert "Where is town 3?  (one hop)" in plain
+    assert "round 1 layer 2 routed" in plain
+    assert "A new document is added: Town X is new." in plain
+    assert "Gone: the bank does not hold new any more" in plain
+    assert "of 2 answers right" in plain
+    assert not [line for line in plain.splitlines() if len(line) > 160]
+
+
+# Bad input: one line each
+
+
+def test_a_folder_that_is_no_bank(run, files, tmp_path, model_folder):
+    for words in (
+        ("bank", "info", files),
+        ("bank", "verify", tmp_path / "none"),
+        ("ask", "Q?", "--bank", files, "--model", model_folder),
+    ):
+        one_error(run(*words), "bank")
+    result = run("index", files, "--bank", files, "--model", model_folder)
+    one_error(result, "files")
+    assert not (files / "bank.json").exists()
+    one_error(run("bank", "info", files / "ada.txt"), "ada.txt")
+    below_a_file = files / "ada.txt" / "bank"
+    one_error(run("index", files, "--bank", below_a_file, "--model", model_folder), "ada.txt")
+
+
+def test_a_model_that_is_not_there_or_damaged(run, files, bank, model_folder, tmp_path):
+    words = ("--bank", tmp_path / "new", "--model")
+    one_error(run("index", files, *words, tmp_path / "nowhere"), "nowhere")
+    assert not (tmp_path / "new").exists()
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model_folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    one_error(run("index", files, *words, broken), "NaN")
+    one_error(run("ask", "Q?", "--bank", bank, "--model", broken))
+
+
+def test_a_bank_of_another_model(run, files, bank, tiny_tokenizer, tmp_path):
+    from conftest import make_tiny_model
+
+    other = tmp_path / "other"
+    make_tiny_model(seed=1).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    one_error(run("ask", "Q?", "--bank", bank, "--model", other), "bank")
+    one_error(run("index", files, "--bank", bank, "--model", other), "bank")
+
+
+def test_an_empty_bank_and_a_question_too_long(run, bank, model_folder):
+    words = ("--bank", bank, "--model", model_folder)
+    one_error(run("ask", "why " * 3000, *words), "question")
+    run("bank", "delete", bank, *ids(run, bank))
+    one_error(run("ask", "Q?", *words), "document")
+    one_error(run("search", "Q?", *words), "document")
+
+
+def test_a_device_that_is_not_there(run, bank, model_folder):
+    words = ("--bank", bank, "--model", model_folder, "--device")
+    one_error(run("ask", "Q?", *words, "abacus"), "device 'abacus' cannot be used")
+    if not torch.cuda.is_available():
+        one_error(run("ask", "Q?", *words, "cuda"), "device 'cuda' cannot be used")
+
+
+def test_a_second_writer_is_told_and_the_bank_is_unharmed(run, files, bank, model_folder):
+    from msa.memory.bank import MemoryBank
+
+    with MemoryBank.open(bank):
+        one_error(run("bank", "delete", bank, "r1"), str(os.getpid()))
+        one_error(run("index", files, "--bank", bank, "--model", model_folder), str(os.getpid()))
+        assert "r1" in ids(run, bank)
+    assert run("bank", "delete", bank, "r1").code == 0
+
+
+def test_ctrl_c_while_indexing_is_one_line_and_what_was_stored_stays(
+    run, files, model_folder, tmp_path
+):
+    text = "".join(f'{{"text": "Line {i} says something about {i}."}}\n' for i in range(30_000))
+    (files / "many.jsonl").write_text(text)
+    bank = tmp_path / "bank"
+    code = "from msa.cli.main import main; main()"
+    words = ["index", files, "--bank", bank, "--model", model_folder, "--batch-tokens", 2048]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        env=dict(os.environ, PYTHONPATH=str(ROOT / "src"), OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not stored(bank):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.startswith("Interrupted. The bank holds ")
+    assert err.count("\n") == 1
+    assert run("bank", "verify", bank).code == 0
+    assert len(ids(run, bank)) > 1000
+
+
+def stored(path: Path) -> int:
+    """Documents that a bank holds, while somebody else makes it."""
+    from msa.errors import BankError
+    from msa.memory.bank import MemoryBank
+
+    try:
+        with MemoryBank.open(path, read_only=True) as bank:
+            return len(bank)
+    except BankError:
+        return 0
