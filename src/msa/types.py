@@ -205,7 +205,8 @@ class Answer:
         citations: documents read on the way, in reading order.
         rounds: every round with its routing trace.
         usage: token counts and times.
-        stopped: why the answer ended: "answered", "max_rounds" or "max_tokens".
+        stopped: why the answer ended: "answered"; "max_tokens" (it was cut); or the engine ended
+            the retrieval: "max_rounds", or "max_positions" (no room for what the model named).
     """
 
     question: str

@@ -21,7 +21,7 @@ from msa.inference.interleave import Interleave
 from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
 from msa.memory.reports import StoredDocument
-from msa.text.prompts import PromptEncoder
+from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Document, Event
 
 READ, END, STOP = "<|object_ref_end|>", "<End-of-Retrieve>", "<|im_end|>"
@@ -73,7 +73,8 @@ class Script(LogitsProcessor):
 
     def wish(self, text: str) -> str:
         newline = self.raw("\n")
-        plan = next(p for q, p in self.plans.items() if f"{newline * 2}{q}{newline}" in text)
+        asked = (p for q, p in self.plans.items() if f"{newline * 2}{q}{newline}" in text)
+        plan = next(asked, [])
         rest = text.split(self.tail, 1)[1]
         for i, part in enumerate(plan):
             if not rest.startswith(part):
@@ -353,13 +354,16 @@ def test_the_streamed_tokens_are_the_answer_and_come_before_it(
 
 
 def test_closing_a_stream_stops_the_generation(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Q?": [f"[3]{READ}", END, " a" * 400]})
+    script(model, encoder, {"Q?": [f"[3]{READ}", END, " a" * 900]})
+    steps: list[int] = []
+    model.register_forward_hook(lambda *_: steps.append(1))
     library = FakeLibrary(model, encoder, TEXTS)
-    rounds = Interleave(model, encoder, library, AskOptions(max_new_tokens=800))
+    rounds = Interleave(model, encoder, library, AskOptions(max_new_tokens=1500))
     events: Iterator[Any] = rounds.run(["Q?"], stream=True)
     next(e for _, e in events if e.kind == "token")
     events.close()
     assert not [t for t in threading.enumerate() if t.name == "msa-answer"]
+    assert len(steps) < 500
 
 
 def test_an_error_while_an_answer_streams_reaches_the_caller(
@@ -458,3 +462,19 @@ def test_a_model_with_nan_weights_is_refused(
             model.model.layers[2].self_attn.router_q_proj[0].weight.fill_(math.nan)
     with pytest.raises(ModelError, match="NaN"):
         run(model, encoder, ["Q?"], library=library, stream=stream)
+
+
+def test_marks_that_the_tokenizer_splits_work_like_single_tokens(model: Any) -> None:
+    template = PromptTemplate(
+        number="#{number}", end_of_read="#;", end_of_retrieve="#.", end="~~", answer="So:"
+    )
+    encoder = PromptEncoder(make_tiny_tokenizer(), template)
+    calls = script(model, encoder, {})  # no plan for any question: nothing is scripted
+    options = {"max_new_tokens": 6, "max_rounds": 2, "max_documents_per_round": 2}
+    together, _ = run(model, encoder, ["Q?", "A longer one?"], **options)
+    text = encoder.tokenizer.decode(calls[-1][0])
+    assert "#." in text
+    for question, answer in zip(["Q?", "A longer one?"], together, strict=True):
+        (alone,), _ = run(model, encoder, [question], **options)
+        assert answer.citations == alone.citations != ()
+        assert answer.text == alone.text

@@ -109,6 +109,7 @@ class Interleave:
         self._top_k: int = model.config.top_k_documents
         self._max_positions: int = model.config.max_position_embeddings
         self._draws = 0
+        self._numbers: dict[int, list[int]] = {}
         template, tokenizer = encoder.template, encoder.tokenizer
         self._end_of_read = encoder.tokenize(template.end_of_read)
         self._end_of_retrieve = encoder.retrieval_end()
@@ -209,7 +210,7 @@ class Interleave:
             )
         tokens = out.sequences[:, prompts.length :].tolist()
         written = [g.parse(row) for g, row in zip(grammars.rows, tokens, strict=True)]
-        assert all(w is not None for w in written), "a round did not end"
+        assert None not in written, "a round did not end: the grammar has no end"
         return written, out.past_key_values
 
     def _routed(self, reader: TracingReader) -> list[_Routed]:
@@ -236,13 +237,19 @@ class Interleave:
     def _grammar(self, question: _Question, routed: _Routed) -> RoundGrammar:
         options, read = self._options, question.read
         return RoundGrammar(
-            {n: self._encoder.number(n) for n in routed.documents if n not in read},
+            {n: self._number(n) for n in routed.documents if n not in read},
             self._end_of_read,
             self._end_of_retrieve,
             max_documents=options.max_documents_per_round,
             may_end=options.allow_unread or bool(read),
             prior=routed.fused,
         )
+
+    def _number(self, number: int) -> list[int]:
+        """Tokens of a document's number; the same documents are routed to again and again."""
+        if number not in self._numbers:
+            self._numbers[number] = self._encoder.number(number)
+        return self._numbers[number]
 
     def _read(
         self, question: _Question, index: int, routed: _Routed, wrote: Written | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,23 @@ def test_a_model_that_computes_nonsense_is_refused(
             call(QUESTION)
     with pytest.raises(ModelError, match="NaN"):
         list(engine.ask(QUESTION, stream=True))
+
+
+def test_several_threads_may_ask_one_engine(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
+    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    questions = [QUESTION, "Bob?", "How long is the Tiber?", "Who paints?"]
+    expected = [engine.ask(q).text for q in questions]
+    with ThreadPoolExecutor(4) as pool:
+        streams = pool.map(lambda q: list(engine.ask(q, stream=True))[-1].data, questions)
+        answers = pool.map(engine.ask, questions)
+        assert [a.text for a in answers] == expected
+        assert [a.text for a in streams] == expected
+
+
+def test_a_bfloat16_model_asks_its_bank(tmp_path: Path, tokenizer: Any) -> None:
+    model = make_tiny_model().to(torch.bfloat16)
+    with MemoryBank.create(tmp_path / "bank", model, tokenizer) as bank:
+        bank.add(DOCUMENTS)
+        engine = MemoryEngine(model, tokenizer, bank, prior_weight=1.0, **FEW)
+        assert engine.ask(QUESTION).citations
+        assert len(engine.retrieve(QUESTION)) == len(DOCUMENTS)
