@@ -223,7 +223,7 @@ class MemoryBank:
         return bool(known.numbers) or known.part_of is not None
 
     def __repr__(self) -> str:
-        return f"MemoryBank('{self.path}', {len(self)} documents)"
+        return f"MemoryBank('{self.path}'{', closed' if self._closed else ''})"
 
     def _check_writable(self, doing: str) -> None:
         if self._closed:

@@ -372,5 +372,5 @@ def _message(path: Path, what: str) -> str:
     bank = path.parent.parent
     return (
         f"Segment '{path.name}' of bank '{bank}' is damaged: {what}. 'msa bank verify {bank}' "
-        "names its documents; MemoryBank.repair encodes them again from their stored texts"
+        f"names its documents, 'msa bank repair {bank}' encodes them again from their texts"
     )

@@ -1,0 +1,870 @@
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bank_tools import folder_state, ids_of, make_document, make_documents, states_of
+from conftest import make_tiny_model, make_tiny_tokenizer
+from msa import Document
+from msa.errors import (
+    BankCorruptError,
+    BankError,
+    BankLockedError,
+    BankMismatchError,
+    BankNotFoundError,
+    ConfigError,
+    DocumentNotFoundError,
+    DuplicateDocumentError,
+    InputError,
+    ModelError,
+    StorageError,
+)
+from msa.memory import ingest
+from msa.memory.bank import MemoryBank
+from msa.memory.encoder import DocumentEncoder
+from msa.memory.manifest import model_fingerprints, tokenizer_fingerprint
+from msa.text.prompts import PromptTemplate
+
+STATES = ("routing_keys", "pooled_keys", "pooled_values")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def bank(path, tiny_model, tiny_tokenizer):
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
+        yield bank
+
+
+@pytest.fixture
+def split_by_words(monkeypatch):
+    """A splitter without surprises: as many words as fit."""
+
+    def split_text(text, max_tokens, count_tokens):
+        parts = [""]
+        for word in text.split():
+            longer = f"{parts[-1]} {word}".strip()
+            if count_tokens(longer) <= max_tokens:
+                parts[-1] = longer
+            else:
+                parts.append(word)
+        return parts
+
+    monkeypatch.setattr("msa.text.splitting.split_text", split_text)
+
+
+def same_states(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b)
+        for number in one
+        for layer in one[number]
+        for a, b in zip(one[number][layer], other[number][layer], strict=True)
+    )
+
+
+# ---- add
+
+
+def test_documents_come_back_as_given_with_numbers_from_one(bank):
+    documents = [
+        Document("a", "one text", "Title", {"user": "x", "n": [1, None]}),
+        *make_documents(5),
+    ]
+    report = bank.add(documents)
+    assert (report.added, report.parts, report.failed) == (6, 6, ())
+    assert len(bank) == 6
+    assert [s.document for s in bank.documents()] == documents
+    assert [s.number for s in bank.documents()] == [1, 2, 3, 4, 5, 6]
+    assert bank.get("a").document == documents[0]
+    assert bank.get_number(2).document == documents[1]
+    assert list(bank.get_many([3, 99, 1])) == [1, 3]
+    assert [s.number for s in bank.documents(limit=2, offset=3)] == [4, 5]
+    assert "a" in bank
+    assert "z" not in bank
+
+
+def test_states_are_those_of_the_encoder_bit_for_bit_after_reopening(
+    bank, path, tiny_model, tiny_tokenizer
+):
+    documents = make_documents(40)
+    bank.add(documents, batch_tokens=1000)
+    bank.close()
+    encoder = DocumentEncoder(tiny_model, tiny_tokenizer)
+    expected = {}
+    for batch in encoder.encode(list(enumerate(documents, start=1)), 1000):
+        counts = batch.states.chunk_counts.tolist()
+        split = {
+            layer: [
+                torch.split(t, counts) for t in (s.routing_keys, s.pooled_keys, s.pooled_values)
+            ]
+            for layer, s in batch.states.layers.items()
+        }
+        for i, number in enumerate(batch.numbers):
+            expected[number] = {k: tuple(t[i] for t in v) for k, v in split.items()}
+    with MemoryBank.open(path, tiny_model, tiny_tokenizer, read_only=True) as reader:
+        assert same_states(states_of(reader), expected)
+        stored = reader.get_number(7)
+        assert stored.num_chunks == len(expected[7][2][0])
+        assert stored.num_tokens == len(encoder.tokens(7, documents[6]))
+
+
+def test_the_same_documents_again_are_unchanged_and_nothing_is_written(bank, path):
+    documents = make_documents(8)
+    bank.add(documents)
+    before, generation = folder_state(path), bank.generation
+    for mode in ("error", "skip", "update"):
+        report = bank.add(documents, on_duplicate=mode)
+        assert (report.added, report.updated, report.unchanged) == (0, 0, 8)
+    assert folder_state(path) == before
+    assert bank.generation == generation
+
+
+def test_other_text_under_a_known_id_raises_is_reported_or_replaces(bank):
+    bank.add([make_document("a", 1), make_document("b", 1)])
+    new = make_document("a", 2)
+    with pytest.raises(DuplicateDocumentError, match="'a' is in the bank with other content"):
+        bank.add([new])
+    report = bank.add([new], on_duplicate="skip")
+    assert report.failed[0][0] == "a"
+    assert "on_duplicate='update'" in report.failed[0][1]
+    assert bank.get("a").document == make_document("a", 1)
+    report = bank.add([new], on_duplicate="update")
+    assert report.updated == 1
+    assert bank.get("a").document == new
+    assert bank.get("a").number == 3
+    assert len(bank) == 2
+
+
+def test_new_metadata_alone_keeps_number_and_states(bank, path):
+    bank.add([Document("a", "text", metadata={"v": 1})])
+    before = folder_state(path)
+    report = bank.add([Document("a", "text", metadata={"v": 2})], on_duplicate="update")
+    assert report.updated == 1
+    assert bank.get("a").document.metadata == {"v": 2}
+    assert bank.get("a").number == 1
+    assert folder_state(path) == before
+    with pytest.raises(DuplicateDocumentError):
+        bank.add([Document("a", "text", metadata={"v": 3})])
+
+
+@pytest.mark.parametrize("commit_tokens", [1, 10_000])
+def test_an_id_given_twice_in_one_call(bank, commit_tokens):
+    """Whether or not a commit came between."""
+    one, two, other = make_document("a", 1), make_document("a", 2), make_document("b")
+    for mode in ("skip", "update"):
+        report = bank.add([one, other, one, two], on_duplicate=mode, commit_tokens=commit_tokens)
+        assert report.failed == (
+            ("a", "its id was given twice in this call with different content"),
+        )
+        assert bank.get("a").document == one
+        bank.delete(["a", "b"])
+    with pytest.raises(DuplicateDocumentError, match="'a' was given twice in this call"):
+        bank.add([one, two], commit_tokens=commit_tokens)
+
+
+def test_a_call_that_raises_before_its_first_commit_changes_nothing(bank, path):
+    bank.add([make_document("a", 1)])
+    before = folder_state(path)
+    with pytest.raises(DuplicateDocumentError, match="0 documents of this call"):
+        bank.add([make_document("x"), make_document("a", 2)])
+    assert ids_of(bank) == ["a"]
+    assert folder_state(path) == before
+
+
+def test_progress_tells_what_is_durable_and_an_interrupted_add_goes_on(
+    bank, path, tiny_model, tiny_tokenizer
+):
+    documents = make_documents(30)
+    seen = []
+
+    def interrupted():
+        yield from documents[:22]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bank.add(interrupted(), commit_tokens=300, progress=seen.append)
+    assert len(seen) > 3
+    assert [p.added for p in seen] == sorted(p.added for p in seen)
+    assert ids_of(bank) == [d.id for d in documents[: seen[-1].added]]
+    bank.close()
+    with MemoryBank.open(path, tiny_model, tiny_tokenizer) as again:
+        report = again.add(documents, on_duplicate="skip", commit_tokens=500, progress=seen.append)
+        assert report.unchanged == seen[-1].unchanged == len(documents) - report.added
+        assert report.failed == ()
+        assert ids_of(again) == [d.id for d in documents]
+
+
+def test_documents_are_taken_as_they_are_stored_not_all_at_once(bank):
+    taken = itertools.count()
+    ahead = []
+
+    def stream():
+        for i in range(200):
+            next(taken)
+            yield make_document(f"d{i}", words=3)
+
+    def progress(p):
+        ahead.append(p.documents - p.added)
+
+    bank.add(stream(), commit_tokens=400, progress=progress)
+    assert set(ahead) == {0}
+    assert len(ahead) > 10
+
+
+def test_many_unchanged_documents_still_report_progress(bank, monkeypatch):
+    monkeypatch.setattr(ingest, "COMMIT_DOCUMENTS", 10)
+    documents = [make_document(f"d{i}", words=1) for i in range(35)]
+    bank.add(documents)
+    seen = []
+    bank.add(documents, progress=seen.append)
+    assert [p.unchanged for p in seen] == [10, 20, 30, 35]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        (Document("x", ""), "its text is empty"),
+        (Document("x", " \n\t "), "its text is empty"),
+        (Document("", "text"), "its id is empty"),
+        (Document("i" * 513, "text"), "its id has 513 characters; at most 512"),
+        (
+            Document("x", "bad \ud800 text"),
+            r"not valid Unicode: lone surrogate U\+D800",
+        ),
+        (Document("x\udfff", "text"), r"its id is not valid Unicode: lone surrogate U\+DFFF"),
+        (Document("x", "text", "t\ud801"), "its title is not valid Unicode"),
+        (Document(7, "text"), "its id is int; expected text"),
+        (Document("x", None), "its text is NoneType; expected text"),
+        (Document("x", "text", metadata={"a": {1, 2}}), "its metadata cannot be written as JSON"),
+        (Document("x", "text", metadata={"a": float("nan")}), "cannot be written as JSON"),
+        (Document("x", "text", "title " * 200), "its title leaves no room"),
+    ],
+)
+def test_a_bad_document_is_reported_and_the_others_are_stored(bank, document, reason):
+    report = bank.add([make_document("a"), document, make_document("b")])
+    assert report.added == 2
+    ((failed_id, why),) = report.failed
+    assert len(failed_id) <= 80
+    failed_id.encode()
+    assert re.search(reason, why), why
+    assert ids_of(bank) == ["a", "b"]
+
+
+def test_a_text_of_absurd_length_is_reported(bank, monkeypatch):
+    monkeypatch.setattr(ingest, "MAX_TEXT_CHARACTERS", 100)
+    report = bank.add([Document("x", "y" * 101)])
+    assert "its text has 101 characters; at most 100" in report.failed[0][1]
+
+
+def test_what_is_no_document_is_refused(bank):
+    with pytest.raises(InputError, match=r"given a str: expected msa.Document"):
+        bank.add(["text"])
+    with pytest.raises(InputError, match="on_duplicate='replace'"):
+        bank.add([], on_duplicate="replace")
+    with pytest.raises(InputError, match="batch_tokens=0"):
+        bank.add([], batch_tokens=0)
+
+
+def test_unusual_but_valid_text_is_kept_to_the_character(bank):
+    text = "nul \0 emoji \U0001f642 \u200b combining e\u0301 \r\n tab\t <|im_end|> [17]"
+    bank.add([Document("ünï/çødé #1 \U0001f642", text)])
+    assert bank.documents()[0].document.text == text
+    assert bank.verify().ok
+
+
+def test_a_model_with_nan_weights_stores_nothing(path, tiny_tokenizer):
+    model = make_tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(torch.nan)
+    with MemoryBank.create(path, model, tiny_tokenizer) as bank:
+        with pytest.raises(ModelError, match="NaN"):
+            bank.add(make_documents(3))
+        assert len(bank) == 0
+        assert folder_state(path) == {}
+
+
+# ---- long documents
+
+
+def test_a_long_document_is_split_into_linked_parts(bank, split_by_words):
+    long = make_document("book", words=300)
+    report = bank.add([make_document("a"), long, make_document("b")])
+    parts = bank.parts("book")
+    assert report.added == 3
+    assert report.parts == len(parts) + 2 == len(bank)
+    assert len(parts) > 3
+    assert [p.document.id for p in parts] == [f"book#{i + 1}" for i in range(len(parts))]
+    assert " ".join(p.document.text for p in parts) == long.text
+    for i, part in enumerate(parts, start=1):
+        assert (part.part_of, part.part, part.num_parts) == ("book", i, len(parts))
+        assert part.num_tokens <= bank.manifest.max_document_tokens
+        assert part.document.metadata == long.metadata
+        assert part.part_ids == parts[0].part_ids
+    assert bank.get("book#2") == parts[1]
+    with pytest.raises(DocumentNotFoundError, match=rf"{len(parts)} parts, 'book#1' to"):
+        bank.get("book")
+    assert bank.info().num_ids == 3
+
+
+def test_the_real_splitter_serves_the_bank(bank):
+    bank.add([Document("book", "A sentence about a river. " * 100, "The Book")])
+    parts = bank.parts("book")
+    assert len(parts) > 4
+    assert all(p.document.title == "The Book" for p in parts)
+    assert all(p.num_tokens <= 512 for p in parts)
+    assert bank.verify().ok
+
+
+def test_a_split_document_is_updated_and_deleted_as_a_whole(bank, split_by_words):
+    bank.add([make_document("book", 1, words=300), make_document("a")])
+    old = [p.number for p in bank.parts("book")]
+    with pytest.raises(InputError, match="'book#2' is a part of 'book'"):
+        bank.delete("book#2")
+    assert bank.add([make_document("book", 1, words=300)]).unchanged == 1
+    bank.update(make_document("book", 2, words=200))
+    assert len(bank.parts("book")) < len(old)
+    assert bank.get_many(old) == {}
+    assert bank.delete("book") == 1
+    assert ids_of(bank) == ["a"]
+    assert bank.verify().ok
+
+
+def test_ids_of_parts_and_of_documents_cannot_collide(bank, split_by_words):
+    bank.add([make_document("book", words=300)])
+    report = bank.add([make_document("book#1")], on_duplicate="update")
+    assert "names a part of a document" in report.failed[0][1]
+    for order in (1, -1):
+        name = f"other{order}"
+        documents = [make_document(f"{name}#2"), make_document(name, words=300)][::order]
+        report = bank.add(documents)
+        assert report.added == 1
+        assert len(report.failed) == 1
+    assert bank.verify().ok
+
+
+def test_white_space_at_the_ends_does_not_make_parts(bank):
+    bank.add([Document("a", "word" + " " * 600)])
+    assert bank.get("a").part_of is None
+    assert bank.get("a").document.text == "word"
+
+
+def test_the_length_limit_is_a_setting_of_the_bank(
+    path, tiny_model, tiny_tokenizer, split_by_words
+):
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer, max_document_tokens=100) as bank:
+        bank.add([make_document("book", words=100)])
+        assert all(p.num_tokens <= 100 for p in bank.parts("book"))
+    for wrong in (31, 2049):
+        with pytest.raises(ConfigError, match=f"max_document_tokens={wrong}: expected 32 to 2048"):
+            MemoryBank.create(path / "x", tiny_model, tiny_tokenizer, max_document_tokens=wrong)
+
+
+# ---- update, delete, compact
+
+
+def test_numbers_are_never_used_twice(bank, path, tiny_model, tiny_tokenizer):
+    used = set()
+    rng = random.Random(0)
+    for step in range(12):
+        bank.add([make_document(f"d{i}", step) for i in range(3)], on_duplicate="update")
+        new = {s.number for s in bank.documents()} - used
+        assert all(n > max(used, default=0) for n in new)
+        used |= new
+        if step % 3 == 0:
+            bank.delete(rng.choice(ids_of(bank)))
+        if step % 4 == 0:
+            bank.delete(ids_of(bank))
+            bank.compact()
+            bank.close()
+            bank = MemoryBank.open(path, tiny_model, tiny_tokenizer)
+    bank.close()
+
+
+def test_update_replaces_a_known_document_only(bank):
+    bank.add([make_document("a", 1)])
+    bank.update(make_document("a", 2))
+    assert bank.get("a").document == make_document("a", 2)
+    with pytest.raises(DocumentNotFoundError, match="holds no document 'b'"):
+        bank.update(make_document("b"))
+    with pytest.raises(InputError, match="its text is empty"):
+        bank.update(Document("a", ""))
+    assert bank.get("a").document == make_document("a", 2)
+
+
+def test_delete_is_all_or_none(bank):
+    bank.add(make_documents(4))
+    with pytest.raises(DocumentNotFoundError, match="'nope'"):
+        bank.delete(["doc0", "nope"])
+    assert len(bank) == 4
+    assert bank.delete(["doc0", "doc2", "doc0"]) == 2
+    assert ids_of(bank) == ["doc1", "doc3"]
+    with pytest.raises(DocumentNotFoundError):
+        bank.get("doc0")
+    with pytest.raises(DocumentNotFoundError, match="number 1"):
+        bank.get_number(1)
+    with pytest.raises(DocumentNotFoundError):
+        bank.get("bad \ud800")
+
+
+def test_a_deleted_document_can_be_added_again_under_a_new_number(bank):
+    bank.add([make_document("a")])
+    bank.delete("a")
+    assert bank.add([make_document("a")]).added == 1
+    assert bank.get("a").number == 2
+
+
+def test_compact_keeps_live_states_bit_for_bit_and_drops_the_rest(bank, path):
+    for i in range(4):
+        bank.add(make_documents(6, f"batch{i}-"))
+    bank.delete([f"batch{i}-{j}" for i in range(3) for j in range(0, 6, 2)])
+    before = states_of(bank)
+    info = bank.info()
+    assert (info.num_segments, info.num_deleted) == (4, 9)
+    report = bank.compact()
+    assert (report.segments_before, report.segments_after, report.dropped) == (4, 1, 9)
+    assert report.bytes_after < report.bytes_before
+    assert len(folder_state(path)) == 1
+    assert same_states(states_of(bank), before)
+    assert bank.verify().ok
+    assert bank.info().num_deleted == 0
+    again = bank.compact()
+    assert again.segments_after == 1
+    assert again.dropped == 0
+
+
+def test_compact_rewrites_group_by_group(bank, path, monkeypatch):
+    for i in range(6):
+        bank.add(make_documents(3, f"batch{i}-"))
+    bank.delete([f"batch{i}-0" for i in range(6)])
+    size = bank.info().segment_bytes // 6
+    monkeypatch.setattr("msa.memory.maintenance.SEGMENT_BYTES", size)
+    before = states_of(bank)
+    most = []
+    real = bank.catalog.replace_segments
+
+    def spy(removed, added):
+        most.append(len(folder_state(path)))
+        real(removed, added)
+
+    monkeypatch.setattr(bank.catalog, "replace_segments", spy)
+    bank.compact()
+    assert len(most) == 3
+    assert max(most) <= 7  # never two whole copies
+    assert same_states(states_of(bank), before)
+
+
+def test_compact_of_an_empty_bank_leaves_no_segment(bank, path):
+    bank.add(make_documents(3))
+    bank.delete(ids_of(bank))
+    assert bank.compact().segments_after == 0
+    assert folder_state(path) == {}
+    assert bank.verify().ok
+
+
+# ---- damage
+
+
+def damage(path, how, index=0):
+    segment = sorted((path / "segments").iterdir())[index]
+    data = bytearray(segment.read_bytes())
+    if how == "flip":
+        data[len(data) * 3 // 4] ^= 16
+    segment.write_bytes(data[: len(data) // 2] if how == "truncate" else data)
+    if how == "remove":
+        segment.unlink()
+    return segment.name
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_verify_names_a_damaged_segment_and_its_documents_and_repair_heals_it(bank, path, how):
+    bank.add(make_documents(3, "a"))
+    bank.add(make_documents(3, "b"))
+    bank.delete("a1")
+    before = states_of(bank)
+    assert bank.verify().ok
+    name = damage(path, how)
+    report = bank.verify()
+    assert not report.ok
+    assert report.damaged_segments == (name,)
+    assert report.damaged_ids == ("a0", "a2")
+    assert name in report.problems[0]
+    assert bank.repair() == 2
+    assert bank.verify().ok
+    after = states_of(bank)
+    assert after.keys() == before.keys()
+    for number, layers in before.items():
+        for layer, tensors in layers.items():
+            for old, new in zip(tensors, after[number][layer], strict=True):
+                torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-4)
+
+
+def test_compact_never_copies_damage_and_drops_a_damaged_segment_that_is_all_deleted(bank, path):
+    bank.add(make_documents(3, "a"))
+    bank.add(make_documents(3, "b"))
+    bank.delete("a1")
+    damage(path, "flip")
+    before = folder_state(path)
+    with pytest.raises(BankCorruptError, match=r"000001.safetensors.*damaged"):
+        bank.compact()
+    assert folder_state(path) == before
+    bank.delete(["a0", "a2"])
+    bank.compact()
+    assert bank.verify().ok
+    assert ids_of(bank) == ["b0", "b1", "b2"]
+
+
+def test_files_that_no_commit_names_are_removed_when_a_writer_opens(
+    bank, path, tiny_model, tiny_tokenizer
+):
+    bank.add(make_documents(2))
+    bank.close()
+    (path / "segments" / "000002.safetensors").write_bytes(b"half")
+    (path / "segments" / "000003.safetensors.tmp").write_bytes(b"half")
+    with MemoryBank.open(path, read_only=True) as reader:
+        report = reader.verify()
+        assert report.ok
+        assert report.orphans == ("000002.safetensors", "000003.safetensors.tmp")
+    with MemoryBank.open(path, tiny_model, tiny_tokenizer) as writer:
+        assert list(folder_state(path)) == ["000001.safetensors"]
+        writer.add(make_documents(2, "new"))
+        assert writer.verify().ok
+
+
+# ---- a disk that refuses
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_full_disk_leaves_the_bank_as_it_was_and_usable(bank, path, monkeypatch, call):
+    bank.add(make_documents(3))
+    before, states = folder_state(path), states_of(bank)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(StorageError, match="No space left"):
+            bank.add(make_documents(3, "more"))
+        bank.delete("doc1")  # needs the catalog only
+        with pytest.raises(StorageError, match="No space left"):
+            bank.compact()
+    assert folder_state(path) == before
+    states.pop(2)
+    assert same_states(states_of(bank), states)
+    assert bank.verify().ok
+    assert bank.add(make_documents(3, "more")).added == 3
+
+
+def test_a_full_disk_in_the_catalog_keeps_the_old_state(bank, path):
+    bank.add(make_documents(3))
+    db = bank.catalog._connection
+    db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
+    with pytest.raises(StorageError, match="full"):
+        bank.add([Document("x", "text", metadata={"large": "x" * 100_000})])
+    db.execute("PRAGMA max_page_count = 1000000")
+    assert len(bank) == 3
+    assert bank.verify().ok
+    assert bank.add(make_documents(3, "more")).added == 3
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def as_nobody(work):
+    """What `work` returns when it is called without root's rights, in a process of its own."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            os.write(write_end, str(work()).encode())
+        except BaseException as error:
+            os.write(write_end, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="dropping rights needs root")
+@pytest.mark.parametrize("writer_runs", [False, True])
+def test_without_write_permission_a_bank_can_be_read_but_not_written(
+    open_folder, tiny_model, tiny_tokenizer, writer_runs
+):
+    path = open_folder / "bank"
+    bank = MemoryBank.create(path, tiny_model, tiny_tokenizer)
+    bank.add(make_documents(3))
+    if not writer_runs:
+        bank.close()
+
+    def read():
+        with MemoryBank.open(path, read_only=True) as reader:
+            return len(reader), reader.verify().ok, reader.get("doc1").number
+
+    assert as_nobody(read) == "(3, True, 2)"
+    refused = as_nobody(lambda: MemoryBank.open(path))
+    assert refused.startswith("StorageError: cannot open bank")
+    assert "Permission denied" in refused
+    assert "read_only=True" in refused
+    refused = as_nobody(lambda: MemoryBank.create(path / "new", tiny_model, tiny_tokenizer))
+    assert refused.startswith("StorageError: cannot make bank")
+    bank.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="dropping rights needs root")
+def test_a_reader_without_write_permission_follows_a_writer_that_comes_later(
+    open_folder, tiny_model, tiny_tokenizer
+):
+    path = open_folder / "bank"
+    MemoryBank.create(path, tiny_model, tiny_tokenizer).close()
+    to_child, from_parent = os.pipe()
+
+    def read():
+        with MemoryBank.open(path, read_only=True) as reader:
+            before = len(reader)
+            os.read(to_child, 1)
+            return before, len(reader)
+
+    def write():
+        with MemoryBank.open(path, tiny_model, tiny_tokenizer) as bank:
+            bank.add(make_documents(3))
+            os.write(from_parent, b"x")
+            time.sleep(0.3)
+
+    thread = threading.Timer(0.3, write)
+    thread.start()
+    assert as_nobody(read) == "(0, 3)"
+    thread.join()
+
+
+# ---- opening
+
+
+def test_a_folder_that_is_no_bank(tmp_path, tiny_model, tiny_tokenizer):
+    with pytest.raises(BankNotFoundError, match=r"not a memory bank.*msa index"):
+        MemoryBank.open(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BankNotFoundError, match="not a memory bank"):
+        MemoryBank.open(tmp_path)
+    with pytest.raises(BankError, match=r"holds other files \(notes.txt\)"):
+        MemoryBank.create(tmp_path, tiny_model, tiny_tokenizer)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(BankError, match="it is a file"):
+        MemoryBank.create(tmp_path / "notes.txt", tiny_model, tiny_tokenizer)
+    (tmp_path / "bank.json").write_text('{"format": "other"}')
+    with pytest.raises(BankNotFoundError, match="something else"):
+        MemoryBank.open(tmp_path)
+
+
+def test_a_bank_is_not_made_over_another(bank, path, tiny_model, tiny_tokenizer):
+    bank.add(make_documents(2))
+    with pytest.raises(BankError, match="is a memory bank already"):
+        MemoryBank.create(path, tiny_model, tiny_tokenizer)
+    assert len(bank) == 2
+
+
+def test_an_interrupted_creation_can_be_done_again(path, tiny_model, tiny_tokenizer, monkeypatch):
+    from msa.memory.manifest import Manifest
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            MemoryBank.create(path, tiny_model, tiny_tokenizer)
+    with pytest.raises(BankNotFoundError):
+        MemoryBank.open(path)
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
+        assert bank.add(make_documents(2)).added == 2
+
+
+def edited(path, **changes):
+    manifest = json.loads((path / "bank.json").read_text())
+    (path / "bank.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_a_bank_of_another_format_version(bank, path):
+    bank.close()
+    edited(path, format_version=2, msa_version="9.0")
+    with pytest.raises(BankMismatchError, match=r"format version 2; .* reads 1\. Use .* \(9\.0\)"):
+        MemoryBank.open(path)
+
+
+def test_a_damaged_manifest_or_lost_catalog(bank, path):
+    bank.close()
+    text = (path / "bank.json").read_text()
+    for wrong in (text[:50], json.dumps({**json.loads(text), "dtype": "int4"})):
+        (path / "bank.json").write_text(wrong)
+        with pytest.raises(BankCorruptError, match=r"bank.json is damaged"):
+            MemoryBank.open(path)
+    (path / "bank.json").write_text(text)
+    (path / "catalog.sqlite").unlink()
+    with pytest.raises(BankCorruptError, match=r"lost its catalog.sqlite"):
+        MemoryBank.open(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"chunk_size": 16}, r"chunk_size=8; this model has 16"),
+        ({"routing_layers": [1, 3]}, r"routing_layers=\(2, 3\); this model has \(1, 3\)"),
+        ({"head_dim": 8}, r"head_dim=16; this model has 8"),
+        ({"seed": 1}, r"other model weights"),
+        ({"rms_norm_eps": 1e-3}, r"other model weights"),
+        ({"routing_score": "dot"}, r"other routing score"),
+    ],
+)
+def test_a_bank_of_another_model_says_what_differs(bank, path, tiny_tokenizer, overrides, words):
+    bank.close()
+    model = make_tiny_model(**overrides)
+    with pytest.raises(BankMismatchError, match=rf"{words}.*index again"):
+        MemoryBank.open(path, model, tiny_tokenizer)
+
+
+def test_another_router_tokenizer_or_template_is_refused(bank, path, tiny_model, tiny_tokenizer):
+    bank.close()
+    model = make_tiny_model()
+    with torch.no_grad():
+        model.model.layers[3].self_attn.router_k_proj[0].weight.mul_(1.02)
+    with pytest.raises(BankMismatchError, match="other router weights"):
+        MemoryBank.open(path, model, tiny_tokenizer)
+    other = make_tiny_tokenizer()
+    other.add_tokens(["<new>"])
+    with pytest.raises(BankMismatchError, match="other tokenizer"):
+        MemoryBank.open(path, tiny_model, other)
+    with pytest.raises(BankMismatchError, match="other prompt template"):
+        MemoryBank.open(path, tiny_model, tiny_tokenizer, PromptTemplate(end="<end>"))
+    with pytest.raises(InputError, match="a model and its tokenizer"):
+        MemoryBank.open(path, tiny_model)
+    MemoryBank.open(path, make_tiny_model(), make_tiny_tokenizer()).close()
+
+
+def test_fingerprints_follow_the_weights_not_their_dtype_or_file_form(tiny_tokenizer):
+    model = make_tiny_model()
+    weights, router = model_fingerprints(model)
+    assert model_fingerprints(model.to(torch.bfloat16)) == (weights, router)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    changed = model_fingerprints(model)
+    assert changed[0] != weights
+    assert changed[1] == router
+    assert tokenizer_fingerprint(make_tiny_tokenizer()) == tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_without_a_model_everything_works_but_what_encodes(bank, path):
+    bank.add(make_documents(4))
+    bank.close()
+    with MemoryBank.open(path) as bare:
+        assert bare.info().num_documents == 4
+        assert bare.verify().ok
+        assert bare.delete("doc1") == 1
+        assert bare.compact().dropped == 1
+        with pytest.raises(BankError, match="opened without a model"):
+            bare.add(make_documents(1))
+
+
+def test_a_bank_opened_to_read_or_closed_refuses_to_write(bank, path, tiny_model, tiny_tokenizer):
+    bank.add(make_documents(2))
+    with MemoryBank.open(path, tiny_model, tiny_tokenizer, read_only=True) as reader:
+        for write in (
+            lambda: reader.add([make_document("x")]),
+            lambda: reader.delete("doc0"),
+            reader.compact,
+            reader.repair,
+        ):
+            with pytest.raises(BankError, match="read_only"):
+                write()
+        bank.delete("doc0")
+        assert ids_of(reader) == ["doc1"]
+    bank.close()
+    bank.close()
+    with pytest.raises(BankError, match="is closed"):
+        bank.delete("doc1")
+
+
+def test_the_dtype_on_disk_is_a_setting(path, tiny_model, tiny_tokenizer):
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer, dtype=torch.bfloat16) as bank:
+        bank.add(make_documents(3))
+        stored = load_file(path / "segments" / "000001.safetensors")
+        assert {stored[f"2.{n}"].dtype for n in STATES} == {torch.bfloat16}
+        encoder = DocumentEncoder(tiny_model, tiny_tokenizer)
+        (batch,) = encoder.encode(list(enumerate(make_documents(3), start=1)))
+        for name in STATES:
+            exact = getattr(batch.states.layers[2], name)
+            assert torch.equal(stored[f"2.{name}"], exact.to(torch.bfloat16))
+        assert bank.info().dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="dtype=float64"):
+        MemoryBank.create(path / "x", tiny_model, tiny_tokenizer, dtype=torch.float64)
+
+
+# ---- one writer
+
+
+def test_the_second_writer_is_told_who_the_first_is(bank, path):
+    with pytest.raises(BankLockedError, match=rf"process {os.getpid()} on .* since 20.*read_only"):
+        MemoryBank.open(path)
+    MemoryBank.open(path, read_only=True).close()
+    bank.close()
+    MemoryBank.open(path).close()
+
+
+def test_a_failed_open_gives_the_lock_back(bank, path):
+    bank.close()
+    (path / "catalog.sqlite").rename(path / "hidden")
+    with pytest.raises(BankCorruptError):
+        MemoryBank.open(path)
+    (path / "hidden").rename(path / "catalog.sqlite")
+    MemoryBank.open(path).close()
+
+
+def test_readers_see_whole_commits(bank, path):
+    bank.add(make_documents(3))
+    reader = MemoryBank.open(path, read_only=True)
+    assert len(reader) == 3
+    seen = []
+    bank.add(
+        make_documents(30, "more"),
+        commit_tokens=300,
+        progress=lambda p: seen.append((3 + p.added, len(reader))),
+    )
+    assert len(seen) > 2
+    assert all(told == found for told, found in seen)
+    reader.close()
+
+
+def test_the_catalog_is_an_ordinary_database(bank, path):
+    bank.add(make_documents(2))
+    bank.close()
+    with sqlite3.connect(path / "catalog.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM documents").fetchone() == (2,)
+    db.close()
+    assert not list(path.rglob("*.pkl"))

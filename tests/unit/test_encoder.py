@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bank_tools import LAYERS, make_document, make_documents
+from msa.errors import InputError, ModelError
+from msa.memory.encoder import DocumentEncoder
+
+
+@pytest.fixture
+def encoder(tiny_model, tiny_tokenizer):
+    return DocumentEncoder(tiny_model, tiny_tokenizer)
+
+
+def test_batches_hold_every_document_once_and_respect_the_budget(encoder):
+    documents = list(enumerate(make_documents(30), start=1))
+    lengths = {n: len(encoder.tokens(n, d)) for n, d in documents}
+    batches = list(encoder.encode(documents, batch_tokens=400))
+    assert sorted(n for b in batches for n in b.numbers) == list(range(1, 31))
+    assert len(batches) > 3
+    for batch in batches:
+        longest = max(lengths[n] for n in batch.numbers)
+        assert len(batch.numbers) == 1 or len(batch.numbers) * longest <= 400
+
+
+def test_a_document_longer_than_the_budget_goes_alone(encoder):
+    batches = list(encoder.encode([(1, make_document("long", words=40))], batch_tokens=10))
+    assert [b.numbers for b in batches] == [(1,)]
+
+
+def test_states_do_not_depend_on_the_batch(encoder):
+    documents = list(enumerate(make_documents(12), start=1))
+    alone = {n: next(encoder.encode([(n, d)])) for n, d in documents}
+    for batch in encoder.encode(documents):
+        starts = batch.states.chunk_counts.cumsum(0) - batch.states.chunk_counts
+        for i, number in enumerate(batch.numbers):
+            start, count = int(starts[i]), int(batch.states.chunk_counts[i])
+            for layer in LAYERS:
+                for name in ("routing_keys", "pooled_keys", "pooled_values"):
+                    together = getattr(batch.states.layers[layer], name)[start : start + count]
+                    single = getattr(alone[number].states.layers[layer], name)
+                    torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-4)
+
+
+def test_states_have_the_dtype_asked_for_and_no_gradient(tiny_model, tiny_tokenizer):
+    encoder = DocumentEncoder(tiny_model, tiny_tokenizer, dtype=torch.bfloat16)
+    (batch,) = encoder.encode([(1, make_document("a"))])
+    for states in batch.states.layers.values():
+        assert states.pooled_keys.dtype == torch.bfloat16
+        assert not states.pooled_keys.requires_grad
+
+
+def test_the_number_is_part_of_what_is_encoded(encoder):
+    document = make_document("a")
+    assert encoder.tokens(1, document) != encoder.tokens(2, document)
+    text = encoder.prompts.tokenizer.decode(encoder.tokens(12, document))
+    assert text == f"<|im_start|>[12]. {document.text}[12]<|im_end|>"
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(encoder, tiny_model):
+    tiny_model.train()
+    try:
+        list(encoder.encode([(1, make_document("a"))]))
+        assert tiny_model.training
+    finally:
+        tiny_model.eval()
+
+
+def test_more_tokens_than_positions_are_refused(encoder):
+    with pytest.raises(InputError, match=r"document 3 has .* the model takes 1 to 2048"):
+        list(encoder.encode([(3, make_document("a", words=1000))]))
+
+
+def test_states_that_are_not_finite_are_refused(tiny_tokenizer):
+    from conftest import make_tiny_model
+
+    model = make_tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
+    encoder = DocumentEncoder(model, tiny_tokenizer)
+    with pytest.raises(ModelError, match="NaN"):
+        list(encoder.encode([(1, make_document("a"))]))
