@@ -70,15 +70,21 @@ class PromptTemplate:
         """Read the template beside a checkpoint; the released format if there is none.
 
         Raises:
-            ConfigError: the file holds other fields than these.
+            ConfigError: the file cannot be read as JSON, or holds other fields than these.
         """
         path = Path(folder, PROMPT_TEMPLATE_FILE)
         if not path.is_file():
             return cls()
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             raise ConfigError(f"{path}: expected a JSON object with fields {sorted(known)}")
+        wrong = sorted(name for name, value in values.items() if not isinstance(value, str))
+        if wrong:
+            raise ConfigError(f"{path}: expected strings, but {wrong} are none")
         return cls(**values)
 
 

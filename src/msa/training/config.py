@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,31 @@ class WorldSettings:
     max_document_tokens: int = 160
     real: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "documents", "max_document_tokens")
+        if not 1 <= self.min_digits <= self.max_digits <= 8:
+            raise ConfigError(
+                f"min_digits={self.min_digits}, max_digits={self.max_digits}: expected "
+                "1 <= min_digits <= max_digits <= 8"
+            )
+        numbers = 10**self.max_digits - 10 ** (self.min_digits - 1)
+        if self.documents > numbers:
+            raise ConfigError(
+                f"documents={self.documents}: only {numbers} numbers have {self.min_digits} to "
+                f"{self.max_digits} digits; raise max_digits"
+            )
+        if len(self.breadth) not in (1, 2) or not all(0 <= b <= 1 for b in self.breadth):
+            raise ConfigError(
+                f"breadth={list(self.breadth)}: expected one or two numbers from 0 to 1"
+            )
+        if not 0 <= self.real <= 1:
+            raise ConfigError(f"real={self.real}: expected a share from 0 to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
@@ -117,6 +143,19 @@ class Stage:
     samples: SampleSettings = field(default_factory=SampleSettings)
     losses: LossSettings = field(default_factory=LossSettings)
 
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: there are no steps, or the name cannot name a folder.
+        """
+        _at_least_one(self, "steps")
+        if not re.fullmatch(r"[\w-]+", self.name) or self.name in ("model", "tokenizer"):
+            raise ConfigError(
+                f"name={self.name!r}: expected letters, digits, '_' and '-', since it names a "
+                "folder beside 'model' and 'tokenizer'"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
@@ -161,6 +200,14 @@ class TrainingConfig:
     compile: bool = False
     threads: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "save_steps", "log_steps")
+
 
 def load_config(path: str | Path) -> TrainingConfig:
     """Read a YAML file; every key must be known.
@@ -192,11 +239,17 @@ _NESTED = {
 }
 
 
+def _at_least_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name}={getattr(settings, name)}: expected a whole number from 1")
+
+
 def _build(cls: type[T], values: Any, where: str) -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ConfigError(f"{where}: unknown {unknown}; known are {sorted(fields)}")
     out: dict[str, Any] = {}
@@ -205,7 +258,9 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         if name in _NESTED:
             value = _build(_NESTED[name], value, place)
         elif name == "stages":
-            value = tuple(_build(Stage, v, f"{place}[{i}]") for i, v in enumerate(value or ()))
+            if not isinstance(value, list):
+                raise ConfigError(f"{place}: expected a list, got {value!r}")
+            value = tuple(_build(Stage, v, f"{place}[{i}]") for i, v in enumerate(value))
         else:
             value = _typed(value, str(fields[name].type), place)
         out[name] = value
@@ -218,7 +273,10 @@ def _build(cls: type[T], values: Any, where: str) -> T:
     ]
     if missing:
         raise ConfigError(f"{where}: missing {missing}")
-    return cls(**out)
+    try:
+        return cls(**out)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:
@@ -232,9 +290,10 @@ def _typed(value: Any, kind: str, where: str) -> Any:
     if kind.startswith("str") and (isinstance(value, str) or ("None" in kind and value is None)):
         return value
     if kind.startswith("tuple[float"):
-        return tuple(float(v) for v in (value if isinstance(value, list) else [value]))
+        entries = value if isinstance(value, list) else [value]
+        return tuple(_typed(v, "float", where) for v in entries)
     if kind.startswith("tuple[str") and isinstance(value, list):
-        return tuple(str(v) for v in value)
+        return tuple(_typed(v, "str", where) for v in value)
     if kind.startswith("Mapping") and isinstance(value, Mapping):
         return dict(value)
     raise ConfigError(f"{where}: expected {kind}, got {value!r}")

@@ -9,6 +9,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,19 @@ class _QuestionSet:
     def __init__(self, folder: Path) -> None:
         self.documents = {
             row["id"]: (row.get("title") or "", row["text"])
-            for row in read_jsonl(folder / "corpus.jsonl.gz")
+            for row in read_jsonl(folder / "corpus.jsonl.gz", "id", "text")
         }
         self.ids = list(self.documents)
         self.questions = [
             row
-            for row in read_jsonl(folder / "questions.train.jsonl.gz")
+            for row in read_jsonl(folder / "questions.train.jsonl.gz", "question")
             if row.get("answers") and 1 <= len(row.get("gold") or ()) <= 2
         ]
+        if not self.questions:
+            raise TrainingError(
+                f"{folder / 'questions.train.jsonl.gz'}: no question has answers and one or two "
+                "gold documents; remove the folder under real_data"
+            )
         self.by_document: dict[str, list[int]] = {}
         for index, row in enumerate(self.questions):
             self.by_document.setdefault(row["gold"][-1], []).append(index)
@@ -63,19 +69,25 @@ class _QuestionSet:
         for gold in rng.sample(self.golds, min(num_documents // 3, len(self.golds))):
             for index in self.by_document[gold][:6]:
                 row = self.questions[index]
-                made = self._question(row, documents, max_words)
+                made = self._question(row, documents, num_documents, max_words)
                 if made is not None:
                     questions.append(made)
-        while len(documents) < num_documents:
+        while len(documents) < min(num_documents, len(self.ids)):
             key = rng.choice(self.ids)
             documents.setdefault(key, self._document(key, "", max_words))
         return World(tuple(documents.values()), tuple(questions))
 
     def _question(
-        self, row: Mapping[str, Any], documents: dict[str, WorldDocument], max_words: int
+        self,
+        row: Mapping[str, Any],
+        documents: dict[str, WorldDocument],
+        num_documents: int,
+        max_words: int,
     ) -> WorldQuestion | None:
         gold = tuple(row["gold"])
         if any(key not in self.documents for key in gold):
+            return None
+        if len(documents.keys() | set(gold)) > num_documents:
             return None
         answer = str(row["answers"][0])
         for key in gold:
@@ -104,17 +116,20 @@ class _QuestionSet:
         return WorldDocument(key=key, title=title, text=f"{title}. {text}" if title else text)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a (gzipped) JSONL file.
+def read_jsonl(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
+    """Rows of a gzipped JSONL file, all of which must have these fields.
 
     Raises:
-        TrainingError: the file cannot be read.
+        TrainingError: the file cannot be read, or a row lacks a field.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not row.keys() >= set(fields):
+                    raise ValueError(f"line {number}: expected an object with {list(fields)}")
+                yield row
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise TrainingError(
             f"{path}: cannot be read ({error}); correct or remove it under real_data"
         ) from error
@@ -129,7 +144,7 @@ def tokenizer_texts(settings: TokenizerSettings, real: RealData, seed: int) -> I
     paths = [Path(p) for p in real.texts] + [Path(p) / "corpus.jsonl.gz" for p in real.questions]
     for path in paths:
         left = settings.text_characters
-        for row in read_jsonl(path):
+        for row in read_jsonl(path, "text"):
             if left <= 0:
                 break
             left -= len(row["text"])

@@ -22,6 +22,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from msa.errors import TrainingError
@@ -91,6 +92,22 @@ class _Metrics(TrainerCallback):
     def __init__(self, path: Path, stage: Stage, progress: Progress | None) -> None:
         self.path, self.stage, self.progress = path, stage, progress
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop the lines of steps that are done again, since they came after the checkpoint."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the run was killed while it wrote this line
+                continue
+            if row["stage"] != self.stage.name or row["step"] <= state.global_step:
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.path)
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
@@ -125,7 +142,10 @@ def train(
     """
     config = load_config(config_path)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be made a folder ({error.strerror})") from error
     _claim(folder, Path(config_path))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -233,14 +253,23 @@ def _run_stage(
         data_collator=lambda items: items[0],
         callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
     )
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     partial = output / "done.partial"
     model.save_pretrained(partial)
     partial.rename(done)
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return model
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The last whole checkpoint; what a killed run left half written is removed."""
+    for checkpoint in output.glob("checkpoint-*"):
+        try:  # this file is written last
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(str(output)) if output.is_dir() else None
 
 
 def compile_layers(model: MSAForTraining) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from msa.training.worlds import World, WorldQuestion
 IGNORED = -100
 MAX_DIGITS = 8
 BLANK_DIGIT = 10
+# Tokens of a document beside its text: the marks around it and its number, twice.
+NUMBER_ROOM = 8 + 2 * MAX_DIGITS
 
 
 @dataclass(slots=True)
@@ -58,15 +60,20 @@ class SampleBuilder:
 
         Returns:
             "documents" [N, L] int64 right-padded, "lengths" [N] int64, "digits" [N, MAX_DIGITS]
-            int64, and "groups": list of dictionaries of `collate`.
+            int64, and "groups": list of dictionaries of `collate`, without kinds of samples that
+            the world has no questions for.
         """
         numbers = draw_numbers(rng, len(world.documents), settings.min_digits, settings.max_digits)
         texts = [
             self._cut(document.text, settings.max_document_tokens) for document in world.documents
         ]
+        text_of = {d.key: text for d, text in zip(world.documents, texts, strict=True)}
+        # A real text that was cut may have lost the answer; such a question would teach to guess.
+        questions = tuple(q for q in world.questions if q.answer in text_of[q.gold[-1]])
+        world = replace(world, questions=questions)
         maker = _WorldSamples(self.encoder, world, numbers, texts, rng, losses)
-        one = [q for q in world.questions if len(q.gold) == 1]
-        two = [q for q in world.questions if len(q.gold) == 2]
+        one = [q for q in questions if len(q.gold) == 1]
+        two = [q for q in questions if len(q.gold) == 2]
         groups = [
             [maker.name(q) for q in _draw(rng, one + two, samples.name)],
             [maker.answer(q, samples.more_questions) for q in _draw(rng, one, samples.read)],
@@ -74,7 +81,7 @@ class SampleBuilder:
             [maker.answer(q, samples.more_questions) for q in _draw(rng, two, samples.answer)],
         ]
         rows = [
-            self.encoder.document(n, text)[: settings.max_document_tokens + 16]
+            self.encoder.document(n, text)[: settings.max_document_tokens + NUMBER_ROOM]
             for n, text in zip(numbers, texts, strict=True)
         ]
         return {
