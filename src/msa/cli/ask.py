@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from msa.cli import output
@@ -204,7 +205,9 @@ def print_routing(console: Console, turn: Round, shown: int = TRACE_SHOWN) -> No
             line += Text(", " if i else "") + Text(entry, style=style)
         if len(documents) > shown:
             line += Text(f", and {len(documents) - shown} more", style="dim")
-        console.print(label + (line if documents else Text("nothing")))
+        row = Table.grid()  # what does not fit on the line goes on below itself
+        row.add_row(label, line if documents else Text("nothing"))
+        console.print(row)
 
 
 class StreamPrinter:
