@@ -155,8 +155,17 @@ def test_selection_is_the_best_first_then_nothing(scores, top_k):
         width = min(top_k, 3)
         assert values == allowed + [-torch.inf] * (width - len(allowed))
         assert documents[len(allowed) :] == [-1] * (width - len(allowed))
-        assert [row[d] for d in documents[: len(allowed)]] == allowed
-        assert len(set(documents[: len(allowed)])) == len(allowed)
+        best = sorted(range(3), key=lambda d: (-row[d], d))  # equal scores: the lower row first
+        assert documents[: len(allowed)] == best[: len(allowed)]
+
+
+@pytest.mark.parametrize(("documents", "top_k"), [(10, 1), (10, 4), (100, 1), (100, 16), (5000, 4)])
+def test_equal_scores_are_decided_in_favour_of_the_lower_row(documents, top_k):
+    scores = torch.zeros(2, documents)
+    scores[1, -1] = 1.0
+    selection = select_documents(scores, top_k)
+    assert selection.documents[0].tolist() == list(range(top_k))
+    assert selection.documents[1].tolist() == [documents - 1, *range(top_k - 1)]
 
 
 def test_a_row_without_routing_tokens_selects_nothing():

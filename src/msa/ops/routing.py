@@ -111,5 +111,12 @@ def select_documents(scores: Tensor, top_k: int) -> Selection:
         Selection with K = min(top_k, N); -1 and -inf where a row has fewer documents.
     """
     scores = scores.detach()
-    best, documents = torch.topk(scores, min(top_k, scores.shape[1]), dim=1)
+    count = min(top_k, scores.shape[1])
+    best, documents = torch.topk(scores, count, dim=1)
+    # topk orders equal scores as it likes; only where there are some is a stable sort needed
+    last = best[:, -1:]
+    among = (best[:, 1:] == best[:, :-1]) & (best[:, 1:] > -torch.inf)
+    beyond = ((scores == last).sum(1) > (best == last).sum(1)) & (last > -torch.inf).all(1)
+    if bool(among.any() | beyond.any()):
+        best, documents = (t[:, :count] for t in scores.sort(dim=1, descending=True, stable=True))
     return Selection(documents.masked_fill(best == -torch.inf, -1), best)
