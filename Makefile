@@ -45,9 +45,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.full
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.full types
+lint: $(VENV)/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 types: $(VENV)/.full
 	$(BIN)/mypy
