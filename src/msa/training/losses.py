@@ -23,10 +23,11 @@ def routing_loss(scores: Tensor, positives: Tensor, temperature: float | Tensor)
 
     Source: MSA 3.3.1, Eq. 5.
     """
-    logits = scores.float() / temperature
+    counts = positives.sum(dim=1)
+    # a row without a positive may hold -inf alone, whose gradient would be NaN
+    logits = scores.float().masked_fill(counts[:, None] == 0, 0.0) / temperature
     negatives = logits.masked_fill(positives, -torch.inf).logsumexp(dim=1, keepdim=True)
     losses = torch.logaddexp(logits, negatives) - logits
-    counts = positives.sum(dim=1)
     per_row = losses.masked_fill(~positives, 0).sum(dim=1) / counts.clamp(min=1)
     rows = (counts > 0).sum().clamp(min=1)
     return per_row.sum() / rows

@@ -78,7 +78,10 @@ class MSAForTraining(MSAForCausalLM):
         routing: list[Tensor] = []
         recall: list[Tensor] = []
         for group in groups:
-            memory = LatentMemory(states, self.config.top_k_documents, self.config.routing_score)
+            memory = None
+            if bool(group["routing_mask"].any()):
+                top_k, score = self.config.top_k_documents, self.config.routing_score
+                memory = LatentMemory(states, top_k, score)
             step = Step(
                 memory=memory,
                 routing_mask=group["routing_mask"],
@@ -89,6 +92,8 @@ class MSAForTraining(MSAForCausalLM):
             share = group["weights"][:, 1:].sum()
             part = language_model_loss(hidden, group["labels"], self.lm_head, group["weights"])
             total, weight = total + part * share, weight + share
+            if memory is None:
+                continue
             positives = group["positives"]
             tau = self.temperature.detach()
             routing += [routing_loss(s, positives, tau) for s in memory.scores.values()]
@@ -98,11 +103,11 @@ class MSAForTraining(MSAForCausalLM):
             ]
         settings = self.loss_settings
         parts["language_model"] = total / weight.clamp(min=1e-6)
-        parts["routing"] = torch.stack(routing).mean()
-        parts["recall_at_1"] = torch.stack(recall).mean()
-        loss: Tensor = (
-            settings.language_model * parts["language_model"] + settings.routing * parts["routing"]
-        )
+        loss: Tensor = settings.language_model * parts["language_model"]
+        if routing:
+            parts["routing"] = torch.stack(routing).mean()
+            parts["recall_at_1"] = torch.stack(recall).mean()
+            loss = loss + settings.routing * parts["routing"]
         return loss
 
     def _number_loss(self, states: LatentStates, digits: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class SampleBuilder:
             [maker.answer(q, samples.more_questions) for q in _draw(rng, one, samples.read)],
             [maker.hop(q) for q in _draw(rng, two, samples.hop)],
             [maker.answer(q, samples.more_questions) for q in _draw(rng, two, samples.answer)],
+            [maker.copy() for _ in range(samples.copy)],
         ]
         rows = [
             self.encoder.document(n, text)[: settings.max_document_tokens + NUMBER_ROOM]
@@ -148,6 +149,35 @@ class _WorldSamples:
         for q in [question, *others[:more]]:
             sample.write(self.encoder.restatement(q.question), self.context_weight)
             sample.write(self.encoder.answer(q.answer), 1.0)
+        return sample
+
+    def copy(self) -> Sample:
+        """Pieces of text in some order, then the same pieces in another order, to be written.
+
+        Half of them are shuffled token by token, so that nothing but copying helps. Ours.
+        """
+        context = LocalContext()
+        context.extend(self.encoder.tokenize(self.encoder.template.prefix), sees_memory=False)
+        context.prefix_length = len(context.input_ids)
+        sample = Sample(context, [], [], [])
+        pieces = []
+        for _ in range(self.rng.randint(1, 3)):
+            ids = self.encoder.tokenize(self.rng.choice(self.texts))
+            length = min(len(ids), self.rng.randint(6, 24))
+            start = self.rng.randint(0, len(ids) - length)
+            piece = ids[start : start + length]
+            if self.rng.random() < 0.5:
+                self.rng.shuffle(piece)
+            pieces.append(piece)
+        for piece in pieces:
+            context.extend(piece, sees_memory=False)
+        sample.labels = [IGNORED] * len(context.input_ids)
+        sample.weights = [0.0] * len(context.input_ids)
+        for piece in self.rng.sample(pieces, len(pieces)):
+            sample.write(piece, 1.0)
+            first = len(sample.labels) - len(piece)
+            sample.labels[first] = IGNORED  # which piece comes next cannot be known
+            context.sees_memory[first:] = [False] * len(piece)
         return sample
 
     def _reading(self, key: str) -> Reading:
