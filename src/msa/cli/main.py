@@ -59,7 +59,7 @@ options.register(app, index.index, "msa index notes/ papers.jsonl --bank bank/")
 options.register(app, ask.ask, 'msa ask "When was Ada born?" --bank bank/ --trace')
 options.register(app, ask.search, 'msa search "born in London" --bank bank/ --top-k 5')
 app.add_typer(bank.app, name="bank")
-options.register(app, train.train, "msa train configs/default.yaml --output runs/mine")
+options.register(app, train.train, "msa train configs/default_model.yaml --output runs/mine")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
