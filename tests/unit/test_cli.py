@@ -443,6 +443,16 @@ def test_the_demo_reads_the_files_as_they_are_documented(monkeypatch, tmp_path):
     assert material.added_question == demo.Question("And n?", "b", ("n",))
 
 
+def test_the_demo_that_ships_asks_of_its_own_documents_with_one_hop_and_two():
+    material = demo.load_material()
+    ids = {document.id for document in material.documents}
+    assert len(ids) == len(material.documents) > 20
+    assert {len(question.gold) for question in material.questions} == {1, 2}
+    assert all(set(question.gold) <= ids for question in material.questions)
+    assert material.added.id not in ids
+    assert material.added_question.answer in material.added.content
+
+
 # Train
 
 
