@@ -326,20 +326,23 @@ def test_damage_to_documents_that_are_all_deleted_does_not_matter(bank, path, qu
     assert set(routed(resident, queries)[0].flatten().tolist()) == {4, 5, 6}
 
 
-def test_a_compact_between_reading_the_catalog_and_opening_segments_is_followed(
-    bank, path, monkeypatch
-):
+@pytest.mark.parametrize("moment", ["snapshot", "open"])
+def test_a_compact_in_the_middle_of_a_refresh_is_followed(bank, monkeypatch, moment):
+    """After the catalog was read, and after a segment was opened but before it was read."""
+    from msa.memory.segments import Segment
+
     bank.add(make_documents(4))
     bank.add(make_documents(4, "more"))
-    real = bank.catalog.snapshot
+    target, name = (bank.catalog, "snapshot") if moment == "snapshot" else (Segment, "__init__")
+    real = getattr(target, name)
 
     def late(*args):
-        snapshot = real(*args)
-        monkeypatch.setattr(bank.catalog, "snapshot", real)
+        result = real(*args)
+        monkeypatch.setattr(target, name, real)
         bank.compact()
-        return snapshot
+        return result
 
-    monkeypatch.setattr(bank.catalog, "snapshot", late)
+    monkeypatch.setattr(target, name, late)
     resident = ResidentBank(bank)
     assert len(resident) == 8
     assert resident.generation == bank.generation

@@ -309,7 +309,7 @@ class ResidentBank:
                     self._view = self._load(None if fresh else old)
                     return True
                 except (SegmentMissingError, _LayoutChangedError):
-                    # a compact came between reading the catalog and opening its segments
+                    # a compact came between reading the catalog and reading its segments
                     if attempt + 1 == _LOAD_ATTEMPTS or not self._moved(layout):
                         raise
             raise AssertionError("unreachable")
@@ -331,7 +331,6 @@ class ResidentBank:
             snapshot = self.bank.catalog.snapshot(last, old.generation)
             if snapshot.layout != old.layout:
                 raise _LayoutChangedError("the bank is being compacted over and over; try again")
-        # opened all before any is read, so that a compact in between cannot take one away
         folder, layers = self.bank.segments_folder, self.bank.manifest.routing_layers
         segments = [Segment(folder, entry, layers) for entry in snapshot.segments]
         needed = used + sum(s.entry.num_chunks for s in segments)

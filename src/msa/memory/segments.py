@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from msa.errors import BankCorruptError
+from msa.errors import BankCorruptError, StorageError
 from msa.memory.records import EncodedBatch, SegmentEntry, segment_name
 from msa.memory.storage import storage_errors, write_file
 from msa.types import LatentStates, LayerStates
@@ -259,7 +259,7 @@ class Segment:
         self.entry = entry
         self.layers = tuple(layers)
         self._content: dict[int, tuple[Tensor, Tensor]] = {}
-        try:
+        with self._reading():
             size = self.path.stat().st_size
             if size != entry.size_bytes:
                 raise self.corrupt(f"it has {size} bytes, the catalog says {entry.size_bytes}")
@@ -269,10 +269,17 @@ class Segment:
                         file.get_tensor(f"{i}.pooled_keys"),
                         file.get_tensor(f"{i}.pooled_values"),
                     )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise SegmentMissingError(_message(self.path, "it is missing")) from error
         except SafetensorError as error:
             raise self.corrupt(f"no valid header: {error}") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def corrupt(self, what: str) -> BankCorruptError:
         """The error to raise when this segment cannot be trusted."""
@@ -283,10 +290,11 @@ class Segment:
 
         Raises:
             BankCorruptError: their hash is not the catalog's.
+            SegmentMissingError: the file has been removed since it was opened.
         """
         data = torch.empty(self.entry.routing_bytes, dtype=torch.uint8)
         view = data.numpy().data
-        with storage_errors(f"read {self.path}"), self.path.open("rb", buffering=0) as file:
+        with self._reading(), self.path.open("rb", buffering=0) as file:
             done = 0
             while done < len(view) and (step := file.readinto(view[done:])):
                 done += step
@@ -344,7 +352,7 @@ class Segment:
         Raises:
             BankCorruptError: the hash is not the catalog's.
         """
-        with storage_errors(f"read {self.path}"), self.path.open("rb") as file:
+        with self._reading(), self.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.entry.sha256:
             raise self.corrupt("its checksum is wrong")
