@@ -366,6 +366,18 @@ def test_ask_trace_shows_every_layer_of_every_round(run, engine):
     assert "round 2 layer 2 routed  [23] bill 0.80" in result.out
 
 
+def test_what_was_routed_goes_on_below_itself_without_breaking_an_entry(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    documents = tuple(RoutedDocument(f"document-{i}", i, 0.5) for i in range(9))
+    ask.print_routing(output.stdout(), Round(1, {3: documents}, ()), shown=6, marked={"document-4"})
+    written = sys.stdout.getvalue().splitlines()
+    assert written[0].startswith("  round 1 layer 3 routed  [0] document-0 0.50, [1] document-1")
+    assert all(line.startswith(" " * 26 + "[") for line in written[1:])
+    assert "[4] *document-4 0.50," in "".join(written)
+    assert "[5] document-5 0.50, and 3 more" in "".join(written)
+    assert max(map(len, written)) <= output.PLAIN_WIDTH
+
+
 def test_ask_json_is_the_whole_answer(run, engine):
     (answer,) = lines(run("ask", "Q?", "--bank", "b", "--json").out)
     assert answer["text"] == "1939"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from msa.cli import output
@@ -193,21 +192,33 @@ def print_reading(console: Console, citation: Citation) -> None:
     console.print(label + name + Text("  " + one_line(citation.text, rest)), soft_wrap=True)
 
 
-def print_routing(console: Console, turn: Round, shown: int = TRACE_SHOWN) -> None:
-    """One line per routing layer: its best documents with their scores."""
+def print_routing(
+    console: Console, turn: Round, shown: int = TRACE_SHOWN, marked: Collection[str] = ()
+) -> None:
+    """Per routing layer its best documents with their scores; a star before the ids `marked`."""
     read = {citation.number for citation in turn.read}
     for layer, documents in sorted(turn.routed.items()):
         label = Text(f"  round {turn.index} layer {layer} routed  ", style="cyan")
-        line = Text()
-        for i, document in enumerate(documents[:shown]):
-            style = "bold green" if document.number in read else "default"
-            entry = f"[{document.number}] {one_line(document.id, 24)} {document.score:.2f}"
-            line += Text(", " if i else "") + Text(entry, style=style)
+        entries = []
+        for document in documents[:shown]:
+            star = "*" if document.id in marked else ""
+            name = f"[{document.number}] {star}{one_line(document.id, 24)} {document.score:.2f}"
+            entries.append(Text(name, style="bold green" if document.number in read else ""))
         if len(documents) > shown:
-            line += Text(f", and {len(documents) - shown} more", style="dim")
-        row = Table.grid()  # what does not fit on the line goes on below itself
-        row.add_row(label, line if documents else Text("nothing"))
-        console.print(row)
+            entries.append(Text(f"and {len(documents) - shown} more", style="dim"))
+        _print_below(console, label, entries or [Text("nothing")])
+
+
+def _print_below(console: Console, label: Text, entries: Sequence[Text]) -> None:
+    """A label and a list behind it, which goes on below itself; no entry is broken."""
+    line, indent = label.copy(), len(label)
+    for i, entry in enumerate(entries):
+        piece = entry + Text("," if i < len(entries) - 1 else "")
+        if len(line) > indent and len(line) + 1 + len(piece) > console.width:
+            console.print(line, soft_wrap=True)
+            line = Text(" " * indent)
+        line += (Text(" ") if len(line) > indent else Text("")) + piece
+    console.print(line, soft_wrap=True)
 
 
 class StreamPrinter:

@@ -177,7 +177,8 @@ class _Show:
         self._print(
             f"A bank of {output.plural(report.added, 'document')} that the model has never seen: "
             f"{output.plural(report.tokens, 'token')}, encoded in {report.seconds:.1f} s "
-            f"({speed} tokens/s)."
+            f"({speed} tokens/s).\n"
+            "Every layer routes to documents of its own; a star marks those that hold the answer."
         )
 
     def step(self, text: str) -> None:
@@ -206,7 +207,7 @@ class _Show:
             soft_wrap=True,
         )
         for turn in answer.rounds:
-            print_routing(self._console, turn, shown=4)
+            print_routing(self._console, turn, shown=4, marked=question.gold)
             for citation in turn.read:
                 print_reading(self._console, citation)
         verdict = Text("  answer        ", style="green")
