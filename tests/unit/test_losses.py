@@ -65,6 +65,19 @@ def test_rows_without_a_positive_count_nothing():
     assert routing_loss(scores, torch.zeros_like(positives), 0.1).item() == 0
 
 
+def test_a_row_that_routed_by_nothing_spoils_no_gradient():
+    """Its scores are -inf; it has no positive, and so it must not turn the others into NaN."""
+    scores = torch.randn(2, 3)
+    scores[0] = -torch.inf
+    scores.requires_grad_()
+    positives = torch.tensor([[False] * 3, [True, False, False]])
+    loss = routing_loss(scores, positives, 0.1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(scores.grad).all()
+    assert scores.grad[1].any()
+
+
 def test_nothing_but_positives_costs_nothing_and_has_finite_gradients():
     scores = torch.randn(2, 3, requires_grad=True)
     loss = routing_loss(scores, torch.ones(2, 3, dtype=torch.bool), 0.1)
