@@ -177,6 +177,7 @@ class _WorldSamples:
             sample.write(piece, 1.0)
             first = len(sample.labels) - len(piece)
             sample.labels[first] = IGNORED  # which piece comes next cannot be known
+            sample.weights[first] = 0.0
             context.sees_memory[first:] = [False] * len(piece)
         return sample
 
