@@ -216,18 +216,17 @@ def test_a_copy_sample_writes_again_what_stands_in_front_of_it(encoder):
         group["weights"].tolist(),
         strict=True,
     ):
-        written = [i for i, weight in enumerate(weights) if weight == 1.0]
-        assert ids[: len(prefix)] == prefix
-        shown = ids[len(prefix) : written[0]]
-        copied = [ids[i] for i in written]
-        assert written == list(range(written[0], written[0] + len(shown)))
-        assert sorted(copied) == sorted(shown)
-        for i, label in enumerate(labels):
-            assert label in ((ids[i], IGNORED) if i in written else (IGNORED,))
-        starts = [i for i in written if labels[i] == IGNORED]
-        assert starts[0] == written[0]
+        starts = [i for i, w in enumerate(weights) if w == 0 and weights[i + 1 : i + 2] == [1.0]]
         assert 1 <= len(starts) <= 3  # one for every piece: which comes next cannot be known
-        pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], written[-1] + 1], strict=True)]
+        end = len(weights) - weights[::-1].index(1.0)
+        taught = [i for i in range(starts[0], end) if i not in starts]
+        assert [i for i, w in enumerate(weights) if w] == taught
+        assert [i for i, label in enumerate(labels) if label != IGNORED] == taught
+        assert all(labels[i] == ids[i] for i in taught)
+        assert ids[: len(prefix)] == prefix
+        shown = ids[len(prefix) : starts[0]]
+        assert sorted(ids[starts[0] : end]) == sorted(shown)
+        pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], end], strict=True)]
         text = encoder.tokenizer.decode(shown)
         assert all(encoder.tokenizer.decode(piece) in text for piece in pieces)
         shuffled += any(
