@@ -154,7 +154,8 @@ def train(
     tokenizer = _tokenizer(config, folder, template)
     model = _model(config, tokenizer)
     builder = SampleBuilder(PromptEncoder(tokenizer, template), model.config.top_k_documents)
-    real = RealWorlds(config.real_data.questions)
+    needs_real = any(stage.world.real > 0 for stage in config.stages)
+    real = RealWorlds(config.real_data.questions if needs_real else ())
     for stage in config.stages:
         dataset = StepDataset(stage, builder, real, config.seed)
         model = _run_stage(config, stage, dataset, model, folder, progress)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.training.config import LossSettings, SampleSettings, WorldSettings
-from msa.training.worlds import World, WorldQuestion
+from msa.training.worlds import World, WorldDocument, WorldQuestion
+from msa.types import Document
 
 IGNORED = -100
 MAX_DIGITS = 8
@@ -65,7 +66,8 @@ class SampleBuilder:
         """
         numbers = draw_numbers(rng, len(world.documents), settings.min_digits, settings.max_digits)
         texts = [
-            self._cut(document.text, settings.max_document_tokens) for document in world.documents
+            self._cut(_content(document), settings.max_document_tokens)
+            for document in world.documents
         ]
         text_of = {d.key: text for d, text in zip(world.documents, texts, strict=True)}
         # A real text that was cut may have lost the answer; such a question would teach to guess.
@@ -152,34 +154,32 @@ class _WorldSamples:
         return sample
 
     def copy(self) -> Sample:
-        """Pieces of text in some order, then the same pieces in another order, to be written.
+        """A piece of text, something between, and the piece again, to be written.
 
-        Half of them are shuffled token by token, so that nothing but copying helps. Ours.
+        Half of the pieces are shuffled token by token, so that nothing but copying helps. Ours:
+        copying heads form within a few hundred such steps.
         """
         context = LocalContext()
         context.extend(self.encoder.tokenize(self.encoder.template.prefix), sees_memory=False)
         context.prefix_length = len(context.input_ids)
-        sample = Sample(context, [], [], [])
-        pieces = []
-        for _ in range(self.rng.randint(1, 3)):
-            ids = self.encoder.tokenize(self.rng.choice(self.texts))
-            length = min(len(ids), self.rng.randint(6, 24))
-            start = self.rng.randint(0, len(ids) - length)
-            piece = ids[start : start + length]
-            if self.rng.random() < 0.5:
-                self.rng.shuffle(piece)
-            pieces.append(piece)
-        for piece in pieces:
-            context.extend(piece, sees_memory=False)
-        sample.labels = [IGNORED] * len(context.input_ids)
-        sample.weights = [0.0] * len(context.input_ids)
-        for piece in self.rng.sample(pieces, len(pieces)):
-            sample.write(piece, 1.0)
-            first = len(sample.labels) - len(piece)
-            sample.labels[first] = IGNORED  # which piece comes next cannot be known
-            sample.weights[first] = 0.0
-            context.sees_memory[first:] = [False] * len(piece)
+        piece = self._piece(8, 24)
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(piece)
+        context.extend(piece + self._piece(1, 8), sees_memory=False)
+        first = len(context.input_ids)
+        sample = Sample(context, [IGNORED] * first, [0.0] * first, [])
+        sample.write(piece, 1.0)
+        # where the piece comes again cannot be known
+        sample.labels[first], sample.weights[first] = IGNORED, 0.0
+        context.sees_memory[first:] = [False] * len(piece)
         return sample
+
+    def _piece(self, shortest: int, longest: int) -> list[int]:
+        """Some consecutive tokens of some document."""
+        ids = self.encoder.tokenize(self.rng.choice(self.texts))
+        length = min(len(ids), self.rng.randint(shortest, longest))
+        start = self.rng.randint(0, len(ids) - length)
+        return ids[start : start + length]
 
     def _reading(self, key: str) -> Reading:
         row = self.row[key]
@@ -241,6 +241,11 @@ def draw_numbers(rng: random.Random, count: int, min_digits: int, max_digits: in
     drawn = sorted(numbers)
     rng.shuffle(drawn)
     return drawn
+
+
+def _content(document: WorldDocument) -> str:
+    """The text as a bank encodes it, title in front."""
+    return Document(id=document.key, text=document.text, title=document.title).content
 
 
 def digits_of(number: int) -> list[int]:
