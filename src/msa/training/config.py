@@ -101,7 +101,7 @@ class SampleSettings:
         read: question and the right document -> end of retrieval, answer.
         hop: two-hop question and its first document -> number of the second.
         answer: two-hop question and both documents -> end of retrieval, answer.
-        copy: pieces of text that come twice, the second time to be written; makes copying heads
+        copy: a piece of text that comes twice, the second time to be written; makes copying heads
             appear early.
         more_questions: further question-answer pairs behind the same read documents.
     """
