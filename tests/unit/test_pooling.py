@@ -73,10 +73,10 @@ def test_a_short_last_chunk_is_divided_by_its_own_length():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype):
-    """In bfloat16, 256 + 1 is 256: a sum held in it would stop growing."""
-    x = torch.ones(1, 1024, 1, 1, dtype=dtype)
-    x[0, 0] = 256
-    pooled = pool_chunks(x, torch.tensor([1024]), 1024)
+def test_half_precision_is_rounded_once_at_the_end(dtype):
+    """The sum stays float32: 700 values of about 100 are past float16's largest number."""
+    torch.manual_seed(0)
+    x = (100 + torch.randn(2, 1400, 4, 8)).to(dtype)
+    pooled = pool_chunks(x, torch.tensor([1400, 1300]), 700)
     assert pooled.dtype == dtype
-    assert pooled.item() == torch.tensor((256 + 1023) / 1024).to(dtype).item()
+    assert torch.equal(pooled, naive(x, torch.tensor([1400, 1300]), 700).float().to(dtype))

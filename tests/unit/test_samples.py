@@ -19,6 +19,7 @@ from msa.training.samples import (
     draw_numbers,
 )
 from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_world
+from msa.types import Document
 
 TOP_K = 4
 DOCUMENTS = (
@@ -30,6 +31,7 @@ ONE = WorldQuestion("Where was Ada born?", "Rome", (), ("ada",), "born", 1)
 OTHER = WorldQuestion("Who is Ada's son?", "Bob", (), ("ada",), "son", 1)
 BOB = WorldQuestion("Where does Bob paint?", "Oslo", (), ("bob",), "paints", 1)
 TWO = WorldQuestion("Where does Ada's son paint?", "Oslo", (), ("ada", "bob"), "son>paints", 2)
+UNREAD = WorldQuestion("Where was Cid's baker born?", "Rome", (), ("cid", "ada"), "x>born", 2)
 WORLD = World(DOCUMENTS, (ONE, TWO))
 LOSSES = LossSettings(context=0.25)
 WORLD_SETTINGS = WorldSettings(documents=3, min_digits=2, max_digits=4)
@@ -50,6 +52,11 @@ def make(encoder, samples, world=WORLD, settings=WORLD_SETTINGS, losses=LOSSES, 
         int("".join(str(d) for d in row if d != BLANK_DIGIT)) for row in step["digits"].tolist()
     ]
     return step, numbers
+
+
+def content(document):
+    """What a bank encodes, and hands to the model, of the same document."""
+    return Document(document.key, document.text, title=document.title).content
 
 
 def only_row(step):
@@ -128,7 +135,7 @@ def test_the_last_sample_is_the_last_round_then_the_answer(encoder, question):
 
 
 def test_more_questions_ask_only_what_the_read_texts_answer(encoder):
-    world = World(DOCUMENTS, (ONE, OTHER, BOB, TWO))
+    world = World(DOCUMENTS, (ONE, OTHER, BOB, TWO, UNREAD))
     for question, expected in ((ONE, {OTHER}), (TWO, {ONE, OTHER, BOB})):
         kind = "read" if len(question.gold) == 1 else "answer"
         for seed in range(40):  # until the draw begins with the question wanted
@@ -138,7 +145,7 @@ def test_more_questions_ask_only_what_the_read_texts_answer(encoder):
             first, *more = text.split("The user's question is: ")[1:]
             if first.startswith(question.question):
                 asked = {q for q in world.questions if any(q.question in m for m in more)}
-                assert asked == expected - ({TWO} if kind == "read" else set())
+                assert asked == expected
                 assert all(q.answer in text for q in asked)
                 break
         else:
@@ -155,7 +162,7 @@ def test_the_number_written_is_that_of_the_document_encoded(encoder):
     decode = encoder.tokenizer.decode
     encoded = [decode(ids[:length]) for ids, length in rows]
     for number, text, document in zip(numbers, encoded, world.documents, strict=True):
-        assert text == f"<|im_start|>[{number}]. {document.text}[{number}]<|im_end|>"
+        assert text == f"<|im_start|>[{number}]. {content(document)}[{number}]<|im_end|>"
     names, reads, hops, answers = step["groups"]
     for group in (names, hops):
         for labels, weights, positives in zip(
@@ -167,7 +174,7 @@ def test_the_number_written_is_that_of_the_document_encoded(encoder):
         for ids, positives in zip(group["input_ids"], group["positives"], strict=True):
             (document,) = positives.nonzero().flatten().tolist()
             text = decode(ids)
-            assert f"[{numbers[document]}]. {world.documents[document].text}\n" in text
+            assert f"[{numbers[document]}]. {content(world.documents[document])}\n" in text
 
 
 def test_a_question_whose_answer_was_cut_off_is_not_asked(encoder):
@@ -216,22 +223,18 @@ def test_a_copy_sample_writes_again_what_stands_in_front_of_it(encoder):
         group["weights"].tolist(),
         strict=True,
     ):
-        starts = [i for i, w in enumerate(weights) if w == 0 and weights[i + 1 : i + 2] == [1.0]]
-        assert 1 <= len(starts) <= 3  # one for every piece: which comes next cannot be known
-        end = len(weights) - weights[::-1].index(1.0)
-        taught = [i for i in range(starts[0], end) if i not in starts]
-        assert [i for i, w in enumerate(weights) if w] == taught
+        taught = [i for i, weight in enumerate(weights) if weight]
+        first, end = taught[0] - 1, taught[-1] + 1  # where the piece comes again cannot be known
+        assert taught == list(range(first + 1, end))
         assert [i for i, label in enumerate(labels) if label != IGNORED] == taught
-        assert all(labels[i] == ids[i] for i in taught)
+        assert all((labels[i], weights[i]) == (ids[i], 1.0) for i in taught)
         assert ids[: len(prefix)] == prefix
-        shown = ids[len(prefix) : starts[0]]
-        assert sorted(ids[starts[0] : end]) == sorted(shown)
-        pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], end], strict=True)]
-        text = encoder.tokenizer.decode(shown)
-        assert all(encoder.tokenizer.decode(piece) in text for piece in pieces)
-        shuffled += any(
-            not any(encoder.tokenizer.decode(p) in d.text for d in DOCUMENTS) for p in pieces
-        )
+        piece, between = ids[first:end], ids[len(prefix) : first][end - first :]
+        assert ids[len(prefix) :][: len(piece)] == piece
+        assert 8 <= len(piece) <= 24
+        assert 1 <= len(between) <= 8
+        text = encoder.tokenizer.decode(piece)
+        shuffled += not any(text in d.text for d in DOCUMENTS)
     assert 0 < shuffled < 30
 
 
