@@ -27,11 +27,15 @@ def make_documents(count: int, prefix: str = "doc") -> list[Document]:
     return [make_document(f"{prefix}{i}", words=1 + i * 7 % 20) for i in range(count)]
 
 
-def states_of(bank: MemoryBank) -> dict[int, dict[int, tuple[torch.Tensor, ...]]]:
-    """Number -> layer -> (routing keys, pooled keys, pooled values), as a reader gets them."""
+# number -> layer -> (routing keys, pooled keys, pooled values)
+StoredStates = dict[int, dict[int, tuple[torch.Tensor, ...]]]
+
+
+def states_of(bank: MemoryBank) -> StoredStates:
+    """States of all live documents, as a reader gets them."""
     view = ResidentBank(bank).view()
     rows = view._rows
-    found: dict[int, dict[int, tuple[torch.Tensor, ...]]] = {}
+    found: StoredStates = {}
     starts = rows.chunk_counts.cumsum(0) - rows.chunk_counts
     for row in rows.live.nonzero().flatten().tolist():
         start, count = int(starts[row]), int(rows.chunk_counts[row])
@@ -51,3 +55,13 @@ def ids_of(bank: MemoryBank) -> list[str]:
 def folder_state(folder: Path) -> dict[str, bytes]:
     """Segment files of a bank and what they hold."""
     return {p.name: p.read_bytes() for p in (folder / "segments").iterdir()}
+
+
+def same_states(one: StoredStates, other: StoredStates) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b)
+        for number in one
+        for layer in one[number]
+        for a, b in zip(one[number][layer], other[number][layer], strict=True)
+    )

@@ -113,7 +113,9 @@ def test_a_refresh_reads_new_segments_only(bank, monkeypatch):
     bank.add(make_documents(5, "more"))
     read = []
     real = Segment.routing_part
-    monkeypatch.setattr(Segment, "routing_part", lambda s: (read.append(s.path.name), real(s))[1])
+    monkeypatch.setattr(
+        Segment, "routing_part", lambda s, b: (read.append(s.path.name), real(s, b))[1]
+    )
     resident.refresh()
     assert read == ["000002.safetensors"]
     bank.delete("doc1")

@@ -328,8 +328,8 @@ class Catalog:
         """Counts for `info`."""
         with self._reading() as db:
             live = db.execute(
-                "SELECT COUNT(*), COUNT(DISTINCT source), TOTAL(num_tokens), TOTAL(num_chunks) "
-                "FROM documents"
+                "SELECT COUNT(*), COUNT(*) FILTER (WHERE part <= 1), TOTAL(num_tokens), "
+                "TOTAL(num_chunks) FROM documents"
             ).fetchone()
             dead = db.execute("SELECT COUNT(*) FROM dead").fetchone()
         return Totals(*(int(v) for v in (*live, *dead)))

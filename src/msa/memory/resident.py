@@ -186,7 +186,7 @@ class ResidentBank:
             bfloat16 bank and gains nothing; bfloat16 halves that of a float32 bank and may swap
             documents whose scores are close.
         content_dtype: of the content that is handed out; the model's, else as on disk.
-        top_k: documents that a layer selects; the model's by default.
+        top_k: documents that a layer selects; the model's, else the bank's, by default.
 
     Raises:
         BankCorruptError: a segment that holds live documents is damaged; nothing is answered from
@@ -210,12 +210,14 @@ class ResidentBank:
         self.dtype = dtype or manifest.torch_dtype
         self._lock = threading.Lock()
         self._buffers: dict[int, Tensor] = {}
-        model_dtype = bank.model.dtype if bank.model is not None else manifest.torch_dtype
+        model = bank.model
+        model_dtype = manifest.torch_dtype if model is None else model.dtype
+        model_k = manifest.top_k_documents if model is None else model.config.top_k_documents
         self._view = ResidentView(
             bank=str(bank.path),
             generation=-1,
             layout=-1,
-            top_k=top_k or manifest.top_k_documents,
+            top_k=top_k or model_k,
             num_documents=0,
             score=manifest.routing_score,
             dtype=content_dtype or model_dtype,
@@ -378,8 +380,11 @@ class ResidentBank:
             name: [getattr(rows, name)]
             for name in ("numbers", "chunk_counts", "segment", "first_chunk", "checksums")
         }
+        # one for all: allocating and freeing one for each would fragment the heap
+        largest = max((s.entry.routing_bytes for s in segments), default=0)
+        scratch = torch.empty(largest, dtype=torch.uint8)
         for index, segment in enumerate(segments, start=len(rows.segments)):
-            part = segment.routing_part()
+            part = segment.routing_part(scratch)
             end = used + segment.entry.num_chunks
             for i, keys in part.routing_keys.items():
                 buffers[i][used:end] = keys  # converts dtype and device

@@ -285,14 +285,19 @@ class Segment:
         """The error to raise when this segment cannot be trusted."""
         return BankCorruptError(_message(self.path, what))
 
-    def routing_part(self) -> RoutingPart:
+    def routing_part(self, buffer: Tensor | None = None) -> RoutingPart:
         """Numbers, chunk counts, checksums and routing keys, read from disk and compared.
+
+        Args:
+            buffer: uint8, at least `routing_bytes` long, to read into; the routing keys stay in it.
 
         Raises:
             BankCorruptError: their hash is not the catalog's.
             SegmentMissingError: the file has been removed since it was opened.
         """
-        data = torch.empty(self.entry.routing_bytes, dtype=torch.uint8)
+        if buffer is None:
+            buffer = torch.empty(self.entry.routing_bytes, dtype=torch.uint8)
+        data = buffer[: self.entry.routing_bytes]
         view = data.numpy().data
         with self._reading(), self.path.open("rb", buffering=0) as file:
             done = 0
@@ -310,7 +315,7 @@ class Segment:
             return typed.view(fields[name]["shape"])
 
         return RoutingPart(
-            # clones, so that the small tensors do not keep the whole buffer alive
+            # clones, so that the small tensors outlive the buffer
             tensor("numbers").clone(),
             tensor("chunk_counts").clone(),
             tensor("checksums").clone(),
