@@ -42,8 +42,9 @@ $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/pip
 demo: $(VENV)/.core
 	@$(BIN)/msa demo
 
+# The tests' models are tiny: a second thread costs more than it brings.
 test: $(VENV)/.full
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.full
 	$(BIN)/ruff check .

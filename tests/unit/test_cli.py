@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,6 +414,27 @@ def test_ask_reads_questions_from_stdin_and_goes_on_after_a_bad_one(run, engine,
     assert len(lines(result.out)) == 2
     assert result.err == "Error: cannot answer fail this\n"
     assert result.code == 1
+
+
+def test_stdin_that_is_no_text_is_one_clear_error(run, engine, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"One?\ncaf\xe9?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    result = run("ask", "--bank", "b")
+    assert result.code == 1
+    assert result.err.startswith("Error: stdin is not valid text")
+    assert result.err.count("\n") == 1
+
+
+def test_output_goes_on_where_the_terminal_lacks_a_character(run, engine, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(engine, "ask", lambda *_, **__: replace(ANSWER, text="Café"))
+    assert run("ask", "Q?", "--bank", "b").code == 0
+    assert run("ask", "Q?", "--bank", "b", "--json").code == 0
+    sys.stdout.flush()
+    plain, *_, whole = raw.getvalue().decode("ascii").splitlines()
+    assert plain == "Caf?"
+    assert json.loads(whole)["text"] == "Café"
 
 
 def test_search_lists_hits_best_first(run, engine):

@@ -18,6 +18,7 @@ from msa.cli.options import (
     ModelOption,
     metadata_filter,
     open_engine,
+    stdin_lines,
 )
 from msa.cli.output import one_line
 from msa.errors import MSAError
@@ -127,11 +128,12 @@ def search(
 
 def _questions() -> Iterator[str]:
     """Lines of stdin that are not blank; with a prompt if somebody types them."""
+    lines = stdin_lines()
     while True:
         if sys.stdin.isatty():
             output.stderr().print("? ", end="", style="bold")
-        line = sys.stdin.readline()
-        if not line:
+        line = next(lines, None)
+        if line is None:
             return
         if line.strip():
             yield line.strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from msa.cli.options import (
     load_model,
     open_bank,
     register,
+    stdin_lines,
 )
 from msa.cli.output import one_line
 from msa.errors import InputError
@@ -126,7 +126,7 @@ def add(
 ) -> None:
     """Store one document; `msa index` stores many."""
     values = _metadata(metadata)
-    body = _stdin() if text is None else text
+    body = "".join(stdin_lines()) if text is None else text
     if not body.strip():
         raise InputError(f"document {id!r} is empty; give its text with --text or on stdin")
     document = Document(id=id, text=body, title=title, metadata=values)
@@ -157,7 +157,7 @@ def delete(
     All of them or, if one id is unknown, none.
     """
     if ids == ["-"]:
-        ids = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        ids = [line.rstrip("\n") for line in stdin_lines() if line.strip()]
     with open_bank(bank, write=True) as memory:
         count = memory.delete(ids)
         left = len(memory)
@@ -244,13 +244,6 @@ def _metadata(text: str | None) -> dict[str, JSON]:
     if not isinstance(values, dict):
         raise typer.BadParameter("expected a JSON object", param_hint="--metadata")
     return values
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not valid text ({error}); convert it to UTF-8 first") from None
 
 
 register(app, info, "msa bank info bank/ --json")

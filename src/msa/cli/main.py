@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]  # anywhere on the line, as people type it
     words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
+    output.print_what_cannot_be_written()
     if not debug:
         options.quiet_warnings()
     sys.exit(_run(words, debug))

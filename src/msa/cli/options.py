@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,6 +108,19 @@ def load_model(path: Path | None, device: str | None) -> LoadedModel:
             reason = str(error).splitlines()[0]
             raise InputError(f"device {name!r} cannot be used: {reason}") from error
         return load(path, device=name)
+
+
+def stdin_lines() -> Iterator[str]:
+    """Lines of stdin, as they come.
+
+    Raises:
+        InputError: they are not text.
+    """
+    try:
+        while line := sys.stdin.readline():
+            yield line
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not valid text ({error}); convert it to UTF-8 first") from None
 
 
 def quiet_warnings() -> None:

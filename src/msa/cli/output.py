@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -41,11 +42,15 @@ def _console(file: Any) -> Console:
 
 def print_json(value: Any) -> None:
     """Write a result as one line of JSON on stdout."""
-    text = json.dumps(to_json(value), ensure_ascii=False)
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:  # a terminal or pipe that is not UTF-8
-        print(json.dumps(to_json(value)), flush=True)
+    unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(to_json(value), ensure_ascii=not unicode), flush=True)
+
+
+def print_what_cannot_be_written() -> None:
+    """Let characters that the terminal's encoding lacks become `?` instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def to_json(value: Any) -> Any:
