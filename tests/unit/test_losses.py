@@ -149,3 +149,12 @@ def test_language_model_loss_without_labels_is_zero_and_differentiable():
     loss.backward()
     assert loss.item() == 0
     assert (hidden.grad == 0).all()
+
+
+def test_documents_that_were_read_are_no_negatives():
+    scores = torch.tensor([[0.9, 0.5, 0.1, 0.3]])
+    positives = torch.tensor([[False, True, False, False]])
+    read = torch.tensor([[True, False, False, False]])
+    without = routing_loss(scores[:, 1:], positives[:, 1:], 0.1)
+    assert torch.allclose(routing_loss(scores, positives, 0.1, read), without)
+    assert routing_loss(scores, positives, 0.1) > without

@@ -80,7 +80,9 @@ def test_the_loss_is_that_of_inference_row_by_row(model, step):
                 for layer, scores in memory.scores.items():
                     memory_scores[layer].append(scores)
             aux += [
-                routing_loss(torch.cat(scores), group["positives"], model.temperature)
+                routing_loss(
+                    torch.cat(scores), group["positives"], model.temperature, group["read"]
+                )
                 for scores in memory_scores.values()
                 if scores
             ]

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
-def routing_loss(scores: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
+def routing_loss(
+    scores: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    ignored: Tensor | None = None,
+) -> Tensor:
     """Contrastive loss over document scores, in which positives do not compete.
 
     Args:
         scores: [B, N] document scores of one routing layer (Eq. 2).
         positives: [B, N] bool. Rows without a positive count nothing.
         temperature: τ.
+        ignored: [B, N] bool, documents that are no negatives either (ours): those that were read
+            already. The question still asks for them, and they cannot be named again.
 
     Returns:
         Scalar float32, mean over rows of the mean over their positives of
@@ -26,7 +33,8 @@ def routing_loss(scores: Tensor, positives: Tensor, temperature: float | Tensor)
     counts = positives.sum(dim=1)
     # a row without a positive may hold -inf alone, whose gradient would be NaN
     logits = scores.float().masked_fill(counts[:, None] == 0, 0.0) / temperature
-    negatives = logits.masked_fill(positives, -torch.inf).logsumexp(dim=1, keepdim=True)
+    left_out = positives if ignored is None else positives | ignored
+    negatives = logits.masked_fill(left_out, -torch.inf).logsumexp(dim=1, keepdim=True)
     losses = torch.logaddexp(logits, negatives) - logits
     per_row = losses.masked_fill(~positives, 0).sum(dim=1) / counts.clamp(min=1)
     rows = (counts > 0).sum().clamp(min=1)

@@ -96,9 +96,12 @@ class MSAForTraining(MSAForCausalLM):
                 continue
             positives = group["positives"]
             tau = self.temperature.detach()
-            routing += [routing_loss(s, positives, tau) for s in memory.scores.values()]
+            read = group["read"]
+            routing += [routing_loss(s, positives, tau, read) for s in memory.scores.values()]
             recall += [
-                (positives.gather(1, s.argmax(1, keepdim=True))).float().mean()
+                positives.gather(1, s.masked_fill(read, -torch.inf).argmax(1, keepdim=True))
+                .float()
+                .mean()
                 for s in memory.scores.values()
             ]
         settings = self.loss_settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Sample:
     labels: list[int]
     weights: list[float]
     positives: list[int]
+    read: list[int] = field(default_factory=list)
 
     def write(self, ids: Sequence[int], weight: float) -> None:
         """Append tokens that are predicted, with a weight."""
@@ -141,6 +142,7 @@ class _WorldSamples:
         sample = self._begin(question, [self._reading(key) for key in question.gold])
         sample.write(self.encoder.retrieval_end(), 1.0)
         sample.positives = [self.row[question.gold[-1]]]
+        sample.read = [self.row[key] for key in question.gold[:-1]]
         others = [
             q
             for key in question.gold
@@ -200,6 +202,7 @@ class _WorldSamples:
     ) -> Sample:
         sample = self._begin(question, readings)
         row = self.row[target]
+        sample.read = [self.row[key] for key in question.gold[: len(readings)]]
         sample.write(self.encoder.written([self.numbers[row]]), 1.0)
         sample.positives = [row]
         return sample
@@ -210,12 +213,14 @@ def collate(samples: Sequence[Sample], num_documents: int, top_k: int) -> dict[s
 
     Returns:
         "input_ids", "position_ids", "labels" [B, T] int64; "routing_mask", "memory_mask" [B, T]
-        bool; "weights" [B, T] float32; "positives" [B, N] bool.
+        bool; "weights" [B, T] float32; "positives", "read" [B, N] bool.
     """
     contexts = [s.context for s in samples]
     positives = torch.zeros(len(samples), num_documents, dtype=torch.bool)
+    read = torch.zeros_like(positives)
     for i, sample in enumerate(samples):
         positives[i, sample.positives] = True
+        read[i, sample.read] = True
     return {
         "input_ids": pad([torch.tensor(c.input_ids) for c in contexts], 0),
         "position_ids": pad([torch.tensor(c.positions(top_k)) for c in contexts], 0),
@@ -224,6 +229,7 @@ def collate(samples: Sequence[Sample], num_documents: int, top_k: int) -> dict[s
         "labels": pad([torch.tensor(s.labels) for s in samples], IGNORED),
         "weights": pad([torch.tensor(s.weights) for s in samples], 0.0),
         "positives": positives,
+        "read": read,
     }
 
 
