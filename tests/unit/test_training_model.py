@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_inference_row_by_row(model, step):
                     torch.cat(scores), group["positives"], model.temperature, group["read"]
                 )
                 for scores in memory_scores.values()
-                if scores
+                if scores and group["positives"].any()
             ]
         out = model(**step)
     parts = out["parts"]

@@ -95,6 +95,8 @@ class MSAForTraining(MSAForCausalLM):
             if memory is None:
                 continue
             positives = group["positives"]
+            if not bool(positives.any()):
+                continue
             tau = self.temperature.detach()
             read = group["read"]
             routing += [routing_loss(s, positives, tau, read) for s in memory.scores.values()]

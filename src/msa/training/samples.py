@@ -137,12 +137,12 @@ class _WorldSamples:
     def answer(self, question: WorldQuestion, more: int) -> Sample:
         """The last round: end of retrieval, the question again, the answer.
 
+        Nothing is left to be found, so that the routing loss has no say in it.
         Behind it stand further questions that the same texts answer, each with its answer.
         """
         sample = self._begin(question, [self._reading(key) for key in question.gold])
         sample.write(self.encoder.retrieval_end(), 1.0)
-        sample.positives = [self.row[question.gold[-1]]]
-        sample.read = [self.row[key] for key in question.gold[:-1]]
+        sample.read = [self.row[key] for key in question.gold]
         others = [
             q
             for key in question.gold
