@@ -75,9 +75,7 @@ def measure(loaded, path: Path, args: argparse.Namespace) -> dict[str, object]:
         "seconds_per_question_median": round(
             statistics.median([u.total_seconds for u in asking]), 4
         ),
-        "of_which_routing_median": round(
-            statistics.median([u.routing_seconds for u in asking]), 4
-        ),
+        "of_which_routing_median": round(statistics.median([u.routing_seconds for u in asking]), 4),
         "seconds_per_search_mean": round(searching, 4),
     }
 

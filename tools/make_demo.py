@@ -48,9 +48,7 @@ def draw(world: World, rng: random.Random) -> list[WorldQuestion]:
     return chosen
 
 
-def addition(
-    world: World, other: World, rng: random.Random
-) -> tuple[WorldDocument, WorldQuestion]:
+def addition(world: World, other: World, rng: random.Random) -> tuple[WorldDocument, WorldQuestion]:
     """A person whom the world does not know, with a question about them."""
     known = {d.title for d in world.documents}
     people = {d.key: d for d in other.documents if d.key.startswith("person")}

@@ -1,0 +1,96 @@
+"""Write docs/results/README.md from the JSON files beside it.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "docs/results"
+SETS = {"one_hop": "one hop", "two_hop": "two hops", "questions": "as asked"}
+NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
+
+
+def main() -> None:
+    parts = [
+        "# Results\n\nWritten from the JSON files in this folder by `python benchmarks/results_page"
+        ".py`. Each\nholds its command, commit, machine and seed. Shares are in percent.\n"
+    ]
+    for name, section in (("quality", quality), ("real_input", real_input)):
+        path = FOLDER / f"{name}.json"
+        if path.is_file():
+            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+    (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def heading(title: str, about: dict) -> str:
+    """Title and provenance."""
+    kept = {k: v for k, v in about.items() if v is not None and k != "command"}
+    lines = "; ".join(f"{k}: {v}" for k, v in kept.items())
+    return f"## {title}\n\n`{about['command']}`\n\n{lines}\n"
+
+
+def quality(results: dict) -> str:
+    """Routing, naming and answers of the default model."""
+    rows = [
+        heading("The default model", results.pop("about")),
+        "Worlds are invented and use names that training never draws. *Routed*: the first document "
+        "needed is among\nthe 16 that some layer selected in round 1; *all routed*: every one, in "
+        "some round; *named*: the first\ndocument read is the right one; *all read*: "
+        "every one was read. EM and F1 as SQuAD scores.\n",
+        "| bank | documents | questions | n | routed | all routed | named | all read | EM | F1 "
+        "| s/question |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    compared = []
+    for bank, row in results.items():
+        for key, label in SETS.items():
+            if key not in row:
+                continue
+            f = row[key]
+            shares = " | ".join(
+                f"{100 * f[k]:.1f}"
+                for k in ("routed", "routed_all", "named", "named_all", "exact_match", "f1")
+            )
+            rows.append(
+                f"| {NAMES.get(bank, bank.replace('_', ' of '))} | {row['documents']:,} | {label} "
+                f"| {f['questions']} | {shares} | {f['seconds_per_question']:.2f} |"
+            )
+            if "bm25_recall_at_16" in row:
+                compared.append(
+                    f"| {NAMES[bank]} | {100 * f['retrieve_recall_at_16']:.1f} "
+                    f"| {100 * row['bm25_recall_at_16']:.1f} |"
+                )
+    if compared:
+        rows += [
+            "\nRecall at 16 of the documents needed, in one retrieval from the question alone:\n",
+            "| bank | `MemoryEngine.retrieve` | BM25 (`bm25s`) |",
+            "|---|---|---|",
+            *compared,
+        ]
+    return "\n".join(rows) + "\n"
+
+
+def real_input(results: dict) -> str:
+    """Indexing and asking on real text."""
+    rows = [
+        heading("Real input", results.pop("about")),
+        "| file | documents | with parts | failed | tokens | tokens/s encoded "
+        "| MB per million tokens | s to load | s/question | s/search |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        size = sum(r["bytes_per_million_tokens"].values()) / 1e6
+        rows.append(
+            f"| {name} | {r['documents']:,} | {r['documents_and_parts']:,} | {r['failed']} "
+            f"| {r['tokens']:,} | {r['encoded_tokens_per_second']:,} | {size:.0f} "
+            f"| {r['seconds_to_load_for_asking']:.2f} | {r['seconds_per_question_median']:.3f} "
+            f"| {r['seconds_per_search_mean']:.3f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()
