@@ -207,6 +207,10 @@ class _Show:
             soft_wrap=True,
         )
         for turn in answer.rounds:
+            if not turn.read:
+                label = Text(f"  round {turn.index} read  ", style="green")
+                self._console.print(label + Text("nothing more"))
+                continue
             print_routing(self._console, turn, shown=4, marked=question.gold)
             for citation in turn.read:
                 print_reading(self._console, citation)
