@@ -179,8 +179,8 @@ class FakeBank:
     def __exit__(self, *_):
         self.closed = True
 
-    def __len__(self):
-        return len(self.texts)
+    def info(self):
+        return SimpleNamespace(num_ids=len(self.texts))
 
     def add(self, documents, *, on_duplicate, batch_tokens=1, progress=None):
         counts = {"added": 0, "updated": 0, "unchanged": 0}

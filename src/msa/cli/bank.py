@@ -134,7 +134,7 @@ def add(
         report = memory.add([document], on_duplicate="update" if update else "error")
         if report.failed:
             raise InputError(f"{report.failed[0][0]}: {report.failed[0][1]}")
-        count = len(memory)
+        count = memory.info().num_ids
     if json:
         output.print_json(report)
         return
@@ -160,7 +160,7 @@ def delete(
         ids = [line.rstrip("\n") for line in stdin_lines() if line.strip()]
     with open_bank(bank, write=True) as memory:
         count = memory.delete(ids)
-        left = len(memory)
+        left = memory.info().num_ids
     if json:
         output.print_json({"deleted": count, "documents": left})
         return

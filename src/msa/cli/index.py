@@ -169,7 +169,7 @@ def _add(memory: MemoryBank, intake: Intake, on_duplicate: Any, batch_tokens: in
             )
         except KeyboardInterrupt:
             raise output.Interrupted(
-                f"Interrupted. The bank holds {output.plural(len(memory), 'document')}; "
+                f"Interrupted. The bank holds {output.plural(memory.info().num_ids, 'document')}; "
                 "run the same command again to go on."
             ) from None
 
