@@ -130,4 +130,6 @@ class MSAForTraining(MSAForCausalLM):
         plain = MSAForCausalLM(self.config)
         wanted = plain.state_dict().keys()
         plain.load_state_dict({k: v for k, v in self.state_dict().items() if k in wanted})
+        plain.config.use_cache = True  # the Trainer turns it off
+        plain.generation_config.use_cache = True
         plain.save_pretrained(folder)
