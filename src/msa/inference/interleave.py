@@ -397,7 +397,7 @@ class Interleave:
             do_sample=sampling,
             temperature=options.temperature if sampling else 1.0,
             top_p=options.top_p if sampling else 1.0,
-            top_k=0,
+            top_k=0 if sampling else None,
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
