@@ -44,6 +44,7 @@ def main() -> None:
         sets = {"one_hop": one, "two_hop": two}
         results[f"world_{size}"] = run(loaded, documents, sets, options)
         show(f"world_{size}", results[f"world_{size}"])
+        write(results, args.output)
     for name in REAL_SETS if args.real else ():
         documents, questions = real_questions(
             Path(args.real, name), "dev", args.questions, args.seed
@@ -55,11 +56,15 @@ def main() -> None:
         )
         results[name] = row
         show(name, row)
-    if args.output:
-        path = Path(args.output, "quality.json")
+        write(results, args.output)
+
+
+def write(results: dict, folder: str | None) -> None:
+    """What there is so far."""
+    if folder:
+        path = Path(folder, "quality.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"written: {path}")
 
 
 def run(loaded, documents: list[Document], sets: dict[str, list], options: dict) -> dict:

@@ -17,7 +17,7 @@ import torch
 from msa.default_model import WEIGHTS, load_model
 from msa.inference.options import AskOptions
 
-# Chosen on generated worlds of the training names (see the card).
+# Chosen on another generated world than those of the published figures.
 OPTIONS = AskOptions(max_rounds=3, max_documents_per_round=1, max_new_tokens=32, prior_weight=5.0)
 
 
