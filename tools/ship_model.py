@@ -18,7 +18,13 @@ from msa.default_model import WEIGHTS, load_model
 from msa.inference.options import AskOptions
 
 # Chosen on another generated world than those of the published figures.
-OPTIONS = AskOptions(max_rounds=3, max_documents_per_round=1, max_new_tokens=32, prior_weight=5.0)
+OPTIONS = AskOptions(
+    max_rounds=3,
+    max_documents_per_round=1,
+    max_new_tokens=32,
+    prior_weight=5.0,
+    prior_temperature=0.03,
+)
 
 
 def main() -> None:
