@@ -11,21 +11,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from conftest import SMALL
 from msa import MSAForCausalLM
 from msa.errors import ConfigError, ModelError
 from msa.memory.latent import LatentMemory
 from msa.model.convert import convert_backbone
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
 FAMILIES = pytest.mark.parametrize(
     ("config", "model"),
     [(Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)],

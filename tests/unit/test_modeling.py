@@ -6,23 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from conftest import make_tiny_model
+from conftest import SMALL, make_tiny_model
 from msa import MSAConfig, MSAForCausalLM
 from msa.errors import ConfigError, InputError
 from msa.memory.latent import LatentMemory
 from msa.model.cache import MSACache
 from msa.model.convert import convert_backbone
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
 
 
 def encode(model, lengths, seed=0):

@@ -21,6 +21,7 @@ from msa.cli.ask import print_reading, print_routing
 from msa.cli.options import DeviceOption, JsonOption, ModelOption, load_model
 from msa.cli.output import one_line
 from msa.errors import InputError, MSAError
+from msa.evaluation.metrics import exact_match
 from msa.types import Answer, Document
 
 if TYPE_CHECKING:
@@ -91,12 +92,7 @@ def _question(record: Mapping[str, Any], gold: list[str]) -> Question:
 
 def is_right(answer: str, right: str) -> bool:
     """True if two answers are the same but for case, articles, punctuation and spaces."""
-    return _words(answer) == _words(right)
-
-
-def _words(text: str) -> list[str]:
-    kept = "".join(c if c.isalnum() else " " for c in text.casefold())
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
+    return exact_match(answer, [right]) == 1.0
 
 
 def demo(
