@@ -40,17 +40,20 @@ def test_content_holds_the_selected_documents_own_chunks():
         assert torch.equal(content.values[row, content.mask[row]], expected)
 
 
-def test_required_documents_are_selected_whatever_their_score():
+def test_the_last_routing_token_is_scored_alone_when_wished():
     _, states = encoded()
-    free = LatentMemory(states, 1).route(2, *queries())
-    worst = LatentMemory(states, 4).route(2, *queries()).documents[:, -1]
-    required = torch.zeros(2, 4, dtype=torch.bool)
-    required[1, worst[1]] = True
-    memory = LatentMemory(states, 1, required=required)
-    selection = memory.route(2, *queries())
-    assert selection.documents[0].tolist() == free.documents[0].tolist()
-    assert selection.documents[1].tolist() == [worst[1].item()]
-    assert memory.scores[2].max() <= 1.0  # what the router is taught by stays the cosine
+    vectors, mask = queries(tokens=4)
+    mask[0, 0] = mask[1, 2:] = False  # routing tokens 1 to 3, and 0 to 1
+    memory = LatentMemory(states, 1, with_last_token=True)
+    selection = memory.route(2, vectors, mask)
+    for row, last in enumerate((3, 1)):
+        alone = LatentMemory(states, 1)
+        alone.route(2, vectors[row : row + 1, last : last + 1], torch.ones(1, 1, dtype=torch.bool))
+        torch.testing.assert_close(memory.last_token_scores[2][row], alone.scores[2][0])
+    assert (memory.last_token_scores[2] <= memory.scores[2]).all()
+    plain = LatentMemory(states, 1)
+    assert torch.equal(plain.route(2, vectors, mask).documents, selection.documents)
+    assert not plain.last_token_scores
 
 
 def test_scores_of_every_layer_are_kept_with_their_gradients():

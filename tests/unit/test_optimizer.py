@@ -8,7 +8,7 @@ from transformers import get_scheduler
 
 from conftest import make_tiny_model
 from msa.training.config import OptimizerSettings
-from msa.training.optimizer import MuonWithAdamW
+from msa.training.optimizer import Muon, MuonWithAdamW, orthogonalise
 
 SETTINGS = OptimizerSettings(adam_learning_rate=0.25, weight_decay=0.02)
 
@@ -153,3 +153,32 @@ def test_training_lowers_the_loss():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 8), (2, 8, 24)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_sizes(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    made = orthogonalise(matrices)
+    sizes = (u.mT @ made @ v.mT).diagonal(dim1=1, dim2=2)
+    assert (s.max() / s.min()) > 2
+    assert ((sizes > 0.6) & (sizes < 1.3)).all()
+    torch.testing.assert_close(u @ torch.diag_embed(sizes) @ v, made, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_takes_the_steps_of_torchs_own():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(16, 8)), torch.nn.Parameter(torch.randn(16, 8))]
+    theirs = copy.deepcopy(ours)
+    muon = Muon(ours, lr=0.1, weight_decay=0.02)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(16, 8)
+            other.grad = mine.grad.clone()
+        muon.step()
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=0.02, rtol=0)  # theirs is in bfloat16
+        assert (mine - other).abs().mean() < 0.004

@@ -22,10 +22,12 @@ from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_wo
 from msa.types import Document
 
 TOP_K = 4
-DOCUMENTS = (
+DOCUMENTS = (  # shortest first, as a step has them
     WorldDocument("ada", "Ada", "Ada was born in Rome. Her son is Bob."),
-    WorldDocument("bob", "Bob", "Bob paints in Oslo."),
-    WorldDocument("cid", "Cid", "Cid bakes."),
+    WorldDocument("bob", "Bob", "Bob paints in Oslo, on Sundays and by lamplight."),
+    WorldDocument(
+        "cid", "Cid", "Cid bakes bread for the whole street, early and on every single day."
+    ),
 )
 ONE = WorldQuestion("Where was Ada born?", "Rome", (), ("ada",), "born", 1)
 OTHER = WorldQuestion("Who is Ada's son?", "Bob", (), ("ada",), "son", 1)
@@ -52,6 +54,10 @@ def make(encoder, samples, world=WORLD, settings=WORLD_SETTINGS, losses=LOSSES, 
         int("".join(str(d) for d in row if d != BLANK_DIGIT)) for row in step["digits"].tolist()
     ]
     return step, numbers
+
+
+def by_length(documents):
+    return sorted(documents, key=lambda document: len(content(document)))
 
 
 def content(document):
@@ -162,20 +168,23 @@ def test_the_number_written_is_that_of_the_document_encoded(encoder):
     rows = zip(step["documents"].tolist(), step["lengths"].tolist(), strict=True)
     decode = encoder.tokenizer.decode
     encoded = [decode(ids[:length]) for ids, length in rows]
-    for number, text, document in zip(numbers, encoded, world.documents, strict=True):
+    for number, text, document in zip(numbers, encoded, by_length(world.documents), strict=True):
         assert text == f"<|im_start|>[{number}]. {content(document)}[{number}]<|im_end|>"
-    names, reads, hops, answers = step["groups"]
-    for group in (names, hops):
+    groups = step["groups"]  # a kind may be in several
+    ordered = by_length(world.documents)
+    for group in (g for g in groups if g["positives"].any()):
         for labels, weights, positives in zip(
             group["labels"], group["weights"], group["positives"], strict=True
         ):
             (document,) = positives.nonzero().flatten().tolist()
             assert decode(labels[weights == 1.0]) == f"[{numbers[document]}]<|object_ref_end|>"
-    for group in (reads, answers):
+    last_rounds = [g for g in groups if g["read"].any() and not g["positives"].any()]
+    assert len(last_rounds) >= 2
+    for group in last_rounds:
         for ids, were_read in zip(group["input_ids"], group["read"], strict=True):
             text = decode(ids)
             for document in were_read.nonzero().flatten().tolist():
-                assert f"[{numbers[document]}]. {content(world.documents[document])}\n" in text
+                assert f"[{numbers[document]}]. {content(ordered[document])}\n" in text
 
 
 def test_a_question_whose_answer_was_cut_off_is_not_asked(encoder):
@@ -298,3 +307,19 @@ def test_every_length_of_number_is_drawn_about_as_often():
     counts = [sum(len(str(n)) == d for n in numbers) for d in (3, 4, 5)]
     assert min(counts) > 70
     assert numbers != sorted(numbers)
+
+
+def test_samples_of_like_length_stand_together(encoder, monkeypatch):
+    """Splitting a kind into groups loses no sample and saves padding."""
+    samples = SampleSettings(name=0, read=12, more_questions=0)
+    world = generate_world(5, 12, breadth=1.0)
+    wide = WorldSettings(documents=12, max_digits=5, max_document_tokens=2000)
+    monkeypatch.setattr("msa.training.samples.GROUP_TOKENS", 100_000)
+    (whole,) = make(encoder, samples, world, wide)[0]["groups"]
+    monkeypatch.setattr("msa.training.samples.GROUP_TOKENS", 600)
+    parts = make(encoder, samples, world, wide)[0]["groups"]
+    assert len(parts) > 1
+    tokens = [len(row[row > 0]) for part in parts for row in part["input_ids"]]
+    assert tokens == sorted(tokens)
+    assert sorted(tokens) == sorted(len(row[row > 0]) for row in whole["input_ids"])
+    assert sum(p["input_ids"].numel() for p in parts) < whole["input_ids"].numel()

@@ -16,7 +16,9 @@ from msa.training.samples import IGNORED, SampleBuilder
 from msa.training.worlds import generate_world
 
 TOP_K = 2
-SETTINGS = LossSettings(language_model=0.7, routing=0.3, context=0.4, documents=0.2, numbers=0.5)
+SETTINGS = LossSettings(
+    language_model=0.7, routing=0.3, context=0.4, documents=0.2, numbers=0.5, last_token=0.6
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,8 @@ def test_the_loss_is_that_of_inference_row_by_row(model, step):
     with torch.no_grad():
         states = model.encode_documents(step["documents"], step["lengths"])
         total = weight = 0.0
-        aux = []
+        aux, last = [], []
         for group in step["groups"]:
-            memory_scores = {1: [], 2: []}
             for row in range(len(group["labels"])):
                 length = int((group["labels"][row] != IGNORED).nonzero().max()) + 1
                 cut = {n: t[row : row + 1, :length] for n, t in group.items() if n != "positives"}
@@ -77,22 +78,50 @@ def test_the_loss_is_that_of_inference_row_by_row(model, step):
                 )
                 total += float((losses * cut["weights"][0, 1:]).sum())
                 weight += float(cut["weights"][0, 1:].sum())
-                for layer, scores in memory.scores.items():
-                    memory_scores[layer].append(scores)
-            aux += [
-                routing_loss(
-                    torch.cat(scores), group["positives"], model.temperature, group["read"]
-                )
-                for scores in memory_scores.values()
-                if scores and group["positives"].any()
-            ]
+                right, read = group["positives"][row : row + 1], group["read"][row : row + 1]
+                if not right.any():
+                    continue
+                aux += [
+                    routing_loss(s, right, model.temperature, read) for s in memory.scores.values()
+                ]
+                if read.any():
+                    one = torch.zeros_like(cut["routing_mask"])
+                    one[0, cut["routing_mask"][0].nonzero().max()] = True
+                    memory = LatentMemory(states, TOP_K)
+                    model(
+                        input_ids=cut["input_ids"],
+                        position_ids=cut["position_ids"],
+                        memory=_RoutesElsewhere(memory, one, LatentMemory(states, TOP_K)),
+                        routing_mask=cut["routing_mask"],
+                        memory_mask=cut["memory_mask"],
+                    )
+                    last += [
+                        routing_loss(s, right, model.temperature, read)
+                        for s in memory.scores.values()
+                    ]
         out = model(**step)
     parts = out["parts"]
     assert parts["language_model"].item() == pytest.approx(total / weight, rel=1e-4)
     assert parts["routing"].item() == pytest.approx(torch.stack(aux).mean().item(), rel=1e-4)
-    weighted = 0.7 * parts["language_model"] + 0.3 * parts["routing"]
+    assert last
+    assert parts["last_token"].item() == pytest.approx(torch.stack(last).mean().item(), rel=1e-4)
+    weighted = 0.7 * parts["language_model"] + 0.3 * parts["routing"] + 0.6 * parts["last_token"]
     weighted = weighted + 0.2 * parts["documents"] + 0.5 * parts["numbers"]
     assert out["loss"].item() == pytest.approx(weighted.item(), rel=1e-5)
+
+
+class _RoutesElsewhere:
+    """Notes the scores that other tokens would give, and selects by all."""
+
+    def __init__(self, noted, mask, memory):
+        self.noted, self.mask, self.memory = noted, mask, memory
+
+    def route(self, layer, routing_queries, routing_mask):
+        self.noted.route(layer, routing_queries, self.mask)
+        return self.memory.route(layer, routing_queries, routing_mask)
+
+    def content(self, layer, selection):
+        return self.memory.content(layer, selection)
 
 
 def test_the_documents_loss_is_that_of_the_plain_model_without_padding(model, step):

@@ -17,6 +17,7 @@ class LatentMemory:
 
     Attributes:
         scores: routing layer -> [B, N] float32 document scores of the last routing.
+        last_token_scores: the same, with the last routing token of every row alone.
     """
 
     def __init__(
@@ -24,7 +25,8 @@ class LatentMemory:
         states: LatentStates,
         top_k: int,
         score: str = "cosine",
-        required: Tensor | None = None,
+        *,
+        with_last_token: bool = False,
     ) -> None:
         """Hold `states`.
 
@@ -32,14 +34,14 @@ class LatentMemory:
             states: of N documents.
             top_k: documents that a layer selects.
             score: "cosine" or "dot", as the model's `routing_score`.
-            required: [B, N] bool, documents that every layer selects whatever their score (at
-                most `top_k` a row); for training before the router has learned.
+            with_last_token: fill `last_token_scores` too.
         """
         self.states = states
         self.top_k = top_k
         self.score = score
-        self.required = required
+        self.with_last_token = with_last_token
         self.scores: dict[int, Tensor] = {}
+        self.last_token_scores: dict[int, Tensor] = {}
 
     def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
         """Top-k documents of every row by Eq. 2."""
@@ -47,8 +49,12 @@ class LatentMemory:
         counts = self.states.chunk_counts
         scores = document_scores(routing_queries, routing_mask, keys, counts, self.score)
         self.scores[layer] = scores
-        if self.required is not None:
-            scores = scores.detach() + self.required * 1e4
+        if self.with_last_token:
+            later = routing_mask.flip(1).cumsum(1).flip(1)  # routing tokens from here on
+            last = routing_mask & (later == 1)
+            self.last_token_scores[layer] = document_scores(
+                routing_queries, last, keys, counts, self.score
+            )
         return select_documents(scores, self.top_k)
 
     def content(self, layer: int, selection: Selection) -> Content:

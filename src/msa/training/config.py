@@ -124,6 +124,8 @@ class LossSettings:
         context: weight, inside L_LM, of the other tokens of the local context after the question.
         documents: language model loss over the documents, as stage 1 runs them.
         numbers: auxiliary head that reads a document's number out of its pooled values.
+        last_token: Eq. 5 once more, over the scores of the last routing token alone, in rounds that
+            have read a text. That token sees the question and the whole text, which no other does.
     """
 
     language_model: float = 1.0
@@ -131,6 +133,7 @@ class LossSettings:
     context: float = 0.1
     documents: float = 0.1
     numbers: float = 0.0
+    last_token: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

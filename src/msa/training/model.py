@@ -14,7 +14,11 @@ from msa.model.modeling_msa import MSAForCausalLM, Step
 from msa.training.config import LossSettings
 from msa.training.losses import language_model_loss, routing_loss
 from msa.training.samples import BLANK_DIGIT, IGNORED, MAX_DIGITS
-from msa.types import LatentStates
+from msa.types import LatentStates, LayerStates
+
+# Documents of a step are encoded in at most so many batches, of at least so many documents.
+MAX_BATCHES = 3
+MIN_BATCH = 8
 
 
 class MSAForTraining(MSAForCausalLM):
@@ -50,14 +54,11 @@ class MSAForTraining(MSAForCausalLM):
         lengths: Tensor = inputs["lengths"]
         settings = self.loss_settings
         parts: dict[str, Tensor] = {}
-        wants_text = settings.documents > 0
-        states, hidden = self.model.encode(documents, lengths, with_hidden=wants_text)
         loss = documents.new_zeros((), dtype=torch.float32)
-        if hidden is not None:
-            token = torch.arange(documents.shape[1], device=documents.device)
-            labels = documents.masked_fill(token >= lengths[:, None], IGNORED)
-            parts["documents"] = language_model_loss(hidden, labels, self.lm_head)
-            loss = loss + settings.documents * parts["documents"]
+        states, text_loss = self._encode(documents, lengths, with_loss=settings.documents > 0)
+        if text_loss is not None:
+            parts["documents"] = text_loss
+            loss = loss + settings.documents * text_loss
         if settings.numbers > 0:
             parts["numbers"] = self._number_loss(states, inputs["digits"])
             loss = loss + settings.numbers * parts["numbers"]
@@ -66,6 +67,29 @@ class MSAForTraining(MSAForCausalLM):
             "loss": loss + question_loss,
             "parts": {name: value.detach() for name, value in parts.items()},
         }
+
+    def _encode(
+        self, documents: Tensor, lengths: Tensor, *, with_loss: bool
+    ) -> tuple[LatentStates, Tensor | None]:
+        """Stage 1 in a few batches, each as long as its own longest document.
+
+        The documents of a step come sorted by length, so that little padding is computed.
+        """
+        batches = []
+        total = count = lengths.new_zeros((), dtype=torch.float32)
+        size = max(MIN_BATCH, -(-len(lengths) // MAX_BATCHES))
+        for ids, true in zip(torch.split(documents, size), torch.split(lengths, size), strict=True):
+            ids = ids[:, : int(true.max())]
+            states, hidden = self.model.encode(ids, true, with_hidden=with_loss)
+            batches.append(states)
+            if hidden is not None:
+                token = torch.arange(ids.shape[1], device=ids.device)
+                labels = ids.masked_fill(token >= true[:, None], IGNORED)
+                labelled = (true - 1).sum()
+                loss = language_model_loss(hidden, labels, self.lm_head)
+                total, count = total + loss * labelled, count + labelled
+        states = concatenate(batches)
+        return states, total / count.clamp(min=1) if with_loss else None
 
     def _question_loss(
         self, states: LatentStates, groups: list[Mapping[str, Tensor]], parts: dict[str, Tensor]
@@ -76,12 +100,15 @@ class MSAForTraining(MSAForCausalLM):
             nothing: Tensor = self.number_head.bias.sum() * 0
             return nothing
         routing: list[Tensor] = []
-        recall: list[Tensor] = []
+        last_token: list[Tensor] = []
+        recall: dict[str, list[Tensor]] = {}
+        rows = 0
         for group in groups:
             memory = None
             if bool(group["routing_mask"].any()):
                 top_k, score = self.config.top_k_documents, self.config.routing_score
-                memory = LatentMemory(states, top_k, score)
+                with_last = self.loss_settings.last_token > 0 and bool(group["read"].any())
+                memory = LatentMemory(states, top_k, score, with_last_token=with_last)
             step = Step(
                 memory=memory,
                 routing_mask=group["routing_mask"],
@@ -94,25 +121,35 @@ class MSAForTraining(MSAForCausalLM):
             total, weight = total + part * share, weight + share
             if memory is None:
                 continue
-            positives = group["positives"]
-            if not bool(positives.any()):
+            asking = group["positives"].any(dim=1)
+            if not bool(asking.any()):
                 continue
+            positives, read = group["positives"][asking], group["read"][asking]
             tau = self.temperature.detach()
-            read = group["read"]
-            routing += [routing_loss(s, positives, tau, read) for s in memory.scores.values()]
-            recall += [
-                positives.gather(1, s.masked_fill(read, -torch.inf).argmax(1, keepdim=True))
-                .float()
-                .mean()
-                for s in memory.scores.values()
-            ]
+            count = len(positives)
+            rows += count
+            for scores in memory.scores.values():
+                scores = scores[asking]
+                routing.append(count * routing_loss(scores, positives, tau, read))
+                best = scores.masked_fill(read, -torch.inf).argmax(1, keepdim=True)
+                kind = "later_recall_at_1" if bool(read.any()) else "recall_at_1"
+                recall.setdefault(kind, []).append(positives.gather(1, best).float())
+            for scores in memory.last_token_scores.values():
+                last_token.append(routing_loss(scores[asking], positives, tau, read))
+                best = scores[asking].masked_fill(read, -torch.inf).argmax(1, keepdim=True)
+                found = positives.gather(1, best).float()
+                recall.setdefault("last_token_recall_at_1", []).append(found)
         settings = self.loss_settings
         parts["language_model"] = total / weight.clamp(min=1e-6)
         loss: Tensor = settings.language_model * parts["language_model"]
         if routing:
-            parts["routing"] = torch.stack(routing).mean()
-            parts["recall_at_1"] = torch.stack(recall).mean()
+            layers = len(self.config.routing_layers or ())
+            parts["routing"] = torch.stack(routing).sum() / (rows * layers)
+            parts.update((kind, torch.cat(found).mean()) for kind, found in recall.items())
             loss = loss + settings.routing * parts["routing"]
+        if last_token:
+            parts["last_token"] = torch.stack(last_token).mean()
+            loss = loss + settings.last_token * parts["last_token"]
         return loss
 
     def _number_loss(self, states: LatentStates, digits: Tensor) -> Tensor:
@@ -133,3 +170,18 @@ class MSAForTraining(MSAForCausalLM):
         plain.config.use_cache = True  # the Trainer turns it off
         plain.generation_config.use_cache = True
         plain.save_pretrained(folder)
+
+
+def concatenate(batches: list[LatentStates]) -> LatentStates:
+    """The states of several batches of documents, as of one."""
+    if len(batches) == 1:
+        return batches[0]
+    layers = {}
+    for layer in batches[0].layers:
+        parts = [batch.layers[layer] for batch in batches]
+        layers[layer] = LayerStates(
+            torch.cat([p.pooled_keys for p in parts]),
+            torch.cat([p.pooled_values for p in parts]),
+            torch.cat([p.routing_keys for p in parts]),
+        )
+    return LatentStates(torch.cat([b.chunk_counts for b in batches]), layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from msa.types import Document
 IGNORED = -100
 MAX_DIGITS = 8
 BLANK_DIGIT = 10
+# Samples of one kind are run in groups of about so many tokens.
+GROUP_TOKENS = 2500
 # Tokens of a document beside its text: the marks around it and its number, twice.
 NUMBER_ROOM = 8 + 2 * MAX_DIGITS
 
@@ -37,9 +40,9 @@ class Sample:
     read: list[int] = field(default_factory=list)
 
     def write(self, ids: Sequence[int], weight: float) -> None:
-        """Append tokens that are predicted, with a weight."""
+        """Append tokens that are predicted, with a weight; 0 for tokens that are not."""
         self.context.extend(ids)
-        self.labels += ids
+        self.labels += ids if weight else [IGNORED] * len(ids)
         self.weights += [weight] * len(ids)
 
 
@@ -65,6 +68,8 @@ class SampleBuilder:
             int64, and "groups": list of dictionaries of `collate`, without kinds of samples that
             the world has no questions for.
         """
+        # of like length side by side, so that little padding is computed
+        world = replace(world, documents=tuple(sorted(world.documents, key=_length)))
         numbers = draw_numbers(rng, len(world.documents), settings.min_digits, settings.max_digits)
         texts = [
             self._cut(_content(document), settings.max_document_tokens)
@@ -92,7 +97,9 @@ class SampleBuilder:
             "documents": pad([torch.tensor(r) for r in rows], 0),
             "lengths": torch.tensor([len(r) for r in rows]),
             "digits": torch.tensor([digits_of(n) for n in numbers]),
-            "groups": [collate(g, len(rows), self.top_k) for g in groups if g],
+            "groups": [
+                collate(part, len(rows), self.top_k) for g in groups for part in _by_length(g)
+            ],
         }
 
     def _cut(self, text: str, max_tokens: int) -> str:
@@ -193,6 +200,8 @@ class _WorldSamples:
         start = len(self.encoder.context(question.question).input_ids) if readings else None
         count = len(context.input_ids)
         start = count if start is None else start
+        if not self.context_weight:  # no logits for what counts nothing
+            start = count
         sample.labels = [IGNORED] * start + context.input_ids[start:]
         sample.weights = [0.0] * start + [self.context_weight] * (count - start)
         return sample
@@ -252,6 +261,19 @@ def draw_numbers(rng: random.Random, count: int, min_digits: int, max_digits: in
 def _content(document: WorldDocument) -> str:
     """The text as a bank encodes it, title in front."""
     return Document(id=document.key, text=document.text, title=document.title).content
+
+
+def _length(document: WorldDocument) -> int:
+    return len(_content(document))
+
+
+def _by_length(samples: list[Sample]) -> list[list[Sample]]:
+    """Parts of like length, of about `GROUP_TOKENS` tokens."""
+    ordered = sorted(samples, key=lambda s: len(s.labels))
+    tokens = sum(len(s.labels) for s in ordered)
+    parts = max(1, min(len(ordered), round(tokens / GROUP_TOKENS)))
+    bounds = [len(ordered) * i // parts for i in range(parts + 1)]
+    return [ordered[a:b] for a, b in pairwise(bounds) if b > a]
 
 
 def digits_of(number: int) -> list[int]:
