@@ -63,5 +63,9 @@ class StorageError(BankError, OSError):
     """The disk refused a write (full, read-only, permission); the bank is as it was before."""
 
 
+class RankError(BankError):
+    """A process of those that build a bank together failed, ended or fell silent."""
+
+
 class TrainingError(MSAError):
     """Training cannot start or go on."""

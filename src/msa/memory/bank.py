@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
-from msa.errors import BankError, DocumentNotFoundError, InputError
-from msa.memory.catalog import CATALOG_FILE, Catalog
+from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
+from msa.memory.catalog import CATALOG_FILE, Catalog, CatalogRow
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
 from msa.memory.lock import WriterLock
 from msa.memory.maintenance import Maintenance
 from msa.memory.manifest import BANK_FILE, Manifest
+from msa.memory.records import WrittenFile
 from msa.memory.reports import (
     AddProgress,
     AddReport,
@@ -280,6 +282,46 @@ class MemoryBank:
         encoder = self._encoder("add documents")
         limit = self.manifest.max_document_tokens
         return Ingest(self.catalog, self._writer, encoder, limit, options).run(documents)
+
+    def adopt(
+        self,
+        files: Sequence[WrittenFile],
+        rows: Sequence[CatalogRow],
+        replaced: Iterable[int] = (),
+        metadata: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """Take over segments that other processes wrote, and commit their documents.
+
+        The files are renamed to the next segment numbers, so that numbers rise with commits, as
+        readers expect. `msa.memory.bulk` builds on this.
+
+        Args:
+            files: written and synced.
+            rows, replaced, metadata: see `Catalog.commit`.
+
+        Raises:
+            StorageError: a file is not there as it was written, or the disk refused; no document
+                of this call is stored.
+            BankError: the bank is read-only or closed.
+        """
+        self._check_writable("add documents")
+        written = []
+        for file in files:
+            entry = replace(file.entry, segment=self._writer.take())
+            path = self.segments_folder / file.name
+            with storage_errors(f"take over segment {path}"):
+                size = path.stat().st_size
+                if size != entry.size_bytes:
+                    raise StorageError(
+                        f"segment {path} has {size} bytes, {entry.size_bytes} were written; do all "
+                        "hosts see one file system there?"
+                    )
+                path.rename(self.segments_folder / entry.name)
+            written.append((entry, file.numbers))
+        if written:
+            with storage_errors(f"take over segments into {self.segments_folder}"):
+                sync_folder(self.segments_folder)
+        self.catalog.commit(written, rows, replaced, metadata)
 
     def update(self, document: Document) -> None:
         """Replace a document's text, title or metadata.

@@ -2,6 +2,9 @@
 
 Documents are taken from the caller one by one and committed in windows of bounded size, so memory
 stays flat for any number of them. A document and all its parts are in one commit.
+
+`Claim`, `Register`, `Cutter` and `Pending` are the steps of it; `msa.memory.bulk` takes the same
+steps in several processes.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -75,26 +78,93 @@ class Piece:
     tokens: list[int]
 
 
+class RejectedError(Exception):
+    """Why a document cannot be stored; the others go on."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Pending:
-    """A document given by the caller that the next commit stores.
+class Claim:
+    """What a document is known by, to decide what becomes of it.
 
     Attributes:
-        document: as given.
-        content_hash, metadata: to compare with what is stored.
-        pieces: itself or its parts; none when only its metadata changes.
+        id: as given.
+        content_hash, metadata: to compare with what is stored; the metadata is JSON text.
+    """
+
+    id: str
+    content_hash: bytes
+    metadata: str
+
+    @classmethod
+    def of(cls, document: Document) -> Claim:
+        """Check a document.
+
+        Raises:
+            RejectedError: it cannot be stored, whatever the bank holds.
+        """
+        metadata = check_document(document)
+        return cls(document.id, content_hash(document), metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A document is to be stored.
+
+    Attributes:
+        encode: False when only its metadata changes.
         replaces: numbers of the documents stored under its id until now.
     """
 
-    document: Document
-    content_hash: bytes
-    metadata: str
-    pieces: tuple[Piece, ...]
-    replaces: tuple[int, ...]
+    encode: bool = True
+    replaces: tuple[int, ...] = ()
 
 
-class _RejectedError(Exception):
-    """Why a document cannot be stored; the others go on."""
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A document given by the caller that the next commit stores.
+
+    Attributes:
+        claim: what it is known by.
+        verdict: what becomes of it.
+        pieces: itself or its parts; none when only its metadata changes.
+    """
+
+    claim: Claim
+    verdict: Verdict
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def is_new(self) -> bool:
+        """True when nothing was stored under its id."""
+        return self.verdict.encode and not self.verdict.replaces
+
+    @property
+    def part_ids(self) -> list[str]:
+        """Ids of its parts; none for a whole document."""
+        return [p.document.id for p in self.pieces] if len(self.pieces) > 1 else []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to be encoded."""
+        return sum(len(p.tokens) for p in self.pieces)
+
+    def rows(self, chunk_size: int) -> list[CatalogRow]:
+        """What the catalog is to hold of it."""
+        split = len(self.pieces) > 1
+        return [
+            CatalogRow(
+                piece.number,
+                piece.document,
+                self.claim.id,
+                i + 1 if split else 0,
+                len(self.pieces),
+                self.claim.content_hash,
+                self.claim.metadata,
+                len(piece.tokens),
+                -(-len(piece.tokens) // chunk_size),
+            )
+            for i, piece in enumerate(self.pieces)
+        ]
 
 
 @dataclass(slots=True)
@@ -121,7 +191,7 @@ def check_document(document: Document) -> str:
         The metadata as JSON text.
 
     Raises:
-        _RejectedError: the reason.
+        RejectedError: the reason.
     """
     for name, value in (
         ("id", document.id),
@@ -129,24 +199,24 @@ def check_document(document: Document) -> str:
         ("title", "" if document.title is None else document.title),
     ):
         if not isinstance(value, str):
-            raise _RejectedError(f"its {name} is {type(value).__name__}; expected text")
+            raise RejectedError(f"its {name} is {type(value).__name__}; expected text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise _RejectedError(
+            raise RejectedError(
                 f"its {name} is not valid Unicode: lone surrogate U+{ord(value[error.start]):04X} "
                 f"at character {error.start}; was it read with the wrong encoding?"
             ) from None
     if not document.id.strip():
-        raise _RejectedError("its id is empty")
+        raise RejectedError("its id is empty")
     if len(document.id) > MAX_ID_CHARACTERS:
-        raise _RejectedError(
+        raise RejectedError(
             f"its id has {len(document.id)} characters; at most {MAX_ID_CHARACTERS} are allowed"
         )
     if not document.text.strip():
-        raise _RejectedError("its text is empty")
+        raise RejectedError("its text is empty")
     if len(document.text) > MAX_TEXT_CHARACTERS:
-        raise _RejectedError(
+        raise RejectedError(
             f"its text has {len(document.text)} characters; at most {MAX_TEXT_CHARACTERS} are "
             "allowed; give it in several documents"
         )
@@ -155,7 +225,7 @@ def check_document(document: Document) -> str:
         text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise _RejectedError(f"its metadata cannot be written as JSON: {error}") from None
+        raise RejectedError(f"its metadata cannot be written as JSON: {error}") from None
     return text
 
 
@@ -164,6 +234,175 @@ def printable(document_id: object) -> str:
     text = str(document_id)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode(errors="backslashreplace").decode()
+
+
+class Register:
+    """Decides what becomes of a document, by what is stored and what is on its way; gives numbers.
+
+    There is one for all documents that are added in one call, in however many processes.
+
+    Args:
+        catalog: of the bank.
+        on_duplicate: see `AddOptions`.
+    """
+
+    def __init__(self, catalog: Catalog, on_duplicate: OnDuplicate) -> None:
+        self._catalog = catalog
+        self._on_duplicate = on_duplicate
+        self._first_number = self._next_number = catalog.counter("next_number")
+        self._under_way: dict[str, Claim] = {}
+        self._parts: set[str] = set()
+        self._stored = 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that `take` gives next."""
+        return self._next_number
+
+    @property
+    def under_way(self) -> int:
+        """How many documents were claimed and are neither stored nor given up."""
+        return len(self._under_way)
+
+    def take(self, count: int) -> int:
+        """The first of so many numbers in a row; none is ever given twice."""
+        self._next_number += count
+        return self._next_number - count
+
+    def claim(self, claim: Claim) -> Verdict | None:
+        """What to do with a document; None when it is stored as given.
+
+        With a verdict the document is on its way, until `settle` or `give_up`.
+
+        Raises:
+            RejectedError: it cannot be stored.
+            DuplicateDocumentError: its id holds other content, and on_duplicate is "error".
+        """
+        waiting = self._under_way.get(claim.id)
+        verdict = Verdict()
+        if waiting is not None:
+            known_as, twice = (waiting.content_hash, waiting.metadata), True
+        else:
+            known = self._catalog.known(claim.id)
+            if known.part_of is not None or claim.id in self._parts:
+                raise RejectedError(
+                    "its id names a part of a document that was split; choose another"
+                )
+            if not known.numbers:
+                self._under_way[claim.id] = claim
+                return verdict
+            known_as = (known.content_hash, known.metadata)
+            twice = known.numbers[0] >= self._first_number
+            # Numbers stand in the encoded text: new text, new number. Metadata is not encoded.
+            same_text = known.content_hash == claim.content_hash
+            verdict = Verdict(False) if same_text else Verdict(True, known.numbers)
+        if known_as == (claim.content_hash, claim.metadata):
+            return None
+        self._check_duplicate(claim.id, twice)
+        self._under_way[claim.id] = claim
+        return verdict
+
+    def _check_duplicate(self, document_id: str, twice: bool) -> None:
+        """Other content is stored, or was given in this call, under the document's id."""
+        where = "was given twice in this call" if twice else "is in the bank"
+        if self._on_duplicate == "error":
+            raise DuplicateDocumentError(
+                f"document '{printable(document_id)}' {where} with other content; use "
+                "on_duplicate='update' to replace what the bank holds, or 'skip' to keep it "
+                f"({self._stored} documents of this call were stored before)"
+            )
+        if twice:
+            raise RejectedError("its id was given twice in this call with different content")
+        if self._on_duplicate == "skip":
+            raise RejectedError(
+                "the bank holds other content under its id; use on_duplicate='update' to replace it"
+            )
+
+    def claim_parts(self, part_ids: Sequence[str]) -> None:
+        """Put the parts of a document that is on its way beside it.
+
+        Raises:
+            RejectedError: the id of one of them belongs to another document.
+        """
+        for part in part_ids:
+            if self._catalog.known(part).numbers or part in self._under_way:
+                raise RejectedError(
+                    f"it must be split, and its part '{part}' has the id of another document"
+                )
+        self._parts.update(part_ids)
+
+    def settle(self, pending: Iterable[Pending]) -> None:
+        """These documents are stored."""
+        for p in pending:
+            self.give_up(p.claim.id, p.part_ids)
+            self._stored += 1
+
+    def give_up(self, document_id: str, part_ids: Iterable[str] = ()) -> None:
+        """The document is not on its way any more."""
+        self._under_way.pop(document_id, None)
+        self._parts.difference_update(part_ids)
+
+
+class Cutter:
+    """Makes of a document the pieces that are encoded: itself, or its parts.
+
+    Args:
+        encoder: counts the tokens.
+        max_document_tokens: a document with more is split.
+    """
+
+    def __init__(self, encoder: DocumentEncoder, max_document_tokens: int) -> None:
+        self._encoder = encoder
+        self._max_tokens = max_document_tokens
+
+    def cut(self, document: Document, number: int) -> tuple[Piece, ...]:
+        """The document in one piece, or in parts with numbers from `number` on.
+
+        Raises:
+            RejectedError: it cannot be cut.
+        """
+        tokens = self._encoder.tokens(number, document)
+        if len(tokens) <= self._max_tokens:
+            return (Piece(number, document, tokens),)
+        texts = self._split(document, number)
+        if len(texts) == 1:  # white space at its ends was what made it too long
+            return self.number([replace(document, text=texts[0])], number)
+        parts = [
+            replace(document, id=part_id(document.id, i + 1), text=text)
+            for i, text in enumerate(texts)
+        ]
+        return self.number(parts, number)
+
+    def number(self, documents: Sequence[Document], first: int) -> tuple[Piece, ...]:
+        """Pieces of these documents or parts, with numbers from `first` on.
+
+        Raises:
+            RejectedError: one has more tokens than the model has positions.
+        """
+        pieces = tuple(
+            Piece(first + i, d, self._encoder.tokens(first + i, d)) for i, d in enumerate(documents)
+        )
+        longest = max(len(p.tokens) for p in pieces)
+        if longest > self._encoder.max_tokens:
+            raise RejectedError(
+                f"a part of it has {longest} tokens, more than the model's positions"
+            )
+        return pieces
+
+    def _split(self, document: Document, number: int) -> list[str]:
+        from msa.text.splitting import split_text
+
+        # The frame: template, number (a part's may be one digit longer) and title.
+        frame = len(self._encoder.tokens(10 * number, replace(document, text="")))
+        room = self._max_tokens - frame - _SPLIT_MARGIN
+        if room < self._max_tokens // 4:
+            raise RejectedError(
+                f"its title leaves no room for text: {frame} of {self._max_tokens} tokens"
+            )
+        try:
+            return split_text(document.text, room, lambda s: len(self._encoder.prompts.tokenize(s)))
+        except InputError as error:
+            raise RejectedError(f"it cannot be split: {error}") from error
 
 
 class Ingest:
@@ -180,11 +419,11 @@ class Ingest:
         self._catalog = catalog
         self._writer = writer
         self._encoder = encoder
-        self._max_tokens = max_document_tokens
+        self._cutter = Cutter(encoder, max_document_tokens)
+        self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
-        self._first_number = self._next_number = catalog.counter("next_number")
-        self._pending: dict[str, _Pending] = {}
-        self._pending_parts: set[str] = set()
+        self._register = Register(catalog, options.on_duplicate)
+        self._pending: list[Pending] = []
         self._pending_tokens = 0
         self._since_progress = 0
         self._counts = _Counts()
@@ -224,112 +463,38 @@ class Ingest:
         self._since_progress += 1
         try:
             pending = self._prepare(document)
-        except _RejectedError as reason:
+        except RejectedError as reason:
             self._counts.failed.append((printable(document.id), str(reason)))
             return
         if pending is None:
             self._counts.unchanged += 1
             return
-        self._pending[document.id] = pending
-        self._pending_tokens += sum(len(p.tokens) for p in pending.pieces)
-        if len(pending.pieces) > 1:
-            self._pending_parts.update(p.document.id for p in pending.pieces)
+        self._pending.append(pending)
+        self._pending_tokens += pending.num_tokens
 
-    def _prepare(self, document: Document) -> _Pending | None:
+    def _prepare(self, document: Document) -> Pending | None:
         """What to store for a document; None when it is stored as given."""
-        metadata = check_document(document)
-        digest = content_hash(document)
-        waiting = self._pending.get(document.id)
-        numbers: tuple[int, ...] = ()
-        if waiting is not None:
-            known_as, twice = (waiting.content_hash, waiting.metadata), True
-        else:
-            known = self._catalog.known(document.id)
-            if known.part_of is not None or document.id in self._pending_parts:
-                raise _RejectedError(
-                    "its id names a part of a document that was split; choose another"
-                )
-            known_as, numbers = (known.content_hash, known.metadata), known.numbers
-            twice = bool(numbers) and numbers[0] >= self._first_number
-            if not numbers:
-                pieces = self._pieces(document)
-                return _Pending(document, digest, metadata, pieces, ())
-        if known_as == (digest, metadata):
+        claim = Claim.of(document)
+        verdict = self._register.claim(claim)
+        if verdict is None:
             return None
-        self._check_duplicate(document, twice)
-        # Numbers stand in the encoded text: new text, new number. Metadata is not encoded.
-        if known_as[0] == digest:
-            return _Pending(document, digest, metadata, (), ())
-        return _Pending(document, digest, metadata, self._pieces(document), numbers)
-
-    def _check_duplicate(self, document: Document, twice: bool) -> None:
-        """Other content is stored, or was given in this call, under the document's id."""
-        where = "was given twice in this call" if twice else "is in the bank"
-        if self._options.on_duplicate == "error":
-            stored = self._counts.added + self._counts.updated
-            raise DuplicateDocumentError(
-                f"document '{printable(document.id)}' {where} with other content; use "
-                "on_duplicate='update' to replace what the bank holds, or 'skip' to keep it "
-                f"({stored} documents of this call were stored before)"
-            )
-        if twice:
-            raise _RejectedError("its id was given twice in this call with different content")
-        if self._options.on_duplicate == "skip":
-            raise _RejectedError(
-                "the bank holds other content under its id; use on_duplicate='update' to replace it"
-            )
-
-    def _pieces(self, document: Document) -> tuple[Piece, ...]:
-        tokens = self._encoder.tokens(self._next_number, document)
-        if len(tokens) <= self._max_tokens:
-            return (self._piece(document, tokens),)
-        texts = self._split(document)
-        if len(texts) == 1:  # white space at its ends was what made it too long
-            short = replace(document, text=texts[0])
-            return (self._piece(short, self._encoder.tokens(self._next_number, short)),)
-        parts = [
-            replace(document, id=part_id(document.id, i + 1), text=text)
-            for i, text in enumerate(texts)
-        ]
-        for part in parts:
-            taken = self._catalog.known(part.id)
-            if taken.numbers or part.id in self._pending:
-                raise _RejectedError(
-                    f"it must be split, and its part '{part.id}' has the id of another document"
-                )
-        number = self._next_number
-        encoded = [self._encoder.tokens(number + i, part) for i, part in enumerate(parts)]
-        longest = max(map(len, encoded))
-        if longest > self._encoder.max_tokens:
-            raise _RejectedError(
-                f"a part of it has {longest} tokens, more than the model's positions"
-            )
-        return tuple(self._piece(p, t) for p, t in zip(parts, encoded, strict=True))
-
-    def _piece(self, document: Document, tokens: list[int]) -> Piece:
-        number, self._next_number = self._next_number, self._next_number + 1
-        return Piece(number, document, tokens)
-
-    def _split(self, document: Document) -> list[str]:
-        from msa.text.splitting import split_text
-
-        # The frame: template, number (a part's may be one digit longer) and title.
-        frame = len(self._encoder.tokens(10 * self._next_number, replace(document, text="")))
-        room = self._max_tokens - frame - _SPLIT_MARGIN
-        if room < self._max_tokens // 4:
-            raise _RejectedError(
-                f"its title leaves no room for text: {frame} of {self._max_tokens} tokens"
-            )
+        if not verdict.encode:
+            return Pending(claim, verdict)
         try:
-            return split_text(document.text, room, lambda s: len(self._encoder.prompts.tokenize(s)))
-        except InputError as error:
-            raise _RejectedError(f"it cannot be split: {error}") from error
+            pieces = self._cutter.cut(document, self._register.next_number)
+            pending = Pending(claim, verdict, pieces)
+            self._register.claim_parts(pending.part_ids)
+        except RejectedError:
+            self._register.give_up(claim.id)
+            raise
+        self._register.take(len(pieces))
+        return pending
 
     # ---- a window of documents
 
     def _commit(self) -> None:
         """Encode and store what is pending, durably; then say so."""
-        pending = list(self._pending.values())
+        pending, self._pending = self._pending, []
         pieces = [piece for p in pending for piece in p.pieces]
         if pending:
             written = self._writer.write_all(
@@ -341,19 +506,18 @@ class Ingest:
             # again, can tell for sure whether a commit that reported an error is on disk.
             self._catalog.commit(
                 written,
-                [row for p in pending for row in self._rows(p)],
-                replaced=[n for p in pending for n in p.replaces],
-                metadata=[(p.document.id, p.metadata) for p in pending if not p.pieces],
+                [row for p in pending for row in p.rows(self._chunk_size)],
+                replaced=[n for p in pending for n in p.verdict.replaces],
+                metadata=[(p.claim.id, p.claim.metadata) for p in pending if not p.pieces],
             )
         for p in pending:
-            if p.replaces or not p.pieces:
-                self._counts.updated += 1
-            else:
+            if p.is_new:
                 self._counts.added += 1
+            else:
+                self._counts.updated += 1
         self._counts.parts += len(pieces)
         self._counts.tokens += sum(len(p.tokens) for p in pieces)
-        self._pending.clear()
-        self._pending_parts.clear()
+        self._register.settle(pending)
         self._pending_tokens = self._since_progress = 0
         if self._options.progress is not None:
             counts = self._counts
@@ -368,21 +532,3 @@ class Ingest:
                     time.perf_counter() - self._start,
                 )
             )
-
-    def _rows(self, pending: _Pending) -> list[CatalogRow]:
-        size = int(self._encoder.model.config.chunk_size)
-        split = len(pending.pieces) > 1
-        return [
-            CatalogRow(
-                piece.number,
-                piece.document,
-                pending.document.id,
-                i + 1 if split else 0,
-                len(pending.pieces),
-                pending.content_hash,
-                pending.metadata,
-                len(piece.tokens),
-                -(-len(piece.tokens) // size),
-            )
-            for i, piece in enumerate(pending.pieces)
-        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -38,12 +39,16 @@ class Maintenance:
         return sorted(names - {e.name for e in self._catalog.segments()})
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove files of the segments folder."""
+        """Remove files of the segments folder, and folders that a bulk encoding left there."""
         if not names:
             return
         with storage_errors(f"remove old segments in {self._folder}"):
             for name in names:
-                (self._folder / name).unlink(missing_ok=True)
+                path = self._folder / name
+                if path.is_dir():  # a rank that outlives its run may still write there
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
             sync_folder(self._folder)
 
     def compact(self, writer: SegmentWriter) -> CompactReport:

@@ -41,6 +41,21 @@ class SegmentEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A segment that is on disk and in no catalog yet.
+
+    Attributes:
+        name: its path below the bank's `segments` folder.
+        entry: what the catalog is to know of it; its segment number is only that of the file name.
+        numbers: the documents in it.
+    """
+
+    name: str
+    entry: SegmentEntry
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedBatch:
     """Documents that were encoded together.
 

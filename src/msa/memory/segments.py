@@ -207,6 +207,11 @@ class SegmentWriter:
         self.folder = folder
         self._next = next_segment
 
+    def take(self) -> int:
+        """The number of the next segment; the writer itself will not use it."""
+        self._next += 1
+        return self._next - 1
+
     def write_all(
         self, batches: Iterable[EncodedBatch]
     ) -> list[tuple[SegmentEntry, tuple[int, ...]]]:
@@ -237,8 +242,7 @@ class SegmentWriter:
         return written
 
     def _write(self, batches: Sequence[EncodedBatch]) -> tuple[SegmentEntry, tuple[int, ...]]:
-        segment, self._next = self._next, self._next + 1
-        entry = write_segment(self.folder, segment, batches)
+        entry = write_segment(self.folder, self.take(), batches)
         return entry, tuple(n for b in batches for n in b.numbers)
 
 
