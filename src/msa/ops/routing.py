@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msa.errors import InputError
 from msa.types import Selection
 
 # Scores of this many chunks are held at once when no gradient is needed.
 CHUNK_BLOCK = 1 << 16
+# Products of this many numbers are held at once, in float64, by the exact scores.
+EXACT_BLOCK = 1 << 18
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -120,3 +123,166 @@ def select_documents(scores: Tensor, top_k: int) -> Selection:
     if bool(among.any() | beyond.any()):
         best, documents = (t[:, :count] for t in scores.sort(dim=1, descending=True, stable=True))
     return Selection(documents.masked_fill(best == -torch.inf, -1), best)
+
+
+def exact_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products over the last dimension, the same to the last bit however they are batched.
+
+    Products of float32 numbers are exact in float64. They are added in halves, element by element,
+    so the order of the additions depends on the last dimension alone: not on the other dimensions,
+    the strides, the number of threads or the device, as it does in a matrix product or in `sum`.
+
+    Args:
+        a, b: [..., n], of shapes that broadcast; any dtype that float64 holds exactly.
+
+    Returns:
+        [...] float64.
+
+    Source: ours.
+    """
+    products = a.double() * b.double()
+    size = products.shape[-1]
+    while size > 1:
+        half = (size + 1) // 2
+        products[..., : size - half] += products[..., half:size]
+        size = half
+    return products[..., 0]
+
+
+def exact_scores(
+    vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """Chunk scores of Eq. 2 that depend on question and key alone, rounded once, to float32.
+
+    What else stands in the batch or in the bank does not change a bit of them, so parts of a bank
+    can be scored apart and give the selection of the whole.
+
+    Args:
+        vectors: [B, T, G*D] float32, of `routing_vectors`.
+        routing_mask: [B, T] bool, True for tokens that route.
+        routing_keys: [C, G, D] float32, bfloat16 or float16; or int8 with `scales`.
+        scales: [C] float32; a key is its int8 values times its scale.
+
+    Returns:
+        [B, C] float32; -inf in a row without routing tokens. NaN counts as -inf. No gradient.
+
+    Source: MSA 3.2.1, Eq. 2; the arithmetic is ours (see `exact_dots`).
+    """
+    with torch.no_grad():
+        keys = routing_keys.flatten(1)
+        scores = vectors.new_full((vectors.shape[0], keys.shape[0]), -torch.inf)
+        step = max(1, EXACT_BLOCK // keys.shape[1])
+        for row, mask in enumerate(routing_mask):
+            routing = vectors[row][mask]
+            if not len(routing):
+                continue
+            tokens = min(step, len(routing))
+            chunks = max(1, step // tokens)
+            for some in routing.split(tokens):
+                for start in range(0, keys.shape[0], chunks):
+                    part = slice(start, start + chunks)
+                    dots = exact_dots(some[:, None], keys[part])
+                    if scales is not None:
+                        dots = dots * scales[part].double()
+                    dots = dots.float()
+                    best = dots.masked_fill(dots.isnan(), -torch.inf).amax(0)
+                    scores[row, part] = torch.maximum(scores[row, part], best)
+        return scores
+
+
+def check_routing(
+    vectors: Tensor,
+    routing_keys: Tensor,
+    chunk_counts: Tensor,
+    top_k: int,
+    document_mask: Tensor | None,
+    scales: Tensor | None,
+) -> None:
+    """Refuse what `route_documents` cannot work on.
+
+    Raises:
+        InputError: shapes that do not belong together, int8 keys without scales, top_k below 1.
+    """
+    batch, num_documents = vectors.shape[0], chunk_counts.shape[0]
+    num_chunks, width = routing_keys.shape[0], routing_keys[:0].flatten(1).shape[1]
+    if top_k < 1:
+        raise InputError(f"top_k={top_k}: expected at least 1")
+    if vectors.shape[-1] != width:
+        raise InputError(
+            f"vectors of {vectors.shape[-1]} numbers and keys of {width}: expected the same; use "
+            "the vectors of routing_vectors for these keys"
+        )
+    if int(chunk_counts.sum()) != num_chunks:
+        raise InputError(
+            f"chunk_counts add up to {int(chunk_counts.sum())}, but there are {num_chunks} keys; "
+            "give the counts of exactly these keys"
+        )
+    if (routing_keys.dtype == torch.int8) != (scales is not None):
+        raise InputError(
+            f"keys of {routing_keys.dtype} {'with' if scales is not None else 'without'} scales: "
+            "expected scales for int8 keys and for no others"
+        )
+    if scales is not None and scales.shape != (num_chunks,):
+        raise InputError(
+            f"scales of shape {list(scales.shape)}: expected one per key, [{num_chunks}]"
+        )
+    shapes = [(num_documents,), (batch, num_documents)]
+    if document_mask is not None and tuple(document_mask.shape) not in shapes:
+        raise InputError(
+            f"document_mask of shape {list(document_mask.shape)}: expected [{num_documents}] or "
+            f"[{batch}, {num_documents}]"
+        )
+
+
+def route_documents(
+    vectors: Tensor,
+    routing_mask: Tensor,
+    routing_keys: Tensor,
+    chunk_counts: Tensor,
+    top_k: int,
+    document_mask: Tensor | None = None,
+    scales: Tensor | None = None,
+    key_norm: float | None = None,
+) -> Selection:
+    """Scores and selection in one: the reference of the kernels, plain and slow.
+
+    The scores are those of `exact_scores`, so the result for a question does not depend on the rest
+    of the batch, and selections from the parts of a bank can be merged into that of the whole.
+
+    Args:
+        vectors: [B, T, G*D] float32, of `routing_vectors`.
+        routing_mask: [B, T] bool, True for tokens that route.
+        routing_keys: [C, G, D] float32, bfloat16 or float16; or int8 with `scales`.
+        chunk_counts: [N] int64, chunks of each document, in the order of the keys.
+        top_k: k >= 1.
+        document_mask: [N] bool, or [B, N] for a filter per question; False for documents that must
+            not be chosen.
+        scales: [C] float32, for int8 keys only; a key is its int8 values times its scale.
+        key_norm: no key ([G*D] numbers) is longer than this; `unit_key_norm` when routing is by
+            cosine. It saves the kernels measuring the keys; the reference has no use for it.
+
+    Returns:
+        Selection with K = min(top_k, N), best first, equal scores in favour of the lower row; -1
+        and -inf where a row has fewer documents or no routing token. NaN counts as -inf.
+
+    Raises:
+        InputError: see `check_routing`.
+
+    Source: MSA 3.2.1, Eq. 2.
+    """
+    check_routing(vectors, routing_keys, chunk_counts, top_k, document_mask, scales)
+    documents = torch.repeat_interleave(chunk_counts)
+    result = vectors.new_full((vectors.shape[0], chunk_counts.shape[0]), -torch.inf).detach()
+    for start in range(0, routing_keys.shape[0], CHUNK_BLOCK):
+        part = slice(start, start + CHUNK_BLOCK)
+        some = None if scales is None else scales[part]
+        scores = exact_scores(vectors, routing_mask, routing_keys[part], some)
+        result.scatter_reduce_(1, documents[part].expand_as(scores), scores, reduce="amax")
+    if document_mask is not None:
+        result = result.masked_fill(~document_mask, -torch.inf)
+    return select_documents(result, top_k)
+
+
+def unit_key_norm(num_key_value_heads: int) -> float:
+    """The `key_norm` of keys that have unit length per head, room for their rounding included."""
+    return 1.01 * num_key_value_heads**0.5
