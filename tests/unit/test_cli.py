@@ -52,7 +52,8 @@ def test_the_commands_are_there():
     names = {" ".join(path) for path in COMMANDS}
     expected = {"demo", "index", "ask", "search", "train", "bank"}
     bank = {"info", "list", "add", "delete", "compact", "verify", "repair"}
-    assert expected | {f"bank {name}" for name in bank} | {""} == names
+    bench = {f"bench {name}".strip() for name in ("", "routing", "encoding", "asking", "scale")}
+    assert expected | {f"bank {name}" for name in bank} | bench | {""} == names
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -112,7 +113,7 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(run, words, message):
     assert "--help" in result.err
 
 
-@pytest.mark.parametrize("words", [[], ["bank"]])
+@pytest.mark.parametrize("words", [[], ["bank"], ["bench"]])
 def test_no_command_shows_help_and_is_wrong_usage(run, words):
     result = run(*words)
     assert result.code == 2

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import msa
-from msa.cli import ask, bank, demo, index, options, output, train
+from msa.cli import ask, bank, bench, demo, index, options, output, train
 from msa.errors import MSAError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -60,6 +60,7 @@ options.register(app, ask.ask, 'msa ask "When was Ada born?" --bank bank/ --trac
 options.register(app, ask.search, 'msa search "born in London" --bank bank/ --top-k 5')
 app.add_typer(bank.app, name="bank")
 options.register(app, train.train, "msa train configs/default_model.yaml --output runs/mine")
+app.add_typer(bench.app, name="bench")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
