@@ -1,0 +1,213 @@
+"""One bank that grows from 16K to 100M tokens, asked the same questions at every size.
+
+    python benchmarks/scaling.py BANK [--sizes 16K 128K 1M 10M 100M] [--texts FILE...]
+        [--output docs/results]
+
+The bank begins with a generated world of held-out names, about which the questions are; real text
+(FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. Kept in
+the folder BANK: run the command again to go on where it was stopped, also in the middle of a size.
+Writes scaling.json; each size is asked in a process of its own, whose peak memory is noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from quality import about
+
+from msa import Document, MemoryBank, MemoryEngine
+from msa.default_model import load_model
+from msa.evaluation.metrics import mean, recall
+from msa.evaluation.question_answering import Question, score, world_questions
+from msa.text.loaders import LoadFailure, load_documents
+from msa.training.worlds import iter_world_documents
+
+WORLD_DOCUMENTS = 200  # about 16K tokens
+BLOCK = 2000  # documents added between looks at the size, at most
+TOKENS = 150  # of a document, roughly
+UNITS = {"K": 10**3, "M": 10**6}
+
+
+def main() -> None:
+    args = arguments()
+    if args.ask:
+        print(json.dumps(ask(args)))
+        return
+    loaded = load_model(args.model)
+    target = Path(args.output, "scaling.json") if args.output else None
+    state = Path(args.bank, "scaling_state.json")  # beside the bank, so that it outlives a stop
+    folder = Path(args.bank, "bank")
+    rows = json.loads(state.read_text())["rows"] if state.is_file() else {}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    exists = (folder / "bank.json").is_file()
+    bank = MemoryBank.open(folder, *loaded) if exists else create(folder, loaded)
+    known = bank.info().num_ids
+    stream = islice(documents(args), known, None)
+    for name in args.sizes:
+        tokens = size_of(name)
+        if name in rows:
+            continue
+        started, before = time.perf_counter(), bank.info().num_tokens
+        failed = 0
+        while (missing := tokens - bank.info().num_tokens) > 0:
+            block = list(islice(stream, min(BLOCK, max(1, missing // TOKENS))))
+            if not block:
+                break
+            report = bank.add(block, on_duplicate="skip")
+            failed += len(report.failed)
+        seconds = time.perf_counter() - started
+        info = bank.info()
+        rows[name] = {
+            "documents": info.num_ids,
+            "documents_and_parts": info.num_documents,
+            "failed": failed,
+            "tokens": info.num_tokens,
+            "bytes_on_disk": info.segment_bytes + info.catalog_bytes,
+            "tokens_added_in_this_run": info.num_tokens - before,
+            "seconds_to_add_them": round(seconds, 1),
+            "peak_memory_of_building": peak_memory(),
+            **asked_elsewhere(args),
+        }
+        print(name, json.dumps(rows[name], indent=1), flush=True)
+        state.write_text(json.dumps({"rows": rows}))
+        if target:
+            written = {"about": about(args), **rows}
+            target.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if info.num_tokens < tokens:
+            print(f"the texts end at {info.num_tokens:,} tokens; name more with --texts")
+            break
+    bank.close()
+
+
+def create(folder: Path, loaded) -> MemoryBank:
+    """In bfloat16, which halves the disk."""
+    return MemoryBank.create(folder, *loaded, dtype=torch.bfloat16)
+
+
+def size_of(text: str) -> int:
+    """Tokens: a number, perhaps with K or M behind it."""
+    unit = UNITS.get(text[-1].upper(), 1)
+    return int(float(text.rstrip("kKmM")) * unit)
+
+
+def documents(args: argparse.Namespace) -> Iterator[Document]:
+    """The world that is asked about, then the rest in an order that is always the same."""
+    world, _, _ = questions_of(args)
+    yield from world
+    titles = {d.title for d in world if d.title}
+    real = real_texts(args.texts)
+    made = (
+        Document(id=f"made-{i}", text=d.text, title=d.title)
+        for i, d in enumerate(
+            iter_world_documents(
+                args.seed + 1, 10_000_000, breadth=args.breadth, split="test", avoid=titles
+            )
+        )
+    )
+    for number, document in enumerate(made):
+        yield document
+        if number % 4 == 0:  # real texts are several times longer
+            yield from islice(real, 1)
+
+
+def real_texts(files: list[str]) -> Iterator[Document]:
+    """Documents of the files, under ids that no other file has."""
+    for file in files:
+        for item in load_documents([Path(file)]):
+            if isinstance(item, LoadFailure):
+                print(f"left out: {item}", file=sys.stderr)
+                continue
+            found = item.document
+            yield Document(id=f"{Path(file).stem}/{found.id}", text=found.text, title=found.title)
+
+
+def questions_of(
+    args: argparse.Namespace,
+) -> tuple[list[Document], list[Question], list[Question]]:
+    return world_questions(args.seed, WORLD_DOCUMENTS, args.questions // 2, breadth=args.breadth)
+
+
+def asked_elsewhere(args: argparse.Namespace) -> dict[str, object]:
+    """Ask in a new process, so that its memory is its own."""
+    command = [sys.executable, __file__, args.bank, "--ask", "--questions", str(args.questions)]
+    command += ["--seed", str(args.seed), "--breadth", str(args.breadth)]
+    command += ["--model", args.model] if args.model else []
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, object] = json.loads(out.stdout.splitlines()[-1])
+    return found
+
+
+def ask(args: argparse.Namespace) -> dict[str, object]:
+    """Every question by itself, as users come; times are per question."""
+    loaded = load_model(args.model)
+    _, one, two = questions_of(args)
+    start = time.perf_counter()
+    engine = MemoryEngine(
+        loaded.model, loaded.tokenizer, Path(args.bank, "bank"), template=loaded.template
+    )
+    found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
+    with engine:
+        engine.ask(one[0].text)  # the first touches what is mapped
+        usages = []
+        for name, questions in (("one_hop", one), ("two_hop", two)):
+            answers = [engine.ask(q.text) for q in questions]
+            usages += [a.usage for a in answers]
+            figures = score(questions, answers).as_dict()
+            figures.pop("seconds_per_question")
+            hits = [[h.id for h in engine.retrieve(q.text, top_k=16)] for q in questions]
+            figures["recall_at_16"] = mean(
+                [recall(h, q.gold[:1]) for h, q in zip(hits, questions, strict=True)]
+            )
+            found[name] = {k: round(v, 4) for k, v in figures.items()}
+    rounds = mean([len(a.rounds) for a in answers])
+    found["rounds_of_two_hop_questions"] = round(rounds, 2)
+    found["routing_seconds"] = spread([u.routing_seconds for u in usages])
+    found["total_seconds"] = spread([u.total_seconds for u in usages])
+    found["peak_memory_of_asking"] = peak_memory()
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    cuts = statistics.quantiles(values, n=20)
+    return {"p50": round(statistics.median(values), 4), "p95": round(cuts[-1], 4)}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage says is inherited from the process that started this one
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bank", help="folder for the bank and for what was measured so far")
+    parser.add_argument("--sizes", nargs="+", default=["16K", "128K", "1M", "10M", "100M"])
+    parser.add_argument("--texts", nargs="*", default=[])
+    parser.add_argument("--questions", type=int, default=200, help="half of them two-hop")
+    parser.add_argument("--breadth", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--output", default=None)
+    parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.options = "{}"
+    return args
+
+
+if __name__ == "__main__":
+    main()
