@@ -389,3 +389,111 @@ def test_threads_ask_while_another_refreshes_and_the_bank_changes(bank, queries)
         thread.join()
     assert errors == []
     assert len(resident) == 8
+
+
+# ---- a share of a bank
+
+
+def shares(bank, world, **options):
+    return [ResidentBank(bank, shard=(rank, world), **options) for rank in range(world)]
+
+
+def assert_shares_are_the_whole(readers, whole, queries):
+    """Consecutive rows, none twice, none missing; the best of all shares are the best of all."""
+    views = [reader.view() for reader in readers]
+    numbers = torch.cat([view._rows.numbers for view in views])
+    assert torch.equal(numbers, whole.view()._rows.numbers)
+    first = 0
+    for view in views:
+        assert view.first_row == first
+        assert view.total_documents == len(whole)
+        assert view.total_rows == len(numbers)
+        first += len(view._rows.numbers)
+    assert sum(len(view) for view in views) == len(whole)
+    for layer in LAYERS:
+        wanted = whole.route(layer, *queries)
+        found = [view.route(layer, *queries) for view in views]
+        scores = torch.cat([s.scores for s in found], dim=1)
+        rows = torch.cat(
+            [s.documents + view.first_row for s, view in zip(found, views, strict=True)], dim=1
+        )
+        best, places = scores.sort(dim=1, descending=True, stable=True)
+        best, places = best[:, : wanted.scores.shape[1]], places[:, : wanted.scores.shape[1]]
+        torch.testing.assert_close(best, wanted.scores, atol=1e-6, rtol=1e-6)
+        assert torch.equal(rows.gather(1, places), wanted.documents)
+        for view, selection in zip(views, found, strict=True):
+            content = view.content(layer, selection)
+            here = selection.documents.flatten()
+            here = here[here >= 0]
+            assert int(content.mask.sum()) == int(view._rows.chunk_counts[here].sum())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_shares_together_are_the_whole(bank, queries, world, segments):
+    documents = make_documents(24)
+    for start in range(0, 24, 24 // segments):
+        bank.add(documents[start : start + 24 // segments])
+    bank.delete(["doc3", "doc17"])
+    readers = shares(bank, world)
+    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+    counts = torch.cat([r.view()._rows.chunk_counts for r in readers])
+    for reader in readers:
+        size = int(reader.view()._rows.chunk_counts.sum())
+        assert abs(size - counts.sum() / world) <= counts.max()
+
+
+def test_shares_follow_the_bank(bank, queries):
+    bank.add(make_documents(10))
+    readers = shares(bank, 3)
+    for step in range(3):
+        bank.add(make_documents(6, f"more{step}-"))
+        bank.delete([f"doc{step}", f"more{step}-1"])
+        if step == 2:
+            bank.compact()
+        old = readers[1].view()
+        numbers, scores = routed(old, queries)
+        assert all(reader.refresh() for reader in readers)
+        assert not any(reader.refresh() for reader in readers)
+        whole = ResidentBank(bank)
+        assert_shares_are_the_whole(readers, whole, queries)
+        assert_shares_are_the_whole(shares(bank, 3), whole, queries)
+        assert torch.equal(routed(old, queries)[0], numbers)
+        assert torch.equal(routed(old, queries)[1], scores)
+    bank.delete("doc5")  # deletions alone: nothing is read again
+    buffers = [reader._buffers for reader in readers]
+    for reader in readers:
+        reader.refresh()
+    assert all(a is r._buffers for a, r in zip(buffers, readers, strict=True))
+    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+
+
+def test_more_shares_than_documents_leaves_some_empty(bank, queries):
+    for reader in shares(bank, 3):  # a bank without documents
+        assert reader.route(2, *queries).documents.shape == (3, 0)
+    bank.add(make_documents(2))
+    readers = shares(bank, 5)
+    assert sorted(len(r) for r in readers) == [0, 0, 0, 1, 1]
+    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+    empty = next(r for r in readers if not len(r))
+    selection = empty.route(2, *queries)
+    assert selection.documents.shape == selection.scores.shape == (3, 0)
+    assert empty.content(2, selection).mask.shape == (3, 0)
+    assert empty.rows_to_numbers(selection.documents).shape == (3, 0)
+
+
+def test_a_filter_knows_how_many_pass_in_all_shares(bank, queries):
+    documents = make_documents(20)
+    bank.add([Document(d.id, d.text, metadata={"u": i % 4}) for i, d in enumerate(documents)])
+    views = [r.view(lambda m: m["u"] == 1) for r in shares(bank, 3)]
+    assert [v.total_documents for v in views] == [5, 5, 5]
+    assert sum(len(v) for v in views) == 5
+    nothing = shares(bank, 3)[0].view(lambda m: False)
+    assert nothing.total_documents == 0
+    assert nothing.route(2, *queries).documents.shape == (3, 0)
+
+
+@pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 3)])
+def test_a_share_that_is_none_is_refused(bank, shard):
+    with pytest.raises(InputError, match=r"expected \(rank, world\)"):
+        ResidentBank(bank, shard=shard)

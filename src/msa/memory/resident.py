@@ -14,7 +14,6 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,9 @@ from torch import Tensor
 from msa.errors import BankError, EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.catalog import Snapshot
-from msa.memory.segments import Segment, SegmentMissingError, chunk_offsets
+from msa.memory.records import SegmentEntry
+from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
+from msa.memory.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
 from msa.ops.routing import document_scores, select_documents
 from msa.types import JSON, Content, Selection
@@ -33,28 +34,7 @@ Filter = Callable[[Mapping[str, JSON]], bool]
 # never written to costs nothing.
 _GROWTH = 1.25
 _LOAD_ATTEMPTS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Per document of the view; all tensors on the CPU.
-
-    Attributes:
-        numbers, chunk_counts: [N] int64.
-        segment: [N] int64, index into `segments`; ascending.
-        first_chunk: [N] int64, first chunk within its segment.
-        checksums: [N, R] int32.
-        live: [N] bool, False for deleted documents.
-        segments: opened.
-    """
-
-    numbers: Tensor
-    chunk_counts: Tensor
-    segment: Tensor
-    first_chunk: Tensor
-    checksums: Tensor
-    live: Tensor
-    segments: tuple[Segment, ...]
+_WHOLE = Shard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +45,11 @@ class ResidentView:
         generation: of the bank when this state was read.
         top_k: documents that a layer selects, at most.
         num_documents: documents that can be selected.
+        shard: the share of the bank that this view holds; the whole by default. Rows and selections
+            are local to it.
+        first_row: row of the whole bank at which the share begins.
+        total_documents: documents of the whole bank that can be selected.
+        total_rows: rows of the whole bank, deleted documents included.
     """
 
     bank: str
@@ -78,7 +63,12 @@ class ResidentView:
     _keys: dict[int, Tensor]
     _counts: Tensor
     _mask: Tensor | None
-    _rows: _Rows = field(repr=False)
+    _rows: Rows = field(repr=False)
+    first_row: int = 0
+    total_documents: int = 0
+    total_rows: int = 0
+    shard: Shard = _WHOLE
+    _next_number: int = 0
 
     def __len__(self) -> int:
         """Number of documents that can be selected."""
@@ -93,13 +83,18 @@ class ResidentView:
             routing_mask: [B, T] bool.
 
         Returns:
-            Selection with K = min(top_k, N), on the device of the routing keys.
+            Selection with K = min(top_k, N), on the device of the routing keys; K = 0 from a share
+            of a bank in which there is no document to select.
 
         Raises:
-            EmptyBankError: there is no document to select.
+            EmptyBankError: there is no document to select in the whole bank.
 
         Source: MSA 3.2.1, Eq. 2.
         """
+        if not self.num_documents and self.shard.world > 1:
+            device = self._counts.device
+            empty = torch.empty((len(routing_queries), 0), device=device)
+            return Selection(empty.long(), empty.float())
         if not self.num_documents:
             raise EmptyBankError(
                 f"bank '{self.bank}' holds no documents to ask (or none that pass the filter); add "
@@ -187,8 +182,11 @@ class ResidentBank:
             documents whose scores are close.
         content_dtype: of the content that is handed out; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
+        shard: (rank, world), to hold one of `world` shares of the bank (see `Shard`). A share is
+            loaded anew when documents were added, since the ranges move; deleting changes a mask.
 
     Raises:
+        InputError: top_k or shard is not valid.
         BankCorruptError: a segment that holds live documents is damaged; nothing is answered from
             the bank until it is repaired.
     """
@@ -201,6 +199,7 @@ class ResidentBank:
         dtype: torch.dtype | None = None,
         content_dtype: torch.dtype | None = None,
         top_k: int | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         manifest = bank.manifest
         if top_k is not None and top_k < 1:
@@ -208,8 +207,10 @@ class ResidentBank:
         self.bank = bank
         self.device = torch.device(device)
         self.dtype = dtype or manifest.torch_dtype
+        self.shard = Shard(*shard)
         self._lock = threading.Lock()
         self._buffers: dict[int, Tensor] = {}
+        self._entries: tuple[SegmentEntry, ...] = ()
         model = bank.model
         model_dtype = manifest.torch_dtype if model is None else model.dtype
         model_k = manifest.top_k_documents if model is None else model.config.top_k_documents
@@ -225,7 +226,8 @@ class ResidentBank:
             _keys={},
             _counts=torch.empty(0, dtype=torch.int64, device=self.device),
             _mask=None,
-            _rows=self._no_rows(),
+            _rows=Rows.none(len(manifest.routing_layers)),
+            shard=self.shard,
         )
         self.refresh()
 
@@ -272,7 +274,9 @@ class ResidentBank:
                 passing.append(number)
         wanted = torch.tensor(passing, dtype=torch.int64)
         mask = view._rows.live & torch.isin(view._rows.numbers, wanted)
-        return replace(view, num_documents=int(mask.sum()), _mask=mask.to(self.device))
+        count = int(mask.sum())
+        total = count if self.shard.world == 1 else int((wanted < view._next_number).sum())
+        return replace(view, num_documents=count, total_documents=total, _mask=mask.to(self.device))
 
     def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
         """See `ResidentView.route`."""
@@ -321,30 +325,64 @@ class ResidentBank:
 
     def _load(self, old: ResidentView | None) -> ResidentView:
         """The present state, on top of an old one of the same layout."""
+        if self.shard.world > 1:
+            return self._load_share(old)
         if old is None:
             snapshot = self.bank.catalog.snapshot()
-            rows = self._no_rows()
+            rows = Rows.none(len(self.bank.manifest.routing_layers))
             buffers: dict[int, Tensor] = {}
-            used = 0
         else:
             rows, buffers = old._rows, self._buffers
-            used = int(rows.chunk_counts.sum())
             last = rows.segments[-1].entry.segment if rows.segments else 0
             snapshot = self.bank.catalog.snapshot(last, old.generation)
             if snapshot.layout != old.layout:
                 raise _LayoutChangedError("the bank is being compacted over and over; try again")
-        folder, layers = self.bank.segments_folder, self.bank.manifest.routing_layers
-        segments = [Segment(folder, entry, layers) for entry in snapshot.segments]
-        needed = used + sum(s.entry.num_chunks for s in segments)
-        buffers = self._grown(buffers, used, needed)
-        rows = self._appended(rows, segments, buffers, used)
-        if snapshot.dead:
-            gone = torch.isin(rows.numbers, torch.tensor(snapshot.dead, dtype=torch.int64))
-            rows = replace(rows, live=rows.live & ~gone)
-        self._buffers = buffers
-        return self._made(snapshot, rows, needed)
+        segments = [(self._opened(entry), _whole(entry)) for entry in snapshot.segments]
+        rows = self._appended(rows, segments, buffers)
+        rows = replace(rows, live=rows.without(snapshot.dead))
+        live = int(rows.live.sum())
+        return replace(self._made(snapshot, rows), total_documents=live, total_rows=len(rows.live))
 
-    def _made(self, snapshot: Snapshot, rows: _Rows, num_chunks: int) -> ResidentView:
+    def _load_share(self, old: ResidentView | None) -> ResidentView:
+        """The present state of this process's share; loaded anew unless documents only went."""
+        catalog = self.bank.catalog
+        while True:
+            snapshot = catalog.snapshot()
+            total, next_number = catalog.count(), catalog.counter("next_number")
+            if catalog.counter("generation") == snapshot.generation:
+                break
+        entries = snapshot.segments
+        if old is None or entries != self._entries:
+            num_chunks = sum(e.num_chunks for e in entries)
+            low, high = self.shard.range(num_chunks)
+            first_row = self.shard.rows_before(entries)
+            segments, scratch = [], _scratch(entries)
+            for index, (entry, first) in enumerate(self.shard.entries(entries)):
+                segment, piece = self._opened(entry), _whole(entry)
+                if first < low or first + entry.num_chunks > high:  # only a part of it
+                    counts = segment.routing_part(scratch).chunk_counts
+                    piece = self.shard.piece(counts, first, num_chunks)
+                    first_row += piece.rows.start if index == 0 else 0
+                segments.append((segment, piece))
+            rows = self._appended(Rows.none(len(self._view._layers)), segments, {})
+        else:
+            rows, first_row = old._rows, old.first_row
+        everything = replace(rows, live=torch.ones_like(rows.live))
+        rows = replace(rows, live=everything.without(snapshot.dead))
+        self._entries = entries
+        return replace(
+            self._made(snapshot, rows),
+            first_row=first_row,
+            total_documents=total,
+            total_rows=sum(e.num_documents for e in entries),
+            _next_number=next_number,
+        )
+
+    def _opened(self, entry: SegmentEntry) -> Segment:
+        return Segment(self.bank.segments_folder, entry, self.bank.manifest.routing_layers)
+
+    def _made(self, snapshot: Snapshot, rows: Rows) -> ResidentView:
+        num_chunks = rows.num_chunks
         return replace(
             self._view,
             generation=snapshot.generation,
@@ -373,37 +411,32 @@ class ResidentBank:
         return grown
 
     def _appended(
-        self, rows: _Rows, segments: Sequence[Segment], buffers: Mapping[int, Tensor], used: int
-    ) -> _Rows:
+        self, rows: Rows, segments: Sequence[tuple[Segment, Piece]], buffers: dict[int, Tensor]
+    ) -> Rows:
         """Rows and buffers with the documents of more segments behind those of before."""
-        columns: dict[str, list[Tensor]] = {
-            name: [getattr(rows, name)]
-            for name in ("numbers", "chunk_counts", "segment", "first_chunk", "checksums")
-        }
-        # one for all: allocating and freeing one for each would fragment the heap
-        largest = max((s.entry.routing_bytes for s in segments), default=0)
-        scratch = torch.empty(largest, dtype=torch.uint8)
-        for index, segment in enumerate(segments, start=len(rows.segments)):
+        used = rows.num_chunks
+        needed = used + sum(piece.chunks.stop - piece.chunks.start for _, piece in segments)
+        buffers = self._grown(buffers, used, needed)
+        builder = RowsBuilder(rows)
+        scratch = _scratch([segment.entry for segment, _ in segments])
+        for segment, piece in segments:
             part = segment.routing_part(scratch)
-            end = used + segment.entry.num_chunks
+            end = used + piece.chunks.stop - piece.chunks.start
             for i, keys in part.routing_keys.items():
-                buffers[i][used:end] = keys  # converts dtype and device
+                buffers[i][used:end] = keys[piece.chunks]  # converts dtype and device
             used = end
-            columns["numbers"].append(part.numbers)
-            columns["chunk_counts"].append(part.chunk_counts)
-            columns["segment"].append(torch.full_like(part.numbers, index))
-            columns["first_chunk"].append(chunk_offsets(part.chunk_counts))
-            columns["checksums"].append(part.checksums)
-        joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in columns.items()}
-        live = torch.ones(len(joined["numbers"]), dtype=torch.bool)
-        live[: len(rows.live)] = rows.live
-        return _Rows(**joined, live=live, segments=(*rows.segments, *segments))
+            builder.add(segment, part, piece)
+        self._buffers = buffers
+        return builder.build()
 
-    def _no_rows(self) -> _Rows:
-        empty = torch.empty(0, dtype=torch.int64)
-        checksums = torch.empty((0, len(self.bank.manifest.routing_layers)), dtype=torch.int32)
-        live = torch.empty(0, dtype=torch.bool)
-        return _Rows(empty, empty, empty, empty, checksums, live, ())
+
+def _whole(entry: SegmentEntry) -> Piece:
+    return Piece(slice(0, entry.num_documents), slice(0, entry.num_chunks))
+
+
+def _scratch(entries: Sequence[SegmentEntry]) -> Tensor:
+    """To read routing parts into; one for all, since one for each would fragment the heap."""
+    return torch.empty(max((e.routing_bytes for e in entries), default=0), dtype=torch.uint8)
 
 
 class _LayoutChangedError(BankError):
