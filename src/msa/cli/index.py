@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +24,7 @@ from msa.cli.options import (
     load_model,
     open_bank,
 )
-from msa.errors import BankNotFoundError
+from msa.errors import BankNotFoundError, RankError
 from msa.text.loaders import (
     FieldNames,
     LoadedDocument,
@@ -30,10 +35,23 @@ from msa.text.loaders import (
 
 if TYPE_CHECKING:
     from msa.memory.bank import MemoryBank
+    from msa.memory.ranks import Lead, Place
     from msa.memory.reports import AddProgress, AddReport
     from msa.types import Document
 
 SHOWN_REASONS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the command line says of an `add`."""
+
+    bank: Path
+    model: Path | None
+    device: str | None
+    on_duplicate: Any
+    batch_tokens: int
+    rank_timeout: float
 
 
 class Intake:
@@ -108,6 +126,12 @@ def index(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything at all failed.")
     ] = False,
+    rank_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Under torchrun: a silent rank counts as lost."
+        ),
+    ] = 600,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -117,12 +141,16 @@ def index(
     "documents". Long texts are split into linked parts. Run it again after files have changed:
     unchanged documents cost nothing, changed ones are encoded anew. Exits with 1 if no document
     could be stored.
+
+    Under torchrun every process encodes its share: torchrun --nproc-per-node 8 --no-python msa
+    index ... The bank must lie where all of them see it.
     """
     intake = Intake(paths, FieldNames(id=id_field, text=text_field, title=title_field))
-    report: AddReport | None = None
-    if intake.has_documents():
-        with open_or_create(bank, model, device) as memory:
-            report = _add(memory, intake, "update" if update else "skip", batch_tokens)
+    work = _Work(bank, model, device, "update" if update else "skip", batch_tokens, rank_timeout)
+    place = _place()
+    if place is not None and place.rank > 0:
+        raise typer.Exit(follow(place, intake, work))
+    report = lead(place, intake, work) if place else _add(intake, work)
     if json:
         output.print_json(_as_json(bank, intake, report))
     else:
@@ -148,8 +176,31 @@ def open_or_create(path: Path, model_path: Path | None, device: str | None) -> M
     return MemoryBank.create(path, model, tokenizer, template=template)
 
 
-def _add(memory: MemoryBank, intake: Intake, on_duplicate: Any, batch_tokens: int) -> AddReport:
-    """Store the documents; what is stored when the user interrupts stays."""
+def _add(intake: Intake, work: _Work, lead: Lead | None = None) -> AddReport | None:
+    """Store the documents, with the other ranks if there are any; None if there are none.
+
+    What is stored when the user interrupts stays.
+    """
+    if not intake.has_documents():
+        return None
+    with open_or_create(work.bank, work.model, work.device) as memory, _progress(intake) as show:
+        add = partial(lead.add, memory) if lead else memory.add
+        try:
+            return add(
+                intake.documents(),
+                on_duplicate=work.on_duplicate,
+                batch_tokens=work.batch_tokens,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            raise output.Interrupted(
+                f"Interrupted. The bank holds {output.plural(memory.info().num_ids, 'document')}; "
+                "run the same command again to go on."
+            ) from None
+
+
+@contextlib.contextmanager
+def _progress(intake: Intake) -> Iterator[Callable[[AddProgress], None]]:
     with output.progress("Indexing", intake.total_bytes) as bar:
         intake.bar = bar
 
@@ -160,18 +211,86 @@ def _add(memory: MemoryBank, intake: Intake, on_duplicate: Any, batch_tokens: in
                 f"{output.number(speed)} tokens/s"
             )
 
+        yield show
+
+
+# Under torchrun
+
+
+def _place() -> Place | None:
+    """Where this process stands among those of torchrun; None when it is alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    _stop_on_sigterm()
+    from msa.memory.ranks import Place
+
+    return Place.from_environment()
+
+
+def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
+    """Rank 0: `_add` with the others; the only one that prints.
+
+    Raises:
+        RankError: a rank failed, ended or fell silent.
+    """
+    from msa.memory.ranks import Lead
+
+    with Lead(place, work.rank_timeout) as ranks:
         try:
-            return memory.add(
+            return _add(intake, replace(work, device=work.device or place.device), ranks)
+        except (KeyboardInterrupt, output.Interrupted):
+            # torchrun stops all when one has died; that one is what people must hear of
+            failure = ranks.failure(wait=1.0)
+            if failure is None:
+                raise
+            raise failure from None
+
+
+def follow(place: Place, intake: Intake, work: _Work) -> int:
+    """Another rank: encodes its share, prints nothing unless rank 0 is gone; gives the exit code.
+
+    Raises:
+        RankError: rank 0 is gone.
+    """
+    from msa.memory.ranks import Follower, StoppedError
+
+    with Follower(place, work.rank_timeout) as ranks:
+        try:
+            device = work.device or place.device
+            model, tokenizer, template = load_model(work.model, device, quiet=True)
+            ranks.add(
+                work.bank,
+                model,
+                tokenizer,
                 intake.documents(),
-                on_duplicate=on_duplicate,
-                batch_tokens=batch_tokens,
-                progress=show,
+                template=template,
+                batch_tokens=work.batch_tokens,
             )
+        except StoppedError:
+            return 1
         except KeyboardInterrupt:
-            raise output.Interrupted(
-                f"Interrupted. The bank holds {output.plural(memory.info().num_ids, 'document')}; "
-                "run the same command again to go on."
-            ) from None
+            with contextlib.suppress(StoppedError):
+                ranks.alive()  # torchrun stops all when one has died: was it rank 0?
+            return 1
+        except RankError:
+            raise
+        except Exception as error:
+            if ranks.tell(error):
+                return 1
+            raise
+    return 0
+
+
+def _stop_on_sigterm() -> None:
+    """Let torchrun's signal end this process as Ctrl-C does, once."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
 
 
 def _failures(intake: Intake, report: AddReport | None) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -84,14 +85,14 @@ def metadata_filter(pairs: list[str] | None) -> dict[str, JSON] | None:
     return wanted
 
 
-def load_model(path: Path | None, device: str | None) -> LoadedModel:
-    """Model (on its device), tokenizer and prompt template.
+def load_model(path: Path | None, device: str | None, *, quiet: bool = False) -> LoadedModel:
+    """Model (on its device), tokenizer and prompt template; no progress is shown when `quiet`.
 
     Raises:
         ModelError: no such model, damaged weights.
         InputError: no such device.
     """
-    with output.progress("Loading the model"):
+    with contextlib.nullcontext() if quiet else output.progress("Loading the model"):
         import torch
         from transformers.utils import logging
 

@@ -147,9 +147,26 @@ class Coordinator:
         self._folders: list[Path] = []
         self._claimed: dict[str, set[str]] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._start = time.perf_counter()
         self._counts = {"added": 0, "updated": 0, "unchanged": 0, "parts": 0, "tokens": 0}
         self._failed: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """One worker at a time, and none once this is closed."""
+        with self._lock:
+            if self._closed:
+                raise RankError("the bank is not open for this run any more")
+            yield
+
+    def close(self) -> None:
+        """Refuse everything from now on and remove the workers' folders; then close the bank."""
+        with self._lock:
+            self._closed = True
+            for folder in self._folders:
+                with contextlib.suppress(OSError):  # what is left in it, the next writer removes
+                    folder.rmdir()
 
     def join(self, worker: str) -> str:
         """A new folder below the bank's `segments`, for this worker alone: its name.
@@ -159,7 +176,7 @@ class Coordinator:
         Raises:
             StorageError: the folder cannot be made.
         """
-        with self._lock:
+        with self._working():
             for document_id in self._claimed.pop(worker, ()):
                 self._register.give_up(document_id)
             self._claimed[worker] = set()
@@ -181,7 +198,7 @@ class Coordinator:
             DuplicateDocumentError: as `MemoryBank.add` raises it.
         """
         answers: list[Assignment | str | None] = []
-        with self._lock:
+        with self._working():
             for claim in claims:
                 try:
                     verdict = self._register.claim(claim)
@@ -208,7 +225,7 @@ class Coordinator:
             stored.
         """
         answers: list[int | str] = []
-        with self._lock:
+        with self._working():
             for ids in parts:
                 try:
                     self._register.claim_parts(ids)
@@ -225,7 +242,7 @@ class Coordinator:
                 is stored.
         """
         pending = window.pending
-        with self._lock:
+        with self._working():
             if pending:
                 self._bank.adopt(
                     window.files,
@@ -262,15 +279,12 @@ class Coordinator:
         )
 
     def finish(self) -> AddReport:
-        """Remove the workers' folders and count what they did; failures in no fixed order.
+        """Count what the workers did, when all are done; failures in no fixed order.
 
         Raises:
             RankError: documents were claimed by a worker that never handed them over.
         """
         with self._lock:
-            for folder in self._folders:
-                with contextlib.suppress(OSError):  # what is left, the next writer removes
-                    folder.rmdir()
             if self._register.under_way:
                 raise RankError(
                     f"{self._register.under_way} documents were claimed by a worker that ended "

@@ -75,7 +75,7 @@ class Piece:
 
     number: int
     document: Document
-    tokens: list[int]
+    tokens: Sequence[int]
 
 
 class RejectedError(Exception):
