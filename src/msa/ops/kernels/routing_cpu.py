@@ -3,8 +3,9 @@
 Per block: one matrix product with the routing tokens of all questions, the best score of every
 token, one comparison. Only a block that holds a score above a question's present k-th best (less
 the rounding bound) is looked at more closely: its candidates are scored exactly and merged into the
-running top-k. After the first blocks that is rare: about k ln(C / k) documents in all. A document
-may span blocks; its score is that of its best candidate.
+running top-k. After the first blocks that is rare: about k ln(N / k) documents in all. A document
+may span blocks; its score is that of its best candidate. So documents need no segment maximum, and
+their lengths do not matter.
 
 Passing over the others is safe. While blocks are walked in order, a later chunk changes the top-k
 only if its exact score is *above* the k-th best (an equal score of a later document loses to the
@@ -22,17 +23,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from msa.ops.kernels.rounding import error_bound
 from msa.ops.routing import check_routing, exact_dots
 from msa.types import Selection
 
-# A block of keys in float32 and its scores take about this much, so that they stay in the cache.
-BLOCK_BYTES = 1 << 20
+# What is written per block (its scores; its keys, where they are converted) takes about this much,
+# so that it stays in the cache.
+BLOCK_BYTES = 3 << 19
 MIN_BLOCK = 128
 # Documents are counted, and candidates scored exactly, this many numbers at a time.
 STEP = 1 << 16
@@ -113,52 +115,76 @@ class _Question:
             self.threshold = float(self.scores[-1])
 
 
-@dataclass(frozen=True, slots=True)
 class _Block:
     """Some chunks in a row and the documents that they are of.
 
     Attributes:
-        start: index of the first chunk.
-        keys: [c, G*D], as stored.
-        norm: no key is longer.
-        first: the first document.
-        local: [c] int64, document of each chunk, counted from `first`.
-        num_documents: the block has chunks of.
+        keys: [c, G*D], as stored; those that are scored.
+        scales: [c], of int8 keys.
+        first, end: its documents, one past the last.
     """
 
-    start: int
-    keys: Tensor
-    norm: float
-    first: int
-    local: Tensor
-    num_documents: int
+    def __init__(
+        self, keys: Tensor, scales: Tensor | None, first: int, counts: Tensor, into: int
+    ) -> None:
+        self.keys = keys
+        self.scales = scales
+        self.first = first
+        self.end = first + len(counts)
+        self._counts = counts
+        self._into = into  # chunks of the first document that lie in blocks before
+        self._kept: Tensor | None = None
+
+    def documents(self, places: Tensor) -> Tensor:
+        """Documents of the keys at some places, counted from `first`; int64."""
+        if self._kept is not None:
+            return self._kept[places]
+        return torch.searchsorted(self._counts.cumsum(0), places + self._into, right=True)
+
+    def keep(self, allowed: Tensor) -> None:
+        """Leave out keys of documents that nobody may choose ([n] bool), if most are."""
+        size = len(self.keys)
+        if int(self._counts[allowed].sum()) > size // 2:  # copying costs time as well
+            return
+        counts = self._counts.clone()
+        counts[0] -= self._into
+        counts[-1] -= counts.sum() - size  # chunks of the last document that lie behind
+        documents = torch.repeat_interleave(counts, output_size=size)
+        places = allowed[documents].nonzero()[:, 0]
+        self._kept = documents[places]
+        self.keys = self.keys[places]
+        self.scales = None if self.scales is None else self.scales[places]
 
 
 class _Product:
-    """Scores of blocks of keys for R routing tokens, in buffers that are used again."""
+    """Scores of blocks of keys for R routing tokens.
 
-    def __init__(self, routing: Tensor, keys: Tensor, rows: int) -> None:
+    Attributes:
+        rows: keys of a block, at most.
+    """
+
+    def __init__(self, routing: Tensor, keys: Tensor) -> None:
         self.dtype = _product_dtype(keys)
         self.convert = keys.dtype != self.dtype
-        shape = (rows, routing.shape[1])
-        self.keys = torch.empty(shape if self.convert else (0, 0), device=keys.device)
         self.vectors = routing.to(self.dtype)
+        written = len(routing) + (routing.shape[1] if self.convert else 0)
+        self.rows = min(max(BLOCK_BYTES // (4 * written), MIN_BLOCK), len(keys))
+        size = self.rows if self.convert else 0
+        self.keys = torch.empty(size, routing.shape[1], device=keys.device)
         self.onednn = keys.device.type == "cpu" and self.dtype == torch.float32 and _has_onednn()
-        if not self.onednn:
-            self.scores = torch.empty(rows, len(routing), dtype=self.dtype, device=keys.device)
 
     def __call__(self, keys: Tensor) -> Tensor:
         """[c, G*D] -> [c, R] float32."""
         if self.convert:
             keys = self.keys[: len(keys)].copy_(keys)
         if self.onednn:
-            # The product that compiled models use; for so few columns up to a third faster than
-            # that of torch.mm, and it takes the keys as they lie.
+            # What compiled models call. With so few columns it takes a third less time than
+            # torch.mm, which first copies the keys into another order.
             scores: Tensor = torch.ops.mkldnn._linear_pointwise(
                 keys, self.vectors, None, "none", [], ""
             )
             return scores
-        return torch.mm(keys, self.vectors.T, out=self.scores[: len(keys)]).float()
+        return torch.mm(keys, self.vectors.T).float()
 
     def norm(self, keys: Tensor) -> float:
         """Length of the longest key of the block that was multiplied last."""
@@ -185,74 +211,76 @@ class _Walk:
         self.key_norm = key_norm
 
     def run(self, routing: Tensor, questions: list[_Question]) -> None:
-        """Bring every question's top-k up to date with all keys."""
-        sizes = [len(q.vectors) for q in questions]
-        padded = torch.nn.functional.pad(routing, (0, 0, 0, -len(routing) % 8))  # full registers
-        rows = max(BLOCK_BYTES // (4 * sum(padded.shape)), MIN_BLOCK)
-        product = _Product(padded, self.keys, min(rows, len(self.keys)))
-        device = routing.device
-        owner = torch.repeat_interleave(torch.tensor(sizes, device=device))
-        # per column; columns of padding are never above their threshold
-        thresholds = torch.full((len(padded),), torch.inf, device=device)
-        thresholds[: len(routing)] = -torch.inf
-        coefficients = torch.zeros(len(padded), device=device)
-        coefficients[: len(routing)] = routing.new_tensor([q.coefficient for q in questions])[owner]
-        for start, first, end, before in self._blocks(rows):
-            if self.mask is not None and not bool(self.mask[:, first:end].any()):
-                continue
-            keys = self.keys[start : start + rows]
-            scores = product(keys)
-            if self.scales is not None:
-                scores *= self.scales[start : start + rows, None]
-            norm = self._norm(product, keys, start)
+        """Bring every question's top-k up to date with all keys; `routing` is [R, G*D]."""
+        padded = F.pad(routing, (0, 0, 0, -len(routing) % 8))  # registers hold 8 columns
+        product = _Product(padded, self.keys)
+        # per column; those of the padding are never above their threshold
+        thresholds = routing.new_full((len(padded),), torch.inf)
+        coefficients = routing.new_zeros(len(padded))
+        owner = torch.full((len(padded),), -1)
+        for question in questions:
+            thresholds[question.tokens] = question.threshold
+            coefficients[question.tokens] = question.coefficient
+            owner[question.tokens] = question.row
+        for block in self._blocks(product.rows):
+            if self.mask is not None:
+                block.keep(self.mask[:, block.first : block.end].any(0))
+                if not len(block.keys):
+                    continue
+            scores, norm = self._score(product, block)
             passed = scores.amax(0) <= torch.add(thresholds, coefficients, alpha=-norm)
             if bool(passed.all()):  # not so for NaN
                 continue
-            local = self._local(start, len(keys), first, end, before)
-            block = _Block(start, keys, norm, first, local, end - first)
-            for index in torch.unique(owner[~passed[: len(owner)]]).tolist():
-                question = questions[index]
-                self._offer(question, scores[:, question.tokens], block)
+            above = (~passed).nonzero()[:, 0].cpu()
+            for row in torch.unique(owner[above]).tolist():
+                question = questions[row]
+                self._offer(question, scores, above[owner[above] == row], block, norm)
                 thresholds[question.tokens] = question.threshold
 
-    def _norm(self, product: _Product, keys: Tensor, start: int) -> float:
-        if self.scales is not None:
-            largest = float(self.scales[start : start + len(keys)].abs().max())
-            return 128 * math.sqrt(keys.shape[1]) * largest
-        return product.norm(keys) if self.key_norm is None else self.key_norm
+    def _score(self, product: _Product, block: _Block) -> tuple[Tensor, float]:
+        """The scores of a block, [c, R], and a length that no key of it exceeds."""
+        scores = product(block.keys)
+        if block.scales is not None:
+            scores *= block.scales[:, None]
+            return scores, 128 * math.sqrt(block.keys.shape[1]) * float(block.scales.abs().max())
+        return scores, product.norm(block.keys) if self.key_norm is None else self.key_norm
 
-    def _offer(self, question: _Question, scores: Tensor, block: _Block) -> None:
-        """Merge what the block ([c, T] scores) may hold for a question's top-k."""
-        scores = scores.masked_fill(scores.isnan(), -torch.inf)
-        chunks = scores.amax(1)
+    def _offer(
+        self, question: _Question, scores: Tensor, columns: Tensor, block: _Block, norm: float
+    ) -> None:
+        """Merge what a block may hold for a question's top-k.
+
+        Args:
+            scores: [c, R] of the block.
+            columns: tokens of the question with a score above the threshold somewhere, or NaN.
+        """
+        error = question.coefficient * norm
+        above = scores[:, columns.to(scores.device)] > question.threshold - error
+        places = above.nonzero()[:, 0].unique_consecutive()
+        documents = block.documents(places)
         if self.mask is not None:
             mask = self.mask[question.row if len(self.mask) > 1 else 0]
-            allowed = mask[block.first : block.first + block.num_documents][block.local]
-            chunks = chunks.masked_fill(~allowed, -torch.inf)
-        best = chunks.new_full((block.num_documents,), -torch.inf)
-        best.scatter_reduce_(0, block.local, chunks, reduce="amax")
-        error = question.coefficient * block.norm
+            allowed = mask[block.first : block.end][documents]
+            places, documents = places[allowed], documents[allowed]
+        tokens = scores[places, question.tokens]
+        tokens = tokens.masked_fill(tokens.isnan(), -torch.inf)
         # Exact scores differ by at most `error`, so of two that differ by more than twice that the
-        # lower one can be neither a document's best chunk nor, below k others, a choice.
-        candidates = (chunks > question.threshold - error) & (
-            chunks >= best[block.local] - 2 * error
-        )
-        if len(best) >= question.count:
-            candidates &= chunks >= best.topk(question.count).values[-1] - 2 * error
-        found = candidates.nonzero()[:, 0]
-        if not len(found):
-            return
-        pairs = (scores[found] >= chunks[found, None] - 2 * error).nonzero()
-        step = max(1, STEP // block.keys.shape[1])
-        for some, tokens in zip(pairs[:, 0].split(step), pairs[:, 1].split(step), strict=True):
-            places = found[some]
-            exact = exact_dots(question.vectors[tokens], block.keys[places])
-            if self.scales is not None:
-                exact = exact * self.scales[block.start + places].double()
-            question.merge(block.first + block.local[places], exact.float())
+        # lower one can be neither a document's best score nor, below k others, a choice.
+        best = tokens.new_full((block.end - block.first,), -torch.inf)
+        best.scatter_reduce_(0, documents, tokens.amax(1), reduce="amax")
+        lowest = best[documents]
+        if len(best) > question.count:
+            lowest = lowest.clamp(min=best.topk(question.count).values[-1])
+        pairs = (tokens >= lowest[:, None] - 2 * error).nonzero()
+        for some in pairs.split(max(1, STEP // block.keys.shape[1])):
+            place, token = places[some[:, 0]], some[:, 1]
+            exact = exact_dots(question.vectors[token], block.keys[place])
+            if block.scales is not None:
+                exact = exact * block.scales[place].double()
+            question.merge(block.first + documents[some[:, 0]], exact.float())
 
-    def _blocks(self, rows: int) -> Iterator[tuple[int, int, int, int]]:
-        """Where blocks begin, their documents (first, one past the last), chunks before those."""
+    def _blocks(self, rows: int) -> Iterator[_Block]:
+        """All chunks, some rows at a time."""
         num_chunks, num_documents = len(self.keys), len(self.chunk_counts)
         begins = torch.arange(0, num_chunks, rows, device=self.keys.device)
         firsts, befores = torch.empty_like(begins), torch.empty_like(begins)
@@ -268,13 +296,11 @@ class _Walk:
             done = here
         first, before = firsts.tolist(), befores.tolist()
         last = [i + 1 for i in first[1:]] + [num_documents]
-        yield from zip(range(0, num_chunks, rows), first, last, before, strict=True)
-
-    def _local(self, start: int, size: int, first: int, end: int, before: int) -> Tensor:
-        """[size] int64: document of each chunk from `start` on, counted from `first`."""
-        ends = self.chunk_counts[first:end].cumsum(0) + before
-        chunks = torch.arange(start, start + size, device=ends.device)
-        return torch.searchsorted(ends, chunks, right=True)
+        for i, start in enumerate(range(0, num_chunks, rows)):
+            part = slice(start, start + rows)
+            scales = None if self.scales is None else self.scales[part]
+            counts = self.chunk_counts[first[i] : last[i]]
+            yield _Block(self.keys[part], scales, first[i], counts, start - before[i])
 
 
 def _has_onednn() -> bool:
