@@ -170,7 +170,7 @@ def plot(report: Report, path: Path) -> bool:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
-        styles = {}
+        styles: dict[str, str] = {}
         for label, curve in report.curves(by, names).items():
             base, _, variant = label.partition(", ")
             colour, line = (

@@ -145,10 +145,11 @@ def routing(
     if any("faiss_seconds" not in row for row in report.rows):
         report.notes.append(FAISS_NOTE)
     report.notes.append(
-        "Per layer. `read once`: the keys' bytes at the bandwidth measured in the same run. `product`: "
-        "the matrix product of Eq. 2 alone, float32 on a CPU. `per head` repeats the keys for every query head and builds [H, T, C], up to "
-        f"{PER_HEAD_CHUNKS:,} chunks; FAISS searches float32 vectors, one per chunk, on the CPU: "
-        "once with a vector per token of the question, once with a single vector."
+        "Per layer. `read once`: the keys' bytes at the bandwidth measured in the same run. "
+        "`product`: the matrix product of Eq. 2 alone, in float32 on a CPU. `per head`: keys "
+        f"repeated for every query head, [H, T, C] built; up to {PER_HEAD_CHUNKS:,} chunks. "
+        "FAISS: flat inner product over float32 vectors, one per chunk, on the CPU; once with a "
+        "vector per token of the question, once with a single vector."
     )
     return report
 
@@ -167,7 +168,8 @@ def _measure(
     layers = max(1, -(-COLD_BYTES // key_bytes)) if chunks > 256 else 1
     index_bytes = chunks * shape.groups * shape.dim * 4
     require_memory(layers * key_bytes + 3 * index_bytes, device, f"{size:,} tokens in one layer")
-    keys = [random_keys(chunks, shape, dtype, device, seed + i) for i in range(layers)]
+    keys = [random_keys(chunks, shape, dtype, device, seed)]
+    keys += [keys[0].clone() for _ in range(layers - 1)]
     counts = equal_documents(chunks, device)
     queries = random_queries(shape, tokens, device, seed)
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
@@ -190,7 +192,7 @@ def _measure(
     with torch.inference_mode():
         rate = bandwidth(keys, repeats)
         times = side_by_side(runs, device, repeats)
-        extra = {
+        extra: dict[str, int | None] = {
             name: extra_bytes(runs[name], device) for name in ("msa", "per_head") if name in runs
         }
     return _row(chunks, key_bytes, rate, times, extra)

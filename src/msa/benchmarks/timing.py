@@ -19,8 +19,12 @@ Run = Callable[[], object]
 Note = Callable[[str], None]
 
 REPEATS = 7
-MAX_SECONDS = 15.0
+MAX_SECONDS = 8.0
 """After this long a function is not run again; it has run once at least."""
+
+
+PAUSE = 0.01
+"""Between calls, so that the threads of the one before have gone to sleep: some wait spinning."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -67,6 +71,7 @@ def side_by_side(
     for _ in range(repeats):
         for name, run in runs.items():
             if sum(times[name]) < max_seconds:
+                time.sleep(PAUSE)
                 times[name].append(seconds(run, device))
     return {name: median(values) for name, values in times.items()}
 
@@ -104,10 +109,11 @@ def bandwidth(tensors: Sequence[Tensor], repeats: int = REPEATS) -> float:
 def extra_bytes(run: Run, device: torch.device) -> int | None:
     """Memory that one call needs on top of what is held before it, at its peak.
 
+    What a first call makes once and keeps is counted too: call it before.
+
     On a GPU, of torch's allocator. On Linux, of the process (its resident set), to a few hundred
     kB. None on a CPU elsewhere, where it cannot be asked.
     """
-    run()  # what is made once and kept is no cost of a call
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
