@@ -327,7 +327,7 @@ def test_an_id_with_other_content_raises_wherever_it_is_found(rank, together):
 
 
 def test_a_reader_sees_every_document_that_progress_has_counted(together):
-    documents = [make_document(f"d{i}", words=2) for i in range(60)]  # none is split
+    documents = [make_document(f"d{i}", words=2) for i in range(300)]  # none is split
     with MemoryBank.open(together.path, read_only=True) as reading:
         resident = ResidentBank(reading)
         seen = []
@@ -339,7 +339,7 @@ def test_a_reader_sees_every_document_that_progress_has_counted(together):
         together.add(documents, progress=progress, commit_tokens=200)
     assert len(seen) > 4
     assert all(added == live for added, live in seen)
-    assert seen[-1] == (60, 60)
+    assert seen[-1] == (300, 300)
 
 
 # ---- ranks that die

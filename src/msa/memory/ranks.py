@@ -45,7 +45,7 @@ from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from transformers import PreTrainedTokenizerBase
 
     from msa.model.modeling_msa import MSAForCausalLM
@@ -148,7 +148,7 @@ class Share:
 
 def _store(place: Place, timeout: float) -> TCPStore:
     """The store where ranks meet: torchrun's, or rank 0's where somebody else started them."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -358,7 +358,9 @@ class Lead:
 
     def _answer(self, rank: int, name: str, message: dict[str, Any]) -> Any:
         """The answer to one question of a rank."""
-        ask, value, worker = message["ask"], message.get("value"), f"rank {rank}"
+        ask: str = message["ask"]
+        value: Any = message.get("value")
+        worker = f"rank {rank}"
         if ask == "failed":
             raise RankError(f"{name}: {value}. {_GO_ON}")
         if ask == "done":

@@ -1,0 +1,59 @@
+"""The Ray example makes a bank, and goes on with it; needs the extra `ray`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from msa.memory.bank import MemoryBank
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 400  # seconds; Ray starts many processes, and the machine may be busy
+
+pytest.importorskip("ray.data", reason="the extra 'ray' is not installed")
+
+
+def run_example(folder: Path, files: list[Path], bank: Path) -> str:
+    """What it prints; in a process of its own, which Ray may fill with threads."""
+    run = subprocess.run(
+        [sys.executable, "examples/ray_index.py", *map(str, files), "--bank", str(bank)],
+        cwd=ROOT,
+        env=dict(
+            os.environ,
+            PYTHONPATH=str(ROOT / "src"),
+            OMP_NUM_THREADS="1",
+            RAY_ADDRESS="local",  # never a cluster that happens to be near
+            RAY_TMPDIR=str(folder),
+            RAY_USAGE_STATS_ENABLED="0",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_the_example_makes_one_bank_and_goes_on_with_it(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("r")  # short: Ray's sockets lie below it
+    text = (resources.files("msa.default_model") / "demo" / "documents.jsonl").read_text("utf-8")
+    lines = text.splitlines()[:60]
+    files = [folder / "a.jsonl", folder / "b.jsonl"]
+    files[0].write_text("\n".join(lines[:40]) + "\n", encoding="utf-8")
+    files[1].write_text("\n".join(lines[40:]) + "\n", encoding="utf-8")
+    bank = folder / "bank"
+    assert "40 added, 0 updated, 0 unchanged, 0 failed" in run_example(folder, files[:1], bank)
+    assert "20 added, 0 updated, 40 unchanged, 0 failed" in run_example(folder, files, bank)
+    with MemoryBank.open(bank, read_only=True) as made:
+        report = made.verify()
+        assert report.ok, report.problems
+        assert not report.orphans
+        stored = {s.document.id: s.document.text for s in made.documents()}
+    assert stored == {d["id"]: d["text"] for d in map(json.loads, lines)}
