@@ -1,0 +1,250 @@
+"""A pruned scan selects what a full scan selects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from msa.errors import InputError
+from msa.memory.pruning import PrunedKeys, PruningSettings
+from msa.ops import pruning
+from msa.ops.pruning import BlockScan, cluster_order, describe_blocks
+from msa.ops.routing import exact_scores, route_documents
+
+GROUPS, DIM = 2, 8
+
+
+def make(seed, documents, *, kinds=0, largest=5, groups=GROUPS, dim=DIM):
+    """Keys of unit length per head (around `kinds` points, if not 0) and chunk counts."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, largest + 1, (documents,), generator=generator)
+    chunks = int(counts.sum())
+    keys = torch.randn(chunks, groups, dim, generator=generator)
+    if kinds:
+        points = torch.randn(kinds, groups, dim, generator=generator)
+        which = torch.randint(0, kinds, (chunks,), generator=generator)
+        keys = points[which] + 0.05 * keys
+    return F.normalize(keys, dim=-1), counts
+
+
+def questions(seed, batch, tokens, width=GROUPS * DIM):
+    generator = torch.Generator().manual_seed(seed + 1)
+    vectors = torch.randn(batch, tokens, width, generator=generator) / 8
+    return vectors, torch.rand(batch, tokens, generator=generator) < 0.7
+
+
+def same(got, expected):
+    assert torch.equal(got.documents, expected.documents)
+    assert torch.equal(got.scores, expected.scores)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Steps, cells and samples so small that little banks have many of each."""
+    monkeypatch.setattr(pruning, "SCAN_ROWS", 16)
+    monkeypatch.setattr(pruning, "CELL", 64)
+    monkeypatch.setattr(pruning, "CELL_SAMPLE", 16)
+    monkeypatch.setattr(pruning, "BUILD_ROWS", 50)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    documents=st.integers(1, 120),
+    kinds=st.sampled_from([0, 1, 3, 12]),
+    top_k=st.sampled_from([1, 3, 16, 500]),
+    block_size=st.sampled_from([1, 4, 32]),
+    masked=st.booleans(),
+    tail=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_exact_pruning_is_the_full_scan(
+    seed, documents, kinds, top_k, block_size, masked, tail, dtype
+):
+    keys, counts = make(seed, documents + tail, kinds=kinds)
+    keys = keys.to(dtype)
+    vectors, routes = questions(seed, 3, 6)
+    mask = None
+    if masked:
+        mask = torch.rand(len(counts), generator=torch.Generator().manual_seed(seed)) < 0.5
+    end = int(counts[:documents].sum())
+    pruned = PrunedKeys.build(
+        keys[:end], counts[:documents], PruningSettings(block_size=block_size, seed=seed)
+    )
+    for row in range(documents, len(counts)):  # one by one, as they are added
+        start = int(counts[:row].sum())
+        some = slice(start, start + int(counts[row]))
+        pruned = pruned.with_documents(keys[some], counts[row : row + 1])
+    expected = route_documents(vectors, routes, keys, counts, top_k, mask)
+    same(pruned.search(vectors, routes, top_k, mask), expected)
+
+
+@pytest.mark.parametrize("kinds", [0, 5])
+def test_a_filter_for_every_question(kinds):
+    keys, counts = make(3, 80, kinds=kinds)
+    vectors, routes = questions(3, 4, 5)
+    mask = torch.rand(4, 80, generator=torch.Generator().manual_seed(0)) < 0.2
+    mask[2] = False
+    pruned = PrunedKeys.build(keys[: counts[:70].sum()], counts[:70])
+    pruned = pruned.with_documents(keys[counts[:70].sum() :], counts[70:])
+    got = pruned.search(vectors, routes, 7, mask)
+    same(got, route_documents(vectors, routes, keys, counts, 7, mask))
+    assert got.documents[2].tolist() == [-1] * 7
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.5, 1.0])
+def test_equal_keys_are_given_in_order(slack):
+    keys, counts = make(0, 90)
+    keys = keys[:1].expand(len(keys), -1, -1).contiguous()
+    vectors, routes = questions(0, 2, 4)
+    routes[:] = True
+    pruned = PrunedKeys.build(keys, counts, PruningSettings(slack=slack, block_size=4))
+    got = pruned.search(vectors, routes, 16)
+    same(got, route_documents(vectors, routes, keys, counts, 16))
+    assert got.documents[0].tolist() == list(range(16))
+
+
+def test_a_tie_with_the_tail_goes_to_the_lower_row():
+    keys, counts = make(1, 20, largest=1)
+    vectors, routes = questions(1, 1, 3)
+    routes[:] = True
+    pruned = PrunedKeys.build(keys, counts).with_documents(keys, counts)
+    both = torch.cat([keys, keys]), torch.cat([counts, counts])
+    same(pruned.search(vectors, routes, 9), route_documents(vectors, routes, *both, 9))
+
+
+def test_int8_keys():
+    keys, counts = make(4, 60, kinds=6)
+    scales = keys.flatten(1).abs().amax(1) / 127
+    small = (keys / scales[:, None, None]).round().to(torch.int8)
+    end = int(counts[:50].sum())
+    vectors, routes = questions(4, 3, 6)
+    pruned = PrunedKeys.build(
+        small[:end], counts[:50], PruningSettings(block_size=8), scales=scales[:end]
+    ).with_documents(small[end:], counts[50:], scales=scales[end:])
+    expected = route_documents(vectors, routes, small, counts, 16, scales=scales)
+    same(pruned.search(vectors, routes, 16), expected)
+
+
+def test_no_documents_and_rows_that_do_not_route():
+    keys, counts = make(0, 10)
+    vectors, routes = questions(0, 2, 4)
+    empty = PrunedKeys.build(keys[:0], counts[:0])
+    assert empty.search(vectors, routes, 3).documents.shape == (2, 0)
+    grown = empty.with_documents(keys, counts)
+    same(grown.search(vectors, routes, 3), route_documents(vectors, routes, keys, counts, 3))
+    routes[1] = False
+    got = grown.search(vectors, routes, 3)
+    assert got.documents[1].tolist() == [-1] * 3
+    assert got.scores[1].tolist() == [-torch.inf] * 3
+
+
+def test_nan_counts_as_the_lowest_score():
+    keys, counts = make(2, 40)
+    keys[7] = torch.nan
+    vectors, routes = questions(2, 2, 4)
+    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=4))
+    same(pruned.search(vectors, routes, 50), route_documents(vectors, routes, keys, counts, 50))
+
+
+def test_an_order_holds_every_key_once_in_blocks_of_bounded_size():
+    keys, _ = make(5, 200, kinds=4)
+    order, sizes = cluster_order(keys.flatten(1), 8, seed=0)
+    assert order.sort().values.tolist() == list(range(len(keys)))
+    assert int(sizes.sum()) == len(keys)
+    assert int(sizes.min()) >= 1
+    assert int(sizes.max()) <= 8 * pruning.LARGEST
+
+
+def test_alike_keys_become_neighbours():
+    """Blocks of a bank with kinds of keys are much narrower than those of the order given."""
+    keys, _ = make(6, 300, kinds=10)
+    flat = keys.flatten(1)
+    order, sizes = cluster_order(flat, 8, seed=0)
+    narrow, wide = describe_blocks(flat[order], sizes)[1], describe_blocks(flat, sizes)[1]
+    assert float(narrow.mean()) < 0.3 * float(wide.mean())
+
+
+def test_a_bound_is_never_below_a_score():
+    keys, counts = make(7, 150)
+    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=8))
+    blocks = pruned._blocks
+    vectors, _ = questions(7, 1, 9)
+    scores = exact_scores(vectors, torch.ones(1, 9, dtype=torch.bool), blocks.keys[:, None])[0]
+    best = torch.full((len(blocks.ends),), -torch.inf)
+    sizes = blocks.ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    best.scatter_reduce_(0, torch.repeat_interleave(sizes), scores, reduce="amax")
+    assert bool((blocks.bounds(vectors[0], 1.0) >= best).all())
+    assert not bool((blocks.bounds(vectors[0], 0.0) >= best).all())
+
+
+def test_less_slack_reads_less_and_keeps_most():
+    keys, counts = make(8, 1500, kinds=60)
+    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=16))
+    read, kept = {}, {}
+    generator = torch.Generator().manual_seed(9)
+    vectors = keys.flatten(1)[torch.randint(0, len(keys), (20, 2), generator=generator)] / 2
+    every = torch.ones(20, 2, dtype=torch.bool)
+    expected = route_documents(vectors, every, keys, counts, 16)
+    for slack in (1.0, 0.4):
+        got = pruned.with_slack(slack).search(vectors, every, 16)
+        found = (got.documents[:, :, None] == expected.documents[:, None]).any(1)
+        kept[slack] = float(found.float().mean())
+        scans = [BlockScan(pruned._blocks, some, 16, None) for some in vectors]
+        for scan in scans:
+            scan.run(slack)
+        read[slack] = sum(scan.rows_read for scan in scans) / (20 * len(keys))
+    assert kept[1.0] == 1.0
+    assert kept[0.4] > 0.95
+    assert read[0.4] <= read[1.0] < 0.5
+
+
+def test_fewer_documents_pass_a_filter_than_are_wanted():
+    """Without slack too, a scan goes on until it has k documents or has seen every block."""
+    keys, counts = make(9, 200)
+    mask = torch.zeros(200, dtype=torch.bool)
+    mask[[3, 77, 150]] = True
+    vectors, routes = questions(9, 2, 4)
+    routes[:] = True
+    pruned = PrunedKeys.build(keys, counts, PruningSettings(slack=0.0, block_size=4))
+    got = pruned.search(vectors, routes, 16, mask)
+    same(got, route_documents(vectors, routes, keys, counts, 16, mask))
+    assert sorted(got.documents[0].tolist()) == [-1] * 13 + [3, 77, 150]
+
+
+def test_a_view_is_not_changed_by_documents_added_later():
+    keys, counts = make(10, 30)
+    before = PrunedKeys.build(keys[: counts[:20].sum()], counts[:20])
+    after = before.with_documents(keys[counts[:20].sum() :], counts[20:])
+    assert (before.num_documents, after.num_documents) == (20, 30)
+    assert after.num_tail_chunks == int(counts[20:].sum())
+    assert after.num_bytes > before.num_bytes > keys[: counts[:20].sum()].nbytes
+    vectors, routes = questions(10, 1, 4)
+    assert int(before.search(vectors, routes, 99).documents.max()) < 20
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda k, c: PruningSettings(slack=1.5), "slack=1.5: expected 0 to 1"),
+        (lambda k, c: PruningSettings(block_size=0), "block_size=0: expected at least 1"),
+        (lambda k, c: PrunedKeys.build(k, c[1:]), "chunk_counts add up to"),
+        (lambda k, c: PrunedKeys.build(k[:, 0], c), "expected [C, G, D]"),
+        (lambda k, c: PrunedKeys.build(k.to(torch.int8), c), "expected scales for int8"),
+        (lambda k, c: PrunedKeys.build(k.to("meta"), c), "pruning works on the CPU"),
+        (lambda k, c: PrunedKeys.build(k, c).with_documents(k.half(), c), "keys of one bank"),
+        (lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2), 0), "top_k=0"),
+        (lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2, 5), 1), "expected the"),
+        (
+            lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2), 1, c[1:] > 0),
+            "document_mask of shape",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused(what, message):
+    keys, counts = make(0, 5)
+    with pytest.raises(InputError, match=message.replace("[", r"\[")):
+        what(keys, counts)
