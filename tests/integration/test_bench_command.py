@@ -58,7 +58,7 @@ def test_figures_are_a_table_for_people(bench):
     result = bench("routing", *words)
     assert result.code == 0
     lines = {" ".join(line.split()) for line in result.out.splitlines()}
-    assert "tokens 8k float32" in lines
+    assert "tokens 8k f32" in lines
     assert "chunks 120" in lines
     assert any(line.startswith("MSA / read once ") for line in lines)
     assert "Written" not in result.out

@@ -80,7 +80,14 @@ def test_the_bandwidth_is_that_of_the_fastest_pass(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is asked of Linux")
 def test_extra_bytes_are_the_peak_of_one_call():
-    extra = timing.extra_bytes(lambda: torch.ones(20_000_000).sum(), CPU)
+    held = []
+
+    def run():
+        if not held:
+            held.append(torch.ones(30_000_000))  # made by the first call, kept: no cost
+        return torch.ones(20_000_000).sum()
+
+    extra = timing.extra_bytes(run, CPU)
     assert extra is None or 70e6 < extra < 100e6
 
 
@@ -255,7 +262,7 @@ def test_documents_are_as_long_as_asked_and_the_same_for_a_seed():
 
 def test_batches_hold_every_token_once_within_the_budget():
     documents = encoding.random_documents(40, 64, 100, seed=0)
-    batches = encoding.padded(documents, 500, CPU)
+    batches = encoding.padded(encoding.in_order(documents, 500), CPU)
     found = [
         row[:length].tolist()
         for ids, lengths in batches
@@ -465,8 +472,8 @@ def test_a_curve_per_dtype_has_its_own_exponent():
     }
     assert found.table()[0] == [
         "tokens",
-        "10 float32",
-        "10 bfloat16",
-        "100 float32",
-        "100 bfloat16",
+        "10 f32",
+        "10 bf16",
+        "100 f32",
+        "100 bf16",
     ]

@@ -5,7 +5,7 @@ import torch
 
 from bank_tools import LAYERS, make_document, make_documents
 from msa.errors import InputError, ModelError
-from msa.memory.encoder import DocumentEncoder
+from msa.memory.encoder import MAX_PADDING, WORTH_A_RUN, DocumentEncoder, length_buckets
 
 
 @pytest.fixture
@@ -22,6 +22,21 @@ def test_batches_hold_every_document_once_and_respect_the_budget(encoder):
     for batch in batches:
         longest = max(lengths[n] for n in batch.numbers)
         assert len(batch.numbers) == 1 or len(batch.numbers) * longest <= 400
+
+
+def test_a_batch_that_is_worth_a_run_is_not_padded_much():
+    lengths = torch.randint(8, 256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(length_buckets([(i, [1] * n) for i, n in enumerate(lengths)], 2048))
+    assert sorted(i for batch in batches for i, _ in batch) == list(range(300))
+    for batch in batches[:-1]:
+        sizes = [len(ids) for _, ids in batch]
+        area = len(sizes) * max(sizes)
+        assert area <= 2048
+        before = sum(sizes[:-1])  # what it held when its last document came
+        assert before * WORTH_A_RUN < 2048 or area - sum(sizes) <= MAX_PADDING * area
+    held = [sum(len(ids) for _, ids in batch) for batch in batches[:-1]]
+    assert min(held) * WORTH_A_RUN >= 2048
+    assert len(batches) < 2 * sum(lengths) / 2048 + 8
 
 
 def test_a_document_longer_than_the_budget_goes_alone(encoder):

@@ -5,7 +5,7 @@ Shapes: N documents of a batch, L tokens of its longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msa.benchmarks.report import Report, Row
 from msa.benchmarks.timing import REPEATS, Note, Run, machine, side_by_side
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder, Tokens, length_buckets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,9 +25,7 @@ SHORTEST, LONGEST = 32, 512
 MAX_SECONDS = 60.0
 
 
-def random_documents(
-    count: int, vocabulary: int, longest: int, seed: int
-) -> list[tuple[int, list[int]]]:
+def random_documents(count: int, vocabulary: int, longest: int, seed: int) -> list[Tokens]:
     """Numbers and token ids of documents; lengths spread evenly on a logarithmic scale."""
     generator = torch.Generator().manual_seed(seed)
     shortest = min(SHORTEST, longest)
@@ -39,23 +37,27 @@ def random_documents(
     ]
 
 
-def padded(
-    documents: Sequence[tuple[int, list[int]]], batch_tokens: int, device: torch.device
-) -> list[Batch]:
-    """Right-padded ids [N, L] and lengths [N], cut into batches in the order given."""
-    groups: list[list[list[int]]] = [[]]
-    for _, ids in documents:
-        longest = max(len(ids), *(len(other) for other in groups[-1])) if groups[-1] else len(ids)
-        if groups[-1] and (len(groups[-1]) + 1) * longest > batch_tokens:
-            groups.append([])
-        groups[-1].append(ids)
-    batches = []
-    for group in groups:
-        longest = max(map(len, group))
-        rows = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in group])
-        lengths = torch.tensor([len(ids) for ids in group])
-        batches.append((rows.to(device), lengths.to(device)))
-    return batches
+def in_order(documents: Sequence[Tokens], batch_tokens: int) -> Iterator[list[Tokens]]:
+    """Batches in the order given: what bucketing by length is compared with."""
+    batch: list[Tokens] = []
+    for item in documents:
+        longest = max(len(ids) for _, ids in [*batch, item])
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def padded(batches: Iterable[Sequence[Tokens]], device: torch.device) -> list[Batch]:
+    """Right-padded ids [N, L] and lengths [N] of every batch."""
+    found = []
+    for batch in batches:
+        lengths = [len(ids) for _, ids in batch]
+        rows = [[*ids, *([0] * (max(lengths) - len(ids)))] for _, ids in batch]
+        found.append((torch.tensor(rows).to(device), torch.tensor(lengths).to(device)))
+    return found
 
 
 def backbone_forward(model: MSAForCausalLM, ids: Tensor) -> Tensor:
@@ -101,9 +103,8 @@ def encoding(
     longest = min(longest, int(model.config.max_position_embeddings))
     items = random_documents(documents, model.config.vocab_size, longest, seed)
     tokens = sum(len(ids) for _, ids in items)
-    arrival = padded(items, batch_tokens, device)
-    sorted_items = sorted(items, key=lambda item: len(item[1]))
-    bucketed = padded(sorted_items, batch_tokens, device)
+    arrival = padded(in_order(items, batch_tokens), device)
+    bucketed = padded(length_buckets(items, batch_tokens), device)
     encoder = DocumentEncoder(model, tokenizer)
 
     def every(batches: list[Batch], call: Callable[[Tensor, Tensor], Any]) -> Run:
@@ -151,7 +152,7 @@ def _row(
     arrival: list[Batch],
     times: dict[str, float],
 ) -> Row:
-    row: Row = {"tokens": tokens, "documents": documents}
+    row: Row = {"tokens": tokens, "documents": documents, "batches": len(bucketed)}
     row |= {f"{name}_tokens_per_second": tokens / t for name, t in times.items()}
     row |= {
         f"{name}_over_backbone_ratio": times["backbone"] / t

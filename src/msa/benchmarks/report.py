@@ -77,7 +77,8 @@ class Report:
     def _heading(row: Row) -> str:
         tokens = row["tokens"]
         assert isinstance(tokens, int)
-        return " ".join([short(tokens), str(row.get("dtype") or "")]).strip()
+        dtype = str(row.get("dtype") or "").replace("bfloat", "bf").replace("float", "f")
+        return f"{short(tokens)} {dtype}".strip()
 
     def fits(self) -> str:
         """The exponents in one line; empty if there are none."""

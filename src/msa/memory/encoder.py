@@ -21,6 +21,41 @@ if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
 
 DEFAULT_BATCH_TOKENS = 16384
+MAX_PADDING = 0.1
+"""Share of a batch; a batch with room is closed rather than padded more, once it is worth a run."""
+WORTH_A_RUN = 8
+"""That is, once it holds this part (an eighth) of the tokens that it may."""
+
+Tokens = tuple[int, Sequence[int]]
+"""A document's number and token ids."""
+
+
+def length_buckets(
+    documents: Sequence[Tokens], batch_tokens: int = DEFAULT_BATCH_TOKENS
+) -> Iterator[list[Tokens]]:
+    """Documents in batches of similar length, the shortest first.
+
+    Args:
+        documents: number and token ids of each.
+        batch_tokens: N * L of a batch, padding included; a longer document goes alone.
+
+    Source: ours; padding costs as much as text. A batch is closed when it is full, or when it is
+    worth a run and one more document would make more than `MAX_PADDING` of it padding.
+    """
+    batch: list[Tokens] = []
+    held = 0
+    for item in sorted(documents, key=lambda d: len(d[1])):
+        length = len(item[1])
+        area = (len(batch) + 1) * length
+        padding = area - held - length
+        worth = held * WORTH_A_RUN >= batch_tokens
+        if batch and (area > batch_tokens or (worth and padding > MAX_PADDING * area)):
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += length
+    if batch:
+        yield batch
 
 
 class DocumentEncoder:
@@ -67,7 +102,7 @@ class DocumentEncoder:
 
     def encode_tokens(
         self,
-        documents: Sequence[tuple[int, Sequence[int]]],
+        documents: Sequence[Tokens],
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> Iterator[EncodedBatch]:
         """Latent states of documents, in batches of similar length.
@@ -83,7 +118,7 @@ class DocumentEncoder:
             InputError: a document has no tokens, or more than the model has positions.
             ModelError: the states are not finite numbers.
 
-        Source: ours; padding costs as much as text, so lengths are bucketed.
+        Source: ours; see `length_buckets`.
         """
         for number, ids in documents:
             if not 1 <= len(ids) <= self.max_tokens:
@@ -91,17 +126,11 @@ class DocumentEncoder:
                     f"document {number} has {len(ids)} tokens; the model takes 1 to "
                     f"{self.max_tokens}. Split it"
                 )
-        batch: list[tuple[int, Sequence[int]]] = []
-        for item in sorted(documents, key=lambda d: len(d[1])):
-            if batch and (len(batch) + 1) * len(item[1]) > batch_tokens:
-                yield self._encode_batch(batch)
-                batch = []
-            batch.append(item)
-        if batch:
+        for batch in length_buckets(documents, batch_tokens):
             yield self._encode_batch(batch)
 
     @torch.no_grad()
-    def _encode_batch(self, batch: Sequence[tuple[int, Sequence[int]]]) -> EncodedBatch:
+    def _encode_batch(self, batch: Sequence[Tokens]) -> EncodedBatch:
         longest = len(batch[-1][1])
         input_ids = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for _, ids in batch])
         lengths = torch.tensor([len(ids) for _, ids in batch])
