@@ -388,6 +388,17 @@ def test_the_parameters_are_counted_as_the_model_has_them():
     assert counted == matrices
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_model_computes_with_what_a_model_has(dtype):
+    model = scale.random_model(SMALL, 2, dtype, CPU, seed=0)
+    assert model.dtype == dtype
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    fresh = make_tiny_model(**SMALL.config(2).to_diff_dict())
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
+    assert all(not p.is_meta and p.isfinite().all() for p in model.parameters())
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
 # Reports
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msa.benchmarks.report import Report, Row
-from msa.benchmarks.timing import REPEATS, Note, Run, machine, side_by_side
+from msa.benchmarks.timing import REPEATS, Note, Run, machine, seconds, side_by_side
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder, Tokens, length_buckets
 
 if TYPE_CHECKING:
@@ -123,8 +123,12 @@ def encoding(
     if compiled:
         fast: Any = torch.compile(model.encode_documents, dynamic=True)
         runs["compiled"] = every(bucketed, fast)
-    note(f"{documents} documents, {tokens:,} tokens")
+    compiling = None
     with torch.inference_mode():
+        if compiled:
+            note("compiling")
+            compiling = seconds(runs["compiled"], device)
+        note(f"{documents} documents, {tokens:,} tokens")
         times = side_by_side(runs, device, repeats, MAX_SECONDS)
     report = Report("encoding", machine(device))
     report.settings |= {
@@ -136,6 +140,8 @@ def encoding(
         "repeats": repeats,
     }
     report.rows.append(_row(tokens, documents, bucketed, arrival, times))
+    if compiling is not None:
+        report.rows[0]["compiling_seconds"] = compiling
     report.notes.append(
         "`backbone`: all layers on the same padded batches, same weights, no logits. `encode`: "
         "`encode_documents` on these batches. `encoder`: `DocumentEncoder`, from token ids to "

@@ -123,8 +123,8 @@ def short(count: float) -> str:
     """1500000 as 1.5M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.4g}{unit}"
-    return f"{count:.4g}"
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
 
 
 def shown(name: str, value: float | int | str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from msa.benchmarks.synthetic import (
 )
 from msa.benchmarks.timing import REPEATS, Note, Run, bandwidth, machine, seconds, side_by_side
 from msa.errors import InputError
+
+if TYPE_CHECKING:
+    from msa.model.modeling_msa import MSAForCausalLM
 
 TOKENS = 32
 PREFILL_TOKENS = 256
@@ -171,14 +175,8 @@ def model_row(
     A layer's cost is what the layers built take together, by their number; the embedding, the final
     norm and the logits of the last token are measured apart.
     """
-    from msa.model.modeling_msa import MSAForCausalLM
-
-    config = shape.config(layers)
-    parameters = layer_parameters(shape) * layers + shape.vocabulary * shape.hidden
-    require_memory(int(parameters * 4 * 1.2), device, f"a model of {layers} layers")
-    torch.manual_seed(seed)
-    with device:
-        model = MSAForCausalLM(config).to(dtype).eval()
+    model = random_model(shape, layers, dtype, device, seed)
+    config = model.config
     memory = SyntheticMemory(
         shape,
         config.routing_layers or [],
@@ -214,6 +212,32 @@ def model_row(
         "decode_tokens_per_second": 1 / scaled["decode"][0],
         "decode_layer_seconds": scaled["decode"][1],
     }
+
+
+def random_model(
+    shape: Shape, layers: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> MSAForCausalLM:
+    """A model of this shape with small random weights, made in its dtype where it runs.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    from msa.model.modeling_msa import MSAForCausalLM
+
+    config = shape.config(layers)
+    parameters = layer_parameters(shape) * layers + shape.vocabulary * shape.hidden
+    require_memory(int(parameters * dtype.itemsize), device, f"a model of {layers} layers")
+    with torch.device("meta"):
+        model = MSAForCausalLM(config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.uniform_(-0.02, 0.02, generator=generator)
+    # its frequencies are no parameters: they are computed, not drawn
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model.eval()
 
 
 def layer_parameters(shape: Shape) -> float:
