@@ -63,8 +63,12 @@ class StorageError(BankError, OSError):
     """The disk refused a write (full, read-only, permission); the bank is as it was before."""
 
 
+class BudgetError(BankError):
+    """A bank does not fit into the memory there is; the message says what would help."""
+
+
 class RankError(BankError):
-    """A process of those that build a bank together failed, ended or fell silent."""
+    """A process of those that build or hold a bank together failed, ended or fell silent."""
 
 
 class TrainingError(MSAError):

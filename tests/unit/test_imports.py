@@ -35,7 +35,7 @@ WITHIN = {
     "ops": ["pooling", "routing", "positions", "attention", "kernels"],
     "model": ["configuration_msa", "modeling_msa", "convert"],
     "text": ["prompts", "loaders", "splitting"],
-    "memory": ["encoder", "catalog", "segments", "bank", "resident", "parallel", "budget"],
+    "memory": ["encoder", "catalog", "segments", "bank", "budget", "resident", "parallel"],
     "inference": ["engine", "interleave"],
 }
 # `inference/engine.py` is the face of the package and calls the rounds of `interleave.py`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,38 @@ def _bank(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-def info(bank: BankArgument, json: JsonOption = False) -> None:
-    """Show what a bank holds and how large it is."""
-    with open_bank(bank) as memory:
-        found = memory.info()
+def info(
+    bank: BankArgument,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what it will take in memory when it is asked.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --plan: where it is asked; cpu, cuda:0, ...",
+            show_default="cpu",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --plan: RAM to plan for, such as 8GB; what is free if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what a bank holds and how large it is; with --plan what it will take in memory."""
+    if plan:
+        _print_plan(bank, device or "cpu", None if memory is None else _bytes(memory), json)
+        return
+    for name, value in (("--device", device), ("--memory", memory)):
+        if value is not None:
+            raise typer.BadParameter("goes with --plan only", param_hint=name)
+    with open_bank(bank) as memory_bank:
+        found = memory_bank.info()
     if json:
         output.print_json(found)
         return
@@ -66,10 +95,58 @@ def info(bank: BankArgument, json: JsonOption = False) -> None:
         "longest document": f"{output.number(found.max_document_tokens)} tokens",
         "created": found.created,
     }
+    _print_table(list(rows.items()))
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
+    for name, value in rows:
         table.add_row(Text(name), Text(one_line(value)))
     output.stdout().print(table)
+
+
+def _print_plan(bank: Path, device: str, memory: int | None, json: bool) -> None:
+    with open_bank(bank) as opened:
+        from msa.memory.budget import plan
+
+        made = plan(opened, device, memory=memory)
+    if json:
+        sums = {"memory_bytes": made.memory_bytes, "device_bytes": made.device_bytes}
+        output.print_json({**output.to_json(made), **sums})
+        return
+    size, on_device = output.size, made.device_available is not None
+    where = "pinned RAM" if on_device else "RAM"
+    content = f"held in {where}" if made.content == "held" else "mapped from disk"
+    rows = [
+        ("bank", made.bank),
+        ("documents", output.number(made.num_documents)),
+        ("routing keys", f"{size(made.keys_bytes)} on {made.keys_device}, {made.keys_dtype}"),
+        ("content", f"{size(made.content_bytes)}, {content}"),
+        ("rows", f"{size(made.rows_bytes)} in RAM"),
+        ("questions", f"{size(made.question_bytes)} for a batch of them"),
+        ("loading", f"{size(made.loading_bytes)} in RAM, for a while"),
+        ("RAM", f"{size(made.memory_bytes)} at most; {size(made.memory_available)} are free"),
+    ]
+    if made.device_available is not None:
+        free = size(made.device_available)
+        rows.append((made.device, f"{size(made.device_bytes)} at most; {free} are free"))
+    rows += [("why" if i == 0 else "", reason) for i, reason in enumerate(made.why)]
+    _print_table(rows)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _bytes(text: str) -> int:
+    """A size such as 8GB, 500 MB or 7.5GiB, in bytes."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?)b?", text.strip().lower())
+    value = 0
+    if match is not None and match[1].count(".") < 2 and match[1] != ".":
+        value = int(float(match[1]) * {**_UNITS, **_BINARY}.get(match[2], 0))
+    if value < 1:
+        raise typer.BadParameter(f"{text!r} is no size such as 8GB", param_hint="--memory")
+    return value
 
 
 def list_documents(
@@ -246,7 +323,7 @@ def _metadata(text: str | None) -> dict[str, JSON]:
     return values
 
 
-register(app, info, "msa bank info bank/ --json")
+register(app, info, "msa bank info bank/ --plan --memory 8GB")
 register(app, list_documents, "msa bank list bank/ --limit 50 --offset 100", "list")
 register(app, add, 'msa bank add bank/ ada --text "Ada was born in 1815."')
 register(app, delete, "msa bank delete bank/ ada notes/old.txt")

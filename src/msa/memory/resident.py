@@ -1,8 +1,9 @@
-"""A bank loaded for asking: routing keys in memory, content mapped from its segments.
+"""A bank loaded for asking: routing keys in memory, content in RAM or mapped from its segments.
 
 `ResidentBank` follows the bank (`refresh`); a `ResidentView` is one consistent state of it, and the
 `MemoryReader` that a question uses from beginning to end. Views share the routing keys: new
-documents are written behind the rows of the views that are in use, never over them.
+documents are written behind the rows of the views that are in use, never over them. What lies where
+is decided by a `msa.memory.budget.Plan`.
 
 Shapes: B batch, T query tokens, N rows (documents loaded, deleted ones included until the next
 reload), C chunks, U selected documents, H query heads, G KV heads, D head dim, K documents per row.
@@ -10,31 +11,36 @@ reload), C chunks, U selected documents, H query heads, G KV heads, D head dim, 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from msa.errors import BankError, EmptyBankError, InputError
+from msa.errors import BankError, BudgetError, EmptyBankError, InputError
+from msa.memory import budget
 from msa.memory.bank import MemoryBank
+from msa.memory.budget import Plan
 from msa.memory.catalog import Snapshot
+from msa.memory.content import ContentStore
+from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
 from msa.memory.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
-from msa.ops.routing import document_scores, select_documents
+from msa.ops.routing import routing_vectors, unit_key_norm
 from msa.types import JSON, Content, Selection
 
 Filter = Callable[[Mapping[str, JSON]], bool]
 
-# Room for documents to come, so that a refresh copies only what is new. On a CPU, memory that was
-# never written to costs nothing.
-_GROWTH = 1.25
 _LOAD_ATTEMPTS = 5
 _WHOLE = Shard()
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +65,12 @@ class ResidentView:
     num_documents: int
     score: str
     dtype: torch.dtype
+    device: torch.device
     _layers: tuple[int, ...]
-    _keys: dict[int, Tensor]
-    _counts: Tensor
+    _layer_keys: Mapping[int, LayerKeys]
+    _keys_device: torch.device
     _mask: Tensor | None
+    _content: ContentStore = field(repr=False)
     _rows: Rows = field(repr=False)
     first_row: int = 0
     total_documents: int = 0
@@ -83,82 +91,88 @@ class ResidentView:
             routing_mask: [B, T] bool.
 
         Returns:
-            Selection with K = min(top_k, N), on the device of the routing keys; K = 0 from a share
-            of a bank in which there is no document to select.
+            Selection with K = min(top_k, N), on the view's device; K = 0 from a share of a bank in
+            which there is no document to select.
 
         Raises:
             EmptyBankError: there is no document to select in the whole bank.
+            BankCorruptError: with keys in int8, those on disk are not what was loaded.
+            BudgetError: the device ran out of memory.
 
         Source: MSA 3.2.1, Eq. 2.
         """
         if not self.num_documents and self.shard.world > 1:
-            device = self._counts.device
-            empty = torch.empty((len(routing_queries), 0), device=device)
+            empty = torch.empty((len(routing_queries), 0), device=self.device)
             return Selection(empty.long(), empty.float())
         if not self.num_documents:
             raise EmptyBankError(
                 f"bank '{self.bank}' holds no documents to ask (or none that pass the filter); add "
                 "some with 'msa index' or MemoryBank.add"
             )
-        keys = self._keys[layer]
-        scores = document_scores(
-            routing_queries.to(keys.device),
-            routing_mask.to(keys.device),
-            keys,
-            self._counts,
-            self.score,
-            self._mask,
-        )
-        return select_documents(scores, self.top_k)
+        where = self._keys_device
+        vectors = routing_vectors(routing_queries.to(where), self._content.shape[0], self.score)
+        found = self.search(layer, vectors, routing_mask.to(where), self.top_k)
+        return Selection(found.documents.to(self.device), found.scores.to(self.device))
+
+    def search(self, layer: int, vectors: Tensor, routing_mask: Tensor, top_k: int) -> Selection:
+        """The same from vectors that are made already, on the device of the routing keys.
+
+        Args:
+            layer: index of a routing layer.
+            vectors: [B, T, G*D] float32, of `routing_vectors`.
+            routing_mask: [B, T] bool.
+            top_k: k >= 1.
+
+        Raises:
+            BankCorruptError, BudgetError: see `route`.
+        """
+        with _out_of_memory("routing", self._keys_device):
+            return self._layer_keys[layer].search(vectors, routing_mask, top_k, self._mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
-        """Pooled keys and values of the selected documents, read from their segments.
+        """Pooled keys and values of the selected documents, held or read from their segments.
+
+        The same documents are fetched for the next layer meanwhile, if the plan says so.
 
         Args:
             layer: index of a routing layer.
             selection: of `route` of the same view.
 
         Returns:
-            Content on the device of the routing keys.
+            Content on the view's device.
 
         Raises:
             BankCorruptError: what is on disk is not what was written.
+            BudgetError: the device ran out of memory.
         """
         rows = selection.documents.cpu()
         chosen = torch.unique(rows[rows >= 0])  # ascending, so those of one segment stand together
-        counts = self._rows.chunk_counts[chosen]
-        keys, values = self._read(layer, chosen)
-        places = torch.searchsorted(chosen, rows.clamp(min=0)).masked_fill(rows < 0, -1)
-        device = self._counts.device
-        if not len(chosen):
-            shape = (len(rows), 0, *keys.shape[1:])
-            empty = torch.empty(shape, dtype=self.dtype, device=device)
-            return Content(empty, empty, torch.empty(shape[:2], dtype=torch.bool, device=device))
-        return gather_content(
-            keys.to(device, self.dtype),
-            values.to(device, self.dtype),
-            counts.to(device),
-            places.to(device),
-        )
+        with _out_of_memory("fetching content", self.device):
+            fetched = self._content.fetch(self._rows, layer, chosen)
+            if not len(chosen):
+                shape = (len(rows), 0, *fetched.keys.shape[1:])
+                empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+                return Content(empty, empty, empty.new_empty(shape[:2], dtype=torch.bool))
+            return gather_content(
+                fetched.keys.to(self.dtype),
+                fetched.values.to(self.dtype),
+                fetched.counts.to(self.device),
+                fetched.places(rows).to(self.device),
+            )
+
+    @property
+    def _keys(self) -> dict[int, Tensor]:
+        """Routing layer -> [C, G, D], as they are held."""
+        return {layer: keys.keys for layer, keys in self._layer_keys.items()}
+
+    @property
+    def _counts(self) -> Tensor:
+        """[N] int64, on the device of the routing keys."""
+        return self._layer_keys[self._layers[0]].counts
 
     def _read(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled keys and values of rows [U], ascending: two [C, G, D]; one read per segment."""
-        rows, column = self._rows, self._layers.index(layer)
-        segments, sizes = torch.unique_consecutive(rows.segment[chosen], return_counts=True)
-        keys, values = [self._keys[layer][:0].cpu()], [self._keys[layer][:0].cpu()]
-        for segment, some in zip(
-            segments.tolist(), torch.split(chosen, sizes.tolist()), strict=True
-        ):
-            k, v = rows.segments[segment].read(
-                layer,
-                rows.numbers[some],
-                rows.chunk_counts[some],
-                rows.first_chunk[some],
-                rows.checksums[some, column],
-            )
-            keys.append(k.to(self.dtype))
-            values.append(v.to(self.dtype))
-        return torch.cat(keys), torch.cat(values)
+        """Pooled keys and values of rows [U], ascending: two [C, G, D] on the CPU."""
+        return self._content.read(self._rows, layer, chosen)
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
@@ -176,17 +190,20 @@ class ResidentBank:
 
     Args:
         bank: open, with or without a model.
-        device: where the routing keys are held and the results go.
-        dtype: of the routing keys in memory; as on disk by default. float32 doubles the memory of a
-            bfloat16 bank and gains nothing; bfloat16 halves that of a float32 bank and may swap
-            documents whose scores are close.
+        device: where the results go, and the routing keys are held if they fit.
+        dtype: of the routing keys in memory; by default the plan's. float32 keys of a bfloat16 bank
+            give the same scores; bfloat16 halves the memory of a float32 bank and may swap
+            documents whose scores are close; int8 is re-scored with the keys on disk.
         content_dtype: of the content that is handed out; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
         shard: (rank, world), to hold one of `world` shares of the bank (see `Shard`). A share is
             loaded anew when documents were added, since the ranges move; deleting changes a mask.
+        plan: which tier holds what; by default `msa.memory.budget.plan` decides, now and again when
+            the bank has grown by a quarter.
 
     Raises:
-        InputError: top_k or shard is not valid.
+        InputError: top_k or shard is not valid, or plan and dtype are both given.
+        BudgetError: the bank does not fit.
         BankCorruptError: a segment that holds live documents is damaged; nothing is answered from
             the bank until it is repaired.
     """
@@ -200,20 +217,27 @@ class ResidentBank:
         content_dtype: torch.dtype | None = None,
         top_k: int | None = None,
         shard: tuple[int, int] = (0, 1),
+        plan: Plan | None = None,
     ) -> None:
         manifest = bank.manifest
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k={top_k}: expected at least 1")
+        if plan is not None and dtype is not None:
+            raise InputError("plan and dtype are both given; make the plan with that dtype")
         self.bank = bank
         self.device = torch.device(device)
-        self.dtype = dtype or manifest.torch_dtype
         self.shard = Shard(*shard)
+        self._dtype = dtype
         self._lock = threading.Lock()
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: KeyBuffers | None = None
+        self._maps: tuple[dict[int, Tensor], ...] = ()
         self._entries: tuple[SegmentEntry, ...] = ()
         model = bank.model
         model_dtype = manifest.torch_dtype if model is None else model.dtype
         model_k = manifest.top_k_documents if model is None else model.config.top_k_documents
+        self._content_dtype = content_dtype or model_dtype
+        self._planned = plan is None
+        self.plan = self._new_plan() if plan is None else plan
         self._view = ResidentView(
             bank=str(bank.path),
             generation=-1,
@@ -221,15 +245,48 @@ class ResidentBank:
             top_k=top_k or model_k,
             num_documents=0,
             score=manifest.routing_score,
-            dtype=content_dtype or model_dtype,
+            dtype=self._content_dtype,
+            device=self.device,
             _layers=manifest.routing_layers,
-            _keys={},
-            _counts=torch.empty(0, dtype=torch.int64, device=self.device),
+            _layer_keys={},
+            _keys_device=torch.device(self.plan.keys_device),
             _mask=None,
+            _content=self._new_content(),
             _rows=Rows.none(len(manifest.routing_layers)),
             shard=self.shard,
         )
         self.refresh()
+
+    def _new_plan(self, in_use: int = 0) -> Plan:
+        """What is to lie where; memory that is in use now counts as free."""
+        memory = budget.available_memory() + in_use if in_use else None
+        return budget.plan(
+            self.bank,
+            self.device,
+            dtype=self._dtype,
+            content_dtype=self._content_dtype,
+            shard=(self.shard.rank, self.shard.world),
+            memory=memory,
+        )
+
+    def _new_content(self) -> ContentStore:
+        manifest = self.bank.manifest
+        return ContentStore(
+            manifest.routing_layers,
+            (manifest.num_key_value_heads, manifest.head_dim),
+            self.device,
+            self._content_dtype,
+            held=self.plan.content == "held",
+            prefetch=self.plan.prefetch,
+        )
+
+    def _new_buffers(self) -> KeyBuffers:
+        manifest = self.bank.manifest
+        where = torch.device(self.plan.keys_device)
+        # RAM that was never written to costs nothing
+        growth = max(self.plan.growth, budget.GROWTH) if where.type == "cpu" else self.plan.growth
+        shape = (manifest.num_key_value_heads, manifest.head_dim)
+        return KeyBuffers(manifest.routing_layers, shape, self.plan.torch_dtype, where, growth)
 
     # ---- asking
 
@@ -245,7 +302,12 @@ class ResidentBank:
     @property
     def num_bytes(self) -> int:
         """Memory of the routing keys in use."""
-        return sum(k.nbytes for k in self._view._keys.values())
+        return sum(keys.num_bytes for keys in self._view._layer_keys.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the routing keys in memory."""
+        return self.plan.torch_dtype
 
     def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> ResidentView:
         """The latest state read by `refresh`, to ask from beginning to end.
@@ -298,11 +360,14 @@ class ResidentBank:
         Without a change this is one query. New documents cost what they hold, deleted ones a mask;
         after a `compact` everything is loaded again, with both states in memory meanwhile.
 
+        If a device has no memory for the plan, the next tier is taken, with a warning in the log.
+
         Returns:
             True if there was a change.
 
         Raises:
             BankCorruptError: a segment to be loaded is damaged; the old state stays in use.
+            BudgetError: the bank does not fit; the old state stays in use.
         """
         with self._lock:
             for attempt in range(_LOAD_ATTEMPTS):
@@ -312,7 +377,7 @@ class ResidentBank:
                 layout = self.bank.catalog.counter("layout")
                 fresh = layout != old.layout
                 try:
-                    self._view = self._load(None if fresh else old)
+                    self._view = self._loaded(None if fresh else old)
                     return True
                 except (SegmentMissingError, _LayoutChangedError):
                     # a compact came between reading the catalog and reading its segments
@@ -323,25 +388,71 @@ class ResidentBank:
     def _moved(self, layout: int) -> bool:
         return self.bank.catalog.counter("layout") != layout
 
+    def _loaded(self, old: ResidentView | None) -> ResidentView:
+        """The present state, by the plan, or by a lower one where there is no memory for it."""
+        plan, old = self.plan, self._replanned(old)
+        try:
+            while True:
+                try:
+                    return self._load_share(old) if self.shard.world > 1 else self._load(old)
+                except torch.OutOfMemoryError as error:
+                    self._fall_back(error)
+                    old = None
+        except BaseException:
+            self.plan = plan
+            raise
+
+    def _replanned(self, old: ResidentView | None) -> ResidentView | None:
+        """The state to build on; None when the bank has outgrown its plan and changes its tiers."""
+        if not self._planned or self._view.generation < 0:
+            return old
+        total = sum(e.num_chunks for e in self.bank.catalog.segments()) // self.shard.world
+        if total <= self.plan.num_chunks * budget.GROWTH:
+            return old
+        plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
+        same = all(
+            getattr(plan, name) == getattr(self.plan, name)
+            for name in ("keys_dtype", "keys_device", "content", "prefetch")
+        )
+        self.plan = plan
+        return old if same else None
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go one tier down.
+
+        Raises:
+            BudgetError: there is none, or the dtype was asked for.
+        """
+        plan = self.plan
+        place = f"'{plan.keys_device}' for the routing keys of bank '{self.bank.path}'"
+        lower = budget.lower(plan, self.bank) if self._dtype is None else None
+        if lower is None:
+            raise BudgetError(
+                f"no memory on {place} in {plan.keys_dtype}; free some, or hold shares of the bank "
+                "in several processes"
+            ) from error
+        log.warning(
+            "no memory on %s in %s; they are held on '%s' in %s",
+            *(place, plan.keys_dtype, lower.keys_device, lower.keys_dtype),
+        )
+        self.plan = lower
+
     def _load(self, old: ResidentView | None) -> ResidentView:
         """The present state, on top of an old one of the same layout."""
-        if self.shard.world > 1:
-            return self._load_share(old)
         if old is None:
             snapshot = self.bank.catalog.snapshot()
-            rows = Rows.none(len(self.bank.manifest.routing_layers))
-            buffers: dict[int, Tensor] = {}
         else:
-            rows, buffers = old._rows, self._buffers
+            rows = old._rows
             last = rows.segments[-1].entry.segment if rows.segments else 0
             snapshot = self.bank.catalog.snapshot(last, old.generation)
             if snapshot.layout != old.layout:
                 raise _LayoutChangedError("the bank is being compacted over and over; try again")
         segments = [(self._opened(entry), _whole(entry)) for entry in snapshot.segments]
-        rows = self._appended(rows, segments, buffers)
-        rows = replace(rows, live=rows.without(snapshot.dead))
+        view = self._appended(old, segments)
+        rows = replace(view._rows, live=view._rows.without(snapshot.dead))
         live = int(rows.live.sum())
-        return replace(self._made(snapshot, rows), total_documents=live, total_rows=len(rows.live))
+        view = self._at(view, snapshot, rows)
+        return replace(view, total_documents=live, total_rows=len(rows.live))
 
     def _load_share(self, old: ResidentView | None) -> ResidentView:
         """The present state of this process's share; loaded anew unless documents only went."""
@@ -364,14 +475,14 @@ class ResidentBank:
                     piece = self.shard.piece(counts, first, num_chunks)
                     first_row += piece.rows.start if index == 0 else 0
                 segments.append((segment, piece))
-            rows = self._appended(Rows.none(len(self._view._layers)), segments, {})
+            view = self._appended(None, segments)
         else:
-            rows, first_row = old._rows, old.first_row
-        everything = replace(rows, live=torch.ones_like(rows.live))
-        rows = replace(rows, live=everything.without(snapshot.dead))
+            view, first_row = old, old.first_row
+        everything = replace(view._rows, live=torch.ones_like(view._rows.live))
+        rows = replace(view._rows, live=everything.without(snapshot.dead))
         self._entries = entries
         return replace(
-            self._made(snapshot, rows),
+            self._at(view, snapshot, rows),
             first_row=first_row,
             total_documents=total,
             total_rows=sum(e.num_documents for e in entries),
@@ -381,53 +492,53 @@ class ResidentBank:
     def _opened(self, entry: SegmentEntry) -> Segment:
         return Segment(self.bank.segments_folder, entry, self.bank.manifest.routing_layers)
 
-    def _made(self, snapshot: Snapshot, rows: Rows) -> ResidentView:
-        num_chunks = rows.num_chunks
+    def _at(self, view: ResidentView, snapshot: Snapshot, rows: Rows) -> ResidentView:
+        """The view with these rows live, at the moment of the snapshot."""
         return replace(
-            self._view,
+            view,
             generation=snapshot.generation,
             layout=snapshot.layout,
             num_documents=int(rows.live.sum()),
-            _keys={i: b[:num_chunks] for i, b in self._buffers.items()},
-            _counts=rows.chunk_counts.to(self.device),
-            _mask=None if bool(rows.live.all()) else rows.live.to(self.device),
+            _mask=None if bool(rows.live.all()) else rows.live.to(self.plan.keys_device),
             _rows=rows,
         )
 
-    def _grown(self, buffers: dict[int, Tensor], used: int, needed: int) -> dict[int, Tensor]:
-        """Buffers with room for `needed` chunks, the first `used` as they were."""
-        manifest = self.bank.manifest
-        shape = (manifest.num_key_value_heads, manifest.head_dim)
-        grown = {}
-        for i in manifest.routing_layers:
-            buffer = buffers.get(i)
-            if buffer is None or len(buffer) < needed:
-                room = int(needed * _GROWTH) + 1
-                larger = torch.empty((room, *shape), dtype=self.dtype, device=self.device)
-                if buffer is not None:
-                    larger[:used] = buffer[:used]
-                buffer = larger
-            grown[i] = buffer
-        return grown
-
     def _appended(
-        self, rows: Rows, segments: Sequence[tuple[Segment, Piece]], buffers: dict[int, Tensor]
-    ) -> Rows:
-        """Rows and buffers with the documents of more segments behind those of before."""
+        self, old: ResidentView | None, segments: Sequence[tuple[Segment, Piece]]
+    ) -> ResidentView:
+        """A view with the documents of more segments behind those of before, if there are such."""
+        layers = self.bank.manifest.routing_layers
+        rows = Rows.none(len(layers)) if old is None else old._rows
+        content = self._new_content() if old is None else old._content
+        buffers = self._buffers if old is not None and self._buffers else self._new_buffers()
+        maps = list(self._maps) if old is not None else []
         used = rows.num_chunks
         needed = used + sum(piece.chunks.stop - piece.chunks.start for _, piece in segments)
-        buffers = self._grown(buffers, used, needed)
+        buffers = buffers.with_room(used, needed)
         builder = RowsBuilder(rows)
         scratch = _scratch([segment.entry for segment, _ in segments])
-        for segment, piece in segments:
+        for index, (segment, piece) in enumerate(segments, start=len(rows.segments)):
             part = segment.routing_part(scratch)
-            end = used + piece.chunks.stop - piece.chunks.start
             for i, keys in part.routing_keys.items():
-                buffers[i][used:end] = keys[piece.chunks]  # converts dtype and device
-            used = end
+                buffers.write(i, used, keys[piece.chunks])
+            if buffers.dtype == torch.int8:
+                maps.append(map_keys(segment.path, layers))
+            content.add(segment, part, piece, index)
+            used += piece.chunks.stop - piece.chunks.start
             builder.add(segment, part, piece)
-        self._buffers = buffers
-        return builder.build()
+        rows = builder.build()
+        stored = StoredKeys(rows, maps, content.window) if maps else None
+        counts = rows.chunk_counts.to(buffers.device)
+        norm = unit_key_norm(buffers.shape[0]) if self._view.score == "cosine" else None
+        self._buffers, self._maps = buffers, tuple(maps)
+        found = {i: replace(buffers.layer(i, counts, used, norm), stored=stored) for i in layers}
+        return replace(
+            self._view,
+            _layer_keys=found,
+            _keys_device=buffers.device,
+            _content=content,
+            _rows=rows,
+        )
 
 
 def _whole(entry: SegmentEntry) -> Piece:
@@ -437,6 +548,17 @@ def _whole(entry: SegmentEntry) -> Piece:
 def _scratch(entries: Sequence[SegmentEntry]) -> Tensor:
     """To read routing parts into; one for all, since one for each would fragment the heap."""
     return torch.empty(max((e.routing_bytes for e in entries), default=0), dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _out_of_memory(doing: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"'{device}' ran out of memory while {doing}; ask fewer questions at once (batch_size) "
+            "or hold the routing keys in int8; the bank is as it was"
+        ) from error
 
 
 class _LayoutChangedError(BankError):

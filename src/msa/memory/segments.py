@@ -289,6 +289,11 @@ class Segment:
         """The error to raise when this segment cannot be trusted."""
         return BankCorruptError(_message(self.path, what))
 
+    @property
+    def a_map(self) -> Tensor:
+        """One of the mapped tensors; who holds it holds the whole map."""
+        return self._content[self.layers[0]][0]
+
     def routing_part(self, buffer: Tensor | None = None) -> RoutingPart:
         """Numbers, chunk counts, checksums and routing keys, read from disk and compared.
 
