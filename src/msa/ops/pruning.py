@@ -27,16 +27,16 @@ from torch import Tensor
 from msa.ops.kernels.rounding import error_bound
 from msa.ops.routing import exact_dots
 
-# Keys are first parted into cells of about this many, the cells then into blocks.
-CELL = 1 << 14
-# A cell is learnt from this many keys.
-CELL_SAMPLE = 256
-ROUNDS = 6
+# Rounds of k-means, and keys from which the mean of a cell is learnt.
+ROUNDS = 5
+CELL_SAMPLE = 64
 # No block holds more than this many times the keys of a mean one.
 LARGEST = 4
 # Keys in float32 at once, while blocks are made and while they are scanned.
 BUILD_ROWS = 1 << 14
 SCAN_ROWS = 1 << 13
+# The first step of a scan, which finds a threshold, reads about so many keys; the next ones double.
+FIRST_ROWS = 1 << 10
 # Relative room for the rounding of means and distances in float32.
 _ROOM = 1e-5
 
@@ -70,7 +70,8 @@ def cluster_order(
 ) -> tuple[Tensor, Tensor]:
     """An order of the keys in which alike ones are neighbours, and where to cut it.
 
-    k-means in two levels, so that the work grows with C, not with its square.
+    k-means in two levels: the keys are parted into cells, every cell into blocks. With cells of the
+    size chosen here either level costs about as much, and together they grow as C ** 1.5.
 
     Args:
         keys: [C, G*D], any float dtype; or int8 with `scales`.
@@ -86,8 +87,9 @@ def cluster_order(
     generator = torch.Generator().manual_seed(seed)
     num_chunks = len(keys)
     cells = torch.zeros(num_chunks, dtype=torch.int64)
-    if num_chunks > 2 * CELL:
-        count = num_chunks // CELL
+    cell_size = math.sqrt(max(1, num_chunks) * block_size / ROUNDS)
+    count = min(int(num_chunks / cell_size), num_chunks // CELL_SAMPLE)
+    if count > 1:
         sample = torch.randperm(num_chunks, generator=generator)[: count * CELL_SAMPLE]
         means = _means(in_float32(keys, scales, sample), count, generator)
         for start in range(0, num_chunks, BUILD_ROWS):
@@ -226,18 +228,19 @@ class BlockScan:
         A bound that equals it is no reason to stop: of equal scores the lower document wins.
         """
         bounds = self.blocks.bounds(self.vectors, slack)
-        per_step = max(1, SCAN_ROWS * len(bounds) // max(1, len(self.blocks.keys)))
-        first = bounds.topk(min(per_step, len(bounds))).indices
+        share = len(bounds) / max(1, len(self.blocks.keys))
+        first = bounds.topk(min(math.ceil(FIRST_ROWS * share), len(bounds))).indices
         self._read(first)
         reachable = bounds >= self.threshold
         reachable[first] = False
         left = reachable.nonzero()[:, 0]
         bounds, order = bounds[left].sort(descending=True)
-        for some, best in zip(left[order].split(per_step), bounds.split(per_step), strict=True):
-            some = some[best >= self.threshold]
-            if not len(some):
-                return
-            self._read(some)
+        left, begin, step = left[order], 0, FIRST_ROWS
+        while begin < len(left) and bounds[begin] >= self.threshold:
+            step = min(2 * step, SCAN_ROWS)
+            some = slice(begin, begin + math.ceil(step * share))
+            self._read(left[some][bounds[some] >= self.threshold])
+            begin = some.stop
 
     def _read(self, blocks: Tensor) -> None:
         """Score all keys of some blocks and merge what may belong to the top-k."""

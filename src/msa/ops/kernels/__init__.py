@@ -1,6 +1,7 @@
 """Fast twins of the references in `msa.ops`: same signature, same result.
 
-Shapes: B batch, T query tokens, N documents, C chunks, G KV heads, D head dim, K selected documents.
+Shapes: B batch, T query tokens, N documents, C chunks, G KV heads, D head dim, K selected
+documents.
 """
 
 from __future__ import annotations

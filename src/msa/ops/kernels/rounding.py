@@ -12,6 +12,7 @@ in truth as well, and may be passed over; all others are candidates, however man
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # Unit roundoff of the inputs of a float32 product, by torch's setting; "highest" rounds nothing.
 _INPUT_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
@@ -34,3 +35,15 @@ def error_bound(width: int, dtype: torch.dtype = torch.float32) -> float:
     if dtype == torch.bfloat16:
         return (sums + 2 * _BFLOAT16) * 1.05
     return (sums + 2 * _INPUT_ROUNDOFF[torch.get_float32_matmul_precision()]) * 1.05
+
+
+def longest(vectors: Tensor) -> float:
+    """Length of the longest of some vectors [c, n], or a little more; 0 where there are none.
+
+    Vectors that are not finite do not count: their scores are NaN or infinite, in the product as in
+    truth.
+    """
+    if not len(vectors):
+        return 0.0
+    lengths = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float32)
+    return float(lengths.nan_to_num(0.0, posinf=0.0).max()) * 1.001

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.ops.kernels.rounding import error_bound
+from msa.ops.kernels.rounding import error_bound, longest
 from msa.ops.routing import check_routing, exact_dots
 from msa.types import Selection
 
@@ -66,7 +66,8 @@ def route_documents(
     ]
     if len(routing) and len(routing_keys):
         walk = _Walk(routing_keys.flatten(1), chunk_counts, document_mask, scales, key_norm)
-        walk.run(routing, questions)
+        with torch.autocast(vectors.device.type, enabled=False):  # products stay float32
+            walk.run(routing, questions)
     documents = torch.full((len(questions), count), -1, device=vectors.device)
     scores = vectors.new_full((len(questions), count), -torch.inf)
     for question in questions:
@@ -93,8 +94,7 @@ class _Question:
         self.tokens = tokens
         self.count = count
         self.vectors = vectors
-        longest = float(torch.linalg.vector_norm(vectors, dim=1).max()) if len(vectors) else 0.0
-        self.coefficient = bound * longest
+        self.coefficient = bound * longest(vectors)
         self.documents = torch.empty(0, dtype=torch.int64, device=vectors.device)
         self.scores = torch.empty(0, dtype=torch.float32, device=vectors.device)
         self.threshold = -math.inf
@@ -190,7 +190,7 @@ class _Product:
         """Length of the longest key of the block that was multiplied last."""
         if self.convert:
             keys = self.keys[: len(keys)]
-        return float(torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32).max()) * 1.001
+        return longest(keys)
 
 
 class _Walk:
@@ -214,10 +214,8 @@ class _Walk:
         """Bring every question's top-k up to date with all keys; `routing` is [R, G*D]."""
         padded = F.pad(routing, (0, 0, 0, -len(routing) % 8))  # registers hold 8 columns
         product = _Product(padded, self.keys)
-        # per column; those of the padding are never above their threshold
-        thresholds = routing.new_full((len(padded),), torch.inf)
-        coefficients = routing.new_zeros(len(padded))
-        owner = torch.full((len(padded),), -1)
+        thresholds, coefficients = padded.new_zeros(2, len(padded))  # per column
+        owner = torch.empty(len(routing), dtype=torch.int64)
         for question in questions:
             thresholds[question.tokens] = question.threshold
             coefficients[question.tokens] = question.coefficient
@@ -229,6 +227,7 @@ class _Walk:
                     continue
             scores, norm = self._score(product, block)
             passed = scores.amax(0) <= torch.add(thresholds, coefficients, alpha=-norm)
+            passed = passed[: len(routing)]
             if bool(passed.all()):  # not so for NaN
                 continue
             above = (~passed).nonzero()[:, 0].cpu()
@@ -242,7 +241,7 @@ class _Walk:
         scores = product(block.keys)
         if block.scales is not None:
             scores *= block.scales[:, None]
-            return scores, 128 * math.sqrt(block.keys.shape[1]) * float(block.scales.abs().max())
+            return scores, 128 * math.sqrt(block.keys.shape[1]) * longest(block.scales[:, None])
         return scores, product.norm(block.keys) if self.key_norm is None else self.key_norm
 
     def _offer(

@@ -1,0 +1,306 @@
+"""The kernels of routing give what the reference gives, to the last bit."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msa.errors import InputError
+from msa.ops import kernels
+from msa.ops.kernels import routing_cpu
+from msa.ops.kernels.rounding import error_bound, longest
+from msa.ops.routing import (
+    document_scores,
+    exact_dots,
+    exact_scores,
+    normalise,
+    route_documents,
+    routing_vectors,
+    select_documents,
+    unit_key_norm,
+)
+from msa.types import Selection
+from routing_twins import cases, changed, check, make, poisoned, put, ragged
+
+TESTS = Path(__file__).resolve().parents[1]
+CASES = dict(cases())
+# What a block may hold, the least number of keys in it, and how much is done at a time.
+BLOCKS = [(routing_cpu.BLOCK_BYTES, routing_cpu.MIN_BLOCK, routing_cpu.STEP), (1, 1, 3), (1, 7, 40)]
+
+
+@pytest.fixture(params=BLOCKS, ids=["whole", "single keys", "sevens"])
+def blocks(request, monkeypatch):
+    for name, value in zip(("BLOCK_BYTES", "MIN_BLOCK", "STEP"), request.param, strict=True):
+        monkeypatch.setattr(routing_cpu, name, value)
+
+
+def same(found: Selection, expected: Selection) -> None:
+    assert found.documents.tolist() == expected.documents.tolist()
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", CASES)
+def test_the_blocked_kernel_is_a_twin(name):
+    check(kernels.route_documents, CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_one_without_onednn_and_under_autocast(name, monkeypatch):
+    monkeypatch.setattr(routing_cpu, "_has_onednn", lambda: False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(kernels.route_documents, CASES[name])
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "bfloat16" in n])
+def test_it_is_one_where_bfloat16_is_multiplied_as_it_is(name, monkeypatch):
+    """Scores of a bfloat16 product are coarse; what is chosen, and its scores, are not."""
+    monkeypatch.setattr(routing_cpu, "_multiplies_bfloat16", lambda: True)
+    check(kernels.route_documents, CASES[name])
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), max_size=30),
+    top_k=st.integers(1, 9),
+    block=st.integers(1, 50),
+    coarse=st.booleans(),
+    share=st.sampled_from([None, 0.1, 0.6]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_it_is_one_for_any_documents_and_blocks(counts, top_k, block, coarse, share, seed):
+    case = make(counts, top_k=top_k, seed=seed)
+    if coarse:
+        case = changed(case, routing_keys=torch.round, vectors=torch.round)
+    if share is not None:
+        case["document_mask"] = torch.rand(2, len(counts)) < share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing_cpu, "BLOCK_BYTES", 1)
+        patch.setattr(routing_cpu, "MIN_BLOCK", block)
+        check(routing_cpu.route_documents, case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernel_is_a_twin_in_the_interpreter():
+    """In a process of its own: Triton decides at import whether it interprets."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+        "TRITON_INTERPRET": "1",
+    }
+    command = [sys.executable, "-W", "ignore", str(TESTS / "routing_twins.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "all the same"
+
+
+# ---- the reference
+
+
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+def test_the_reference_follows_equation_2(score):
+    """As `document_scores`, which is tested against the equation written out."""
+    torch.manual_seed(0)
+    queries, mask = torch.randn(2, 5, 4, 8), torch.rand(2, 5) < 0.7
+    keys, counts = normalise(torch.randn(60, 2, 8)), torch.tensor([7, 1, 30, 20, 2])
+    document_mask = torch.tensor([True, True, True, False, True])
+    expected = select_documents(
+        document_scores(queries, mask, keys, counts, score, document_mask), 3
+    )
+    vectors = routing_vectors(queries, 2, score)
+    found = route_documents(vectors, mask, keys, counts, 3, document_mask)
+    assert found.documents.tolist() == expected.documents.tolist()
+    assert torch.allclose(found.scores, expected.scores, atol=1e-6)
+
+
+def test_int8_keys_count_as_their_values_times_their_scale():
+    case = make(ragged(1, 20, 4), dtype=torch.int8)
+    keys = case["routing_keys"].double() * case["scales"][:, None, None].double()
+    scores = exact_scores(
+        case["vectors"], case["routing_mask"], case["routing_keys"], case["scales"]
+    )
+    for row, mask in enumerate(case["routing_mask"]):
+        products = case["vectors"][row][mask].double() @ keys.flatten(1).T
+        assert torch.allclose(scores[row].double(), products.amax(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 96, 1000])
+def test_exact_dots_are_exact_and_do_not_depend_on_the_batch(width):
+    torch.manual_seed(0)
+    a, b = torch.randn(40, width), torch.randn(40, width)
+    dots = exact_dots(a, b)
+    for i in (0, 17, 39):
+        products = [float(x) * float(y) for x, y in zip(a[i], b[i], strict=True)]
+        assert abs(float(dots[i]) - math.fsum(products)) < 1e-13 * max(1, width)
+        assert torch.equal(exact_dots(a[i], b[i]), dots[i])
+        assert torch.equal(
+            exact_dots(a.T.contiguous().T[i : i + 1], b)[:, None][i], dots[i : i + 1]
+        )
+
+
+# ---- what the exact scores are for
+
+
+def test_a_question_gets_the_same_bits_alone_and_in_a_batch():
+    case = make(ragged(5, 200, 6), batch=5, tokens=9)
+    together = kernels.route_documents(**case)
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = changed(case, vectors=lambda v, p=part: v[p], routing_mask=lambda m, p=part: m[p])
+        same(
+            kernels.route_documents(**alone),
+            Selection(together.documents[part], together.scores[part]),
+        )
+
+
+@pytest.mark.parametrize("shards", [2, 3, 7])
+def test_the_best_of_shards_are_the_best_of_the_whole(shards):
+    """Documents with equal scores in different shards included."""
+    counts = ragged(6, 90, 5)
+    case = changed(make(counts, top_k=10), routing_keys=lambda k: k.repeat(1, 1, 1).round())
+    documents, scores, start, chunk = [], [], 0, 0
+    for some in counts.tensor_split(shards):
+        chunks = slice(chunk, chunk + int(some.sum()))
+        part = {**case, "routing_keys": case["routing_keys"][chunks], "chunk_counts": some}
+        found = kernels.route_documents(**part)
+        documents.append(found.documents + start)
+        scores.append(found.scores)
+        start, chunk = start + len(some), chunks.stop
+    merged, order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
+    chosen = torch.cat(documents, 1).gather(1, order)
+    same(Selection(chosen[:, :10], merged[:, :10]), kernels.route_documents(**case))
+
+
+@given(width=st.sampled_from([1, 8, 96, 1000]), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_products_are_within_the_rounding_bound(width, seed):
+    torch.manual_seed(seed)
+    a = torch.randn(20, width) * 10 ** torch.empty(20, 1).uniform_(-3, 3)
+    b = torch.randn(30, width).abs()  # no cancelling: large sums
+    exact = exact_dots(a[:, None], b)
+    lengths = a.double().norm(dim=1)[:, None] * b.double().norm(dim=1)
+    assert ((a @ b.T - exact).abs() <= error_bound(width) * lengths).all()
+    half = b.bfloat16()
+    coarse = a.bfloat16() @ half.T - exact_dots(a[:, None], half)
+    assert (coarse.abs() <= error_bound(width, torch.bfloat16) * lengths * 1.01).all()
+    assert coarse.abs().max() > error_bound(width) * lengths.max() / 100  # a bound, not a guess
+
+
+def test_the_rounding_bound_follows_torchs_precision():
+    before, bounds = torch.get_float32_matmul_precision(), []
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            bounds.append(error_bound(64))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert bounds[0] < 2**-15 < 2**-10 < bounds[1] < 2**-7 < bounds[2]
+
+
+def test_the_longest_vector_is_never_underestimated():
+    vectors = torch.tensor([[3.0, 4.0], [torch.nan, 9.0], [torch.inf, 0.0], [0.0, 1.0]])
+    assert 5.0 <= longest(vectors) < 5.1
+    assert longest(vectors[:0]) == 0.0
+    assert longest(normalise(torch.randn(500, 3, 32)).bfloat16().flatten(1)) < unit_key_norm(3)
+
+
+# ---- what it costs
+
+
+class Memory(TorchDispatchMode):
+    """The largest storage that any operation made, in bytes."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known if torch.is_tensor(t)}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("share", [None, 0.9, 0.01])
+def test_memory_does_not_grow_with_the_bank(dtype, share, monkeypatch):
+    monkeypatch.setattr(routing_cpu, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(routing_cpu, "STEP", 1 << 8)
+    case = make([3] * 7000, dtype=dtype, dim=16)
+    if share is not None:
+        case["document_mask"] = torch.rand(7000) < share
+    with Memory(case.values()) as memory:
+        kernels.route_documents(**case)
+    assert 0 < memory.largest < 40_000  # the keys of a block and their copy; [C] would be 84,000
+
+
+def test_a_filter_that_few_documents_pass_saves_the_product(monkeypatch):
+    monkeypatch.setattr(routing_cpu, "BLOCK_BYTES", 1 << 14)
+    rows = []
+    product = routing_cpu._Product.__call__
+
+    def counted(self, keys):
+        rows.append(len(keys))
+        return product(self, keys)
+
+    monkeypatch.setattr(routing_cpu._Product, "__call__", counted)
+    mask = torch.zeros(2000, dtype=torch.bool)
+    mask[::100] = True
+    kernels.route_documents(**make([3] * 2000, document_mask=mask))
+    assert sum(rows) == 3 * 20
+    rows.clear()
+    kernels.route_documents(**make([3] * 2000))
+    assert sum(rows) == 3 * 2000
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 0}, "top_k=0: expected at least 1"),
+        ({"vectors": torch.zeros(2, 5, 15)}, "vectors of 15 numbers and keys of 16"),
+        ({"chunk_counts": torch.tensor([2, 2])}, "add up to 4, but there are 3 keys"),
+        ({"scales": torch.ones(3)}, "torch.float32 with scales: expected scales for int8 keys"),
+        ({"routing_keys": torch.zeros(3, 2, 8, dtype=torch.int8)}, "int8 without scales"),
+        (
+            {"routing_keys": torch.zeros(3, 2, 8, dtype=torch.int8), "scales": torch.ones(2)},
+            r"scales of shape \[2\]: expected one per key, \[3\]",
+        ),
+        ({"document_mask": torch.ones(3, 2) > 0}, r"\[3, 2\]: expected \[2\] or \[2, 2\]"),
+    ],
+)
+@pytest.mark.parametrize("function", [route_documents, kernels.route_documents])
+def test_bad_input_is_named(function, change, message):
+    with pytest.raises(InputError, match=message):
+        function(**{**make([1, 2]), **change})
+
+
+def test_poison_shows_where_memory_is_read_before_it_is_written():
+    """The check itself: a kernel that returns what it never wrote is caught."""
+
+    def careless(**call):
+        found = route_documents(**call)
+        return Selection(found.documents, torch.empty(found.scores.shape))
+
+    with pytest.raises(AssertionError):
+        check(careless, make([1, 2, 3]))
+    with poisoned():
+        assert torch.empty(3).isnan().all()
+    assert put(0, value=1.0)(torch.zeros(2)).tolist() == [1.0, 0.0]
