@@ -27,9 +27,10 @@ from torch import Tensor
 from msa.ops.kernels.rounding import error_bound
 from msa.ops.routing import exact_dots
 
-# Rounds of k-means, and keys from which the mean of a cell is learnt.
+# Means of one k-means, its rounds, and the keys that each mean is learnt from.
+BRANCHES = 64
 ROUNDS = 5
-CELL_SAMPLE = 64
+SAMPLE = 128
 # No block holds more than this many times the keys of a mean one.
 LARGEST = 4
 # Keys in float32 at once, while blocks are made and while they are scanned.
@@ -70,8 +71,8 @@ def cluster_order(
 ) -> tuple[Tensor, Tensor]:
     """An order of the keys in which alike ones are neighbours, and where to cut it.
 
-    k-means in two levels: the keys are parted into cells, every cell into blocks. With cells of the
-    size chosen here either level costs about as much, and together they grow as C ** 1.5.
+    k-means in levels, each of which parts a cell into `BRANCHES` at most or so: the work per key
+    grows with the logarithm of C.
 
     Args:
         keys: [C, G*D], any float dtype; or int8 with `scales`.
@@ -85,26 +86,31 @@ def cluster_order(
     Source: ours; Lloyd's k-means.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_chunks = len(keys)
-    cells = torch.zeros(num_chunks, dtype=torch.int64)
-    cell_size = math.sqrt(max(1, num_chunks) * block_size / ROUNDS)
-    count = min(int(num_chunks / cell_size), num_chunks // CELL_SAMPLE)
-    if count > 1:
-        sample = torch.randperm(num_chunks, generator=generator)[: count * CELL_SAMPLE]
-        means = _means(in_float32(keys, scales, sample), count, generator)
-        for start in range(0, num_chunks, BUILD_ROWS):
-            part = slice(start, start + BUILD_ROWS)
-            cells[part] = _nearest(in_float32(keys, scales, part), means)
-    by_cell, members = cells.sort(stable=True)
-    orders, sizes = [], []
-    for cell in members.split(torch.unique_consecutive(by_cell, return_counts=True)[1].tolist()):
-        some = in_float32(keys, scales, cell)
-        nearest = _nearest(some, _means(some, math.ceil(len(cell) / block_size), generator))
-        nearest, within = nearest.sort(stable=True)
-        orders.append(cell[within])
-        sizes.append(_cut(torch.unique_consecutive(nearest, return_counts=True)[1], block_size))
+    cells = [torch.arange(len(keys))] if len(keys) else []
+    levels = math.ceil(math.log(max(1.0, len(keys) / block_size)) / math.log(BRANCHES))
+    for level in range(levels, 0, -1):
+        parted = []
+        for cell in cells:
+            # what is left to do, spread over the levels that are left
+            count = math.ceil((len(cell) / block_size) ** (1 / level))
+            count = min(count, 4 * BRANCHES)  # a cell that came out too large
+            parted += [cell] if count < 2 else _part(keys, scales, cell, count, generator)
+        cells = parted
     empty = torch.empty(0, dtype=torch.int64)
-    return torch.cat([empty, *orders]), torch.cat([empty, *sizes])
+    sizes = torch.tensor([len(cell) for cell in cells], dtype=torch.int64)
+    return torch.cat([empty, *cells]), _cut(sizes, block_size)
+
+
+def _part(
+    keys: Tensor, scales: Tensor | None, cell: Tensor, count: int, generator: torch.Generator
+) -> list[Tensor]:
+    """A cell (indices of keys) parted into `count` at most, none empty."""
+    sample = cell[torch.randperm(len(cell), generator=generator)[: count * SAMPLE]]
+    means = _means(in_float32(keys, scales, sample), count, generator)
+    nearest = [_nearest(in_float32(keys, scales, part), means) for part in cell.split(BUILD_ROWS)]
+    by_mean, order = torch.cat(nearest).sort(stable=True)
+    sizes = torch.unique_consecutive(by_mean, return_counts=True)[1]
+    return list(cell[order].split(sizes.tolist()))
 
 
 def _cut(sizes: Tensor, block_size: int) -> Tensor:

@@ -9,6 +9,8 @@ Shapes: B batch, T query tokens, N documents, C chunks, H query heads, G KV head
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -178,7 +180,7 @@ def exact_scores(
                 continue
             tokens = min(step, len(routing))
             chunks = max(1, step // tokens)
-            for some in routing.split(tokens):
+            for some in torch.split(routing, tokens):
                 for start in range(0, keys.shape[0], chunks):
                     part = slice(start, start + chunks)
                     dots = exact_dots(some[:, None], keys[part])
@@ -285,4 +287,4 @@ def route_documents(
 
 def unit_key_norm(num_key_value_heads: int) -> float:
     """The `key_norm` of keys that have unit length per head, room for their rounding included."""
-    return 1.01 * num_key_value_heads**0.5
+    return 1.01 * math.sqrt(num_key_value_heads)

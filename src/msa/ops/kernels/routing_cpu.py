@@ -206,7 +206,9 @@ class _Walk:
     ) -> None:
         self.keys = keys
         self.chunk_counts = chunk_counts
-        self.mask = document_mask if document_mask is None else torch.atleast_2d(document_mask)
+        self.mask = document_mask
+        if document_mask is not None and document_mask.dim() == 1:
+            self.mask = document_mask[None]
         self.scales = scales
         self.key_norm = key_norm
 
@@ -255,7 +257,7 @@ class _Walk:
         """
         error = question.coefficient * norm
         above = scores[:, columns.to(scores.device)] > question.threshold - error
-        places = above.nonzero()[:, 0].unique_consecutive()
+        places = torch.unique_consecutive(above.nonzero()[:, 0])
         documents = block.documents(places)
         if self.mask is not None:
             mask = self.mask[question.row if len(self.mask) > 1 else 0]
@@ -271,7 +273,7 @@ class _Walk:
         if len(best) > question.count:
             lowest = lowest.clamp(min=best.topk(question.count).values[-1])
         pairs = (tokens >= lowest[:, None] - 2 * error).nonzero()
-        for some in pairs.split(max(1, STEP // block.keys.shape[1])):
+        for some in torch.split(pairs, max(1, STEP // block.keys.shape[1])):
             place, token = places[some[:, 0]], some[:, 1]
             exact = exact_dots(question.vectors[token], block.keys[place])
             if block.scales is not None:
@@ -303,7 +305,11 @@ class _Walk:
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _mkldnn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _mkldnn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _product_dtype(keys: Tensor) -> torch.dtype:
@@ -315,4 +321,4 @@ def _product_dtype(keys: Tensor) -> torch.dtype:
 
 def _multiplies_bfloat16() -> bool:
     """AMX: sixteen times the rate of float32. Elsewhere bfloat16 products are slow or emulated."""
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_amx_tile_supported())
+    return _mkldnn() and bool(torch.cpu._is_amx_tile_supported())

@@ -16,8 +16,8 @@ tiles, K selected documents.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
 from msa.ops.kernels.rounding import error_bound, longest
@@ -50,7 +50,9 @@ def route_documents(
     check_routing(vectors, routing_keys, chunk_counts, top_k, document_mask, scales)
     keys = routing_keys.flatten(1).contiguous()
     ends = chunk_counts.cumsum(0)
-    mask = None if document_mask is None else torch.atleast_2d(document_mask).contiguous()
+    mask = document_mask
+    if mask is not None:
+        mask = (mask if mask.dim() == 2 else mask[None]).contiguous()
     scores = _document_scores(vectors, routing_mask, keys, ends, mask, scales)
     count = min(top_k, len(chunk_counts))
     if not (count and len(vectors)):
@@ -143,7 +145,7 @@ def _margins(vectors: Tensor, routing_mask: Tensor, norm: float) -> Tensor:
 
 
 def _key_norm(keys: Tensor) -> float:
-    return max((longest(part) for part in keys.split(1 << 16)), default=0.0)
+    return max((longest(part) for part in torch.split(keys, 1 << 16)), default=0.0)
 
 
 def _exact(
@@ -161,7 +163,7 @@ def _exact(
     within = torch.arange(len(places), device=keys.device) - (counts.cumsum(0) - counts)[places]
     chunks = (ends[documents] - counts)[places] + within
     result = vectors.new_full((len(documents),), -torch.inf)
-    for place, chunk in zip(places.split(STEP), chunks.split(STEP), strict=True):
+    for place, chunk in zip(torch.split(places, STEP), torch.split(chunks, STEP), strict=True):
         some = None if scales is None else scales[chunk]
         scores = exact_scores(vectors, routing_mask, keys[chunk], some)[0]
         result.scatter_reduce_(0, place, scores, reduce="amax")
@@ -174,7 +176,9 @@ def _later(document_a, score_a, document_b, score_b):  # type: ignore[no-untyped
     return document_b, tl.where(document_a == document_b, tl.maximum(score_a, score_b), score_b)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_chunks", "num_documents", "mask_stride"])
+@triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
+    do_not_specialize=["num_tiles", "num_chunks", "num_documents", "mask_stride"]
+)
 def _kernel(  # type: ignore[no-untyped-def]
     rows,  # [R, width] float32
     owner,  # [R / tile_tokens] int32
