@@ -43,10 +43,11 @@ def same(got, expected):
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Steps, cells and samples so small that little banks have many of each."""
+    """Steps and samples so small that little banks have many of each."""
     monkeypatch.setattr(pruning, "SCAN_ROWS", 16)
-    monkeypatch.setattr(pruning, "CELL", 64)
-    monkeypatch.setattr(pruning, "CELL_SAMPLE", 16)
+    monkeypatch.setattr(pruning, "FIRST_ROWS", 4)
+    monkeypatch.setattr(pruning, "BRANCHES", 4)
+    monkeypatch.setattr(pruning, "SAMPLE", 8)
     monkeypatch.setattr(pruning, "BUILD_ROWS", 50)
 
 
