@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -96,6 +97,7 @@ def test_the_machine_is_described():
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["device"] == "cpu"
+    assert not hasattr(os, "getloadavg") or float(facts["load average"]) >= 0
 
 
 # Synthetic memories
@@ -421,6 +423,19 @@ def test_a_random_model_computes_with_what_a_model_has(dtype):
 )
 def test_figures_are_shown_with_their_units(name, value, text):
     assert report.shown(name, value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("decode_seconds_per_token", "decode per token"),
+        ("msa_over_read_once_ratio", "MSA / read once"),
+        ("faiss_one_vector_seconds", "FAISS one vector"),
+        ("encode_tokens_per_second", "encode tokens per second"),
+    ],
+)
+def test_figures_have_names_for_people(name, text):
+    assert report.words(name) == text
 
 
 def made(kind="asking", cost=2.0) -> Report:

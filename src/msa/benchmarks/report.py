@@ -113,6 +113,7 @@ class Report:
 
 def words(name: str) -> str:
     """A figure's name for people: without its unit, `over` as a stroke."""
+    name = name.replace("_seconds_per_token", "_per_token")
     for unit in ("_bytes_per_second", "_seconds", "_bytes", "_ratio", "_share"):
         name = name.removesuffix(unit)
     name = name.replace("_over_", " / ").replace("_", " ")

@@ -180,6 +180,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "machine": name,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
+        "load average": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
