@@ -52,6 +52,8 @@ def run_example(folder: Path, *commands: list[object]) -> str:
         text=True,
         timeout=PATIENCE,
     )
+    if "The current node timed out during startup" in run.stderr:
+        pytest.skip("Ray did not start within its own 30 seconds: the machine is too busy")
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
