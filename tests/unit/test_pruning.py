@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from msa.errors import InputError
+from msa.memory.keys import LayerKeys
 from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.ops import pruning
 from msa.ops.pruning import BlockScan, cluster_order, describe_blocks
@@ -225,6 +226,25 @@ def test_a_view_is_not_changed_by_documents_added_later():
     assert after.num_bytes > before.num_bytes > keys[: counts[:20].sum()].nbytes
     vectors, routes = questions(10, 1, 4)
     assert int(before.search(vectors, routes, 99).documents.max()) < 20
+
+
+def test_keys_of_a_layer_that_grows():
+    """New documents are a tail until they are a quarter; then all is parted anew."""
+    keys, counts = make(11, 100, kinds=7)
+    settings = PruningSettings(block_size=4)
+    vectors, routes = questions(11, 2, 4)
+    pruned = None
+    tails = []
+    for documents in (60, 62, 70, 100):
+        end = int(counts[:documents].sum())
+        some = keys[:end], counts[:documents]
+        pruned = PrunedKeys.followed(pruned, *some, settings)
+        tails.append(pruned.num_tail_chunks)
+        layer = LayerKeys(*some, layer=3, pruned=pruned)
+        same(layer.search(vectors, routes, 9), route_documents(vectors, routes, *some, 9))
+        assert layer.num_bytes == keys[:end].nbytes + pruned.num_bytes
+    first, second = int(counts[:60].sum()), int(counts[:62].sum())
+    assert tails == [0, second - first, int(counts[:70].sum()) - first, 0]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from msa.errors import BankCorruptError, BudgetError
 from msa.memory.pages import PageWindow
+from msa.memory.pruning import PrunedKeys
 from msa.memory.rows import Rows
 from msa.memory.segments import SegmentMissingError, chunk_offsets
 from msa.ops.kernels import route_documents
@@ -58,6 +59,7 @@ class LayerKeys:
         key_norm: no key is longer than this, if that is known.
         stored: the same keys on disk; with int8 keys only.
         layer: index of the routing layer.
+        pruned: the same keys in blocks, to be searched instead; none by default.
     """
 
     keys: Tensor
@@ -66,11 +68,13 @@ class LayerKeys:
     scales: Tensor | None = None
     key_norm: float | None = None
     stored: StoredKeys | None = None
+    pruned: PrunedKeys | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Memory in use, the scales included."""
-        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Memory in use, the scales and the keys in blocks included."""
+        extra = 0 if self.pruned is None else self.pruned.num_bytes
+        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes) + extra
 
     def search(
         self,
@@ -98,16 +102,19 @@ class LayerKeys:
         wanted = top_k
         if self.stored is not None:
             wanted = max(CANDIDATES * top_k, top_k + MORE_CANDIDATES)
-        found = route_documents(
-            vectors,
-            routing_mask,
-            self.keys,
-            self.counts,
-            wanted,
-            document_mask,
-            self.scales,
-            self.key_norm,
-        )
+        if self.pruned is not None:
+            found = self.pruned.search(vectors, routing_mask, wanted, document_mask)
+        else:
+            found = route_documents(
+                vectors,
+                routing_mask,
+                self.keys,
+                self.counts,
+                wanted,
+                document_mask,
+                self.scales,
+                self.key_norm,
+            )
         if self.stored is None:
             return found
         return self._rescored(self.stored, vectors, routing_mask, found.documents, top_k)

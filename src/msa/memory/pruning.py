@@ -23,6 +23,9 @@ from msa.ops.pruning import BlockScan, KeyBlocks, cluster_order, describe_blocks
 from msa.ops.routing import check_routing, select_documents
 from msa.types import Selection
 
+# A layer that has grown to so many times the chunks of its blocks is parted anew.
+REBUILD = 1.25
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruningSettings:
@@ -143,6 +146,41 @@ class PrunedKeys:
             _tail_keys=torch.cat([before, routing_keys.detach()]),
             _tail_counts=torch.cat([self._tail_counts, chunk_counts]),
             _tail_scales=None if old is None or new is None else torch.cat([old, new]),
+        )
+
+    @classmethod
+    def followed(
+        cls,
+        before: PrunedKeys | None,
+        routing_keys: Tensor,
+        chunk_counts: Tensor,
+        settings: PruningSettings,
+        *,
+        scales: Tensor | None = None,
+    ) -> PrunedKeys:
+        """The keys of a layer that has grown since `before` was made of its first documents.
+
+        New documents become the tail, which is not copied: the caller must leave these keys as they
+        are. All is built anew when there is nothing before, or the tail has grown to a quarter.
+
+        Args:
+            before: of the first documents of the same layer, or None.
+            routing_keys, chunk_counts, scales: of the whole layer, as in `build`.
+            settings: for a new build; those of `before` are kept otherwise.
+
+        Raises:
+            InputError: see `build`.
+        """
+        if before is None or len(routing_keys) > REBUILD * len(before._blocks.keys):
+            return cls.build(routing_keys, chunk_counts, settings, scales=scales)
+        _check_keys(routing_keys, chunk_counts, scales)
+        keys, documents = len(before._blocks.keys), before._blocked_documents
+        return replace(
+            before,
+            num_documents=len(chunk_counts),
+            _tail_keys=routing_keys.detach()[keys:],
+            _tail_counts=chunk_counts[documents:],
+            _tail_scales=None if scales is None else scales[keys:],
         )
 
     @torch.no_grad()
