@@ -95,3 +95,67 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> None:
         raise ConfigError(
             f"device '{device}' has no {name}; take float32 or int8 there, or another device"
         )
+
+
+# ---- content: packed rows
+
+SCALE_BYTES = 4
+INT4_MAX = 7.0
+PACKED = ("int8", "fp8", "int4")
+
+
+def packed_width(head_dim: int, precision: str) -> int:
+    """Bytes of a packed row of D numbers: the numbers, then their scale."""
+    return (head_dim // 2 if precision == "int4" else head_dim) + SCALE_BYTES
+
+
+def pack(x: Tensor, precision: str) -> Tensor:
+    """Numbers in eight or four bits with a scale of their own for every row, in one tensor.
+
+    A row is the D numbers of one KV head of one chunk, and behind them the bytes of their float32
+    scale; so rows can be copied, selected and hashed like any other.
+
+    Args:
+        x: [..., D], any float dtype; D even for "int4".
+        precision: "int8", "fp8" (e4m3) or "int4" (two numbers to a byte, the first one low).
+
+    Returns:
+        [..., packed_width] uint8.
+
+    Raises:
+        InputError: a number is not finite.
+        ConfigError: no such precision, or D cannot be packed so.
+
+    Source: ours; symmetric absmax quantisation.
+    """
+    if precision not in PACKED or (precision == "int4" and x.shape[-1] % 2):
+        raise ConfigError(
+            f"precision={precision} of rows of {x.shape[-1]} numbers: expected one of "
+            f"{', '.join(PACKED)}; int4 takes rows of even length"
+        )
+    rows = x.reshape(-1, 1, x.shape[-1])
+    if precision == "int8":
+        values, scales = quantise(rows)
+    elif precision == "fp8":
+        values, scales = quantise_fp8(rows)
+    else:
+        numbers, scales = _scaled(rows, INT4_MAX)
+        nibbles = numbers.round_().clamp_(-INT4_MAX, INT4_MAX).to(torch.int8) + 8
+        values = (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).to(torch.uint8)
+    body = values.view(torch.uint8).flatten(1)
+    packed = torch.cat([body, scales[:, None].view(torch.uint8)], dim=1)
+    return packed.view(*x.shape[:-1], packed_width(x.shape[-1], precision))
+
+
+def unpack(packed: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+    """What `pack` was given, nearly: [..., D] in `dtype` for [..., packed_width] uint8."""
+    body, tail = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+    # copies, since a part of a row may begin at any byte
+    scales = tail.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    if precision == "int4":
+        pairs = torch.stack([body & 15, body >> 4], dim=-1).flatten(-2)
+        numbers = pairs.float() - 8
+    else:
+        stored = torch.int8 if precision == "int8" else FP8
+        numbers = body.view(stored).float()
+    return (numbers * scales).to(dtype)

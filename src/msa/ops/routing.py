@@ -146,7 +146,7 @@ def exact_dots(a: Tensor, b: Tensor) -> Tensor:
     size = products.shape[-1]
     while size > 1:
         half = (size + 1) // 2
-        products[..., : size - half] += products[..., half:size]
+        products.narrow(-1, 0, size - half).add_(products.narrow(-1, half, size - half))
         size = half
     return products[..., 0]
 

@@ -68,13 +68,13 @@ def route_documents(
         walk = _Walk(routing_keys.flatten(1), chunk_counts, document_mask, scales, key_norm)
         with torch.autocast(vectors.device.type, enabled=False):  # products stay float32
             walk.run(routing, questions)
-    documents = torch.full((len(questions), count), -1, device=vectors.device)
-    scores = vectors.new_full((len(questions), count), -torch.inf)
+    documents = torch.full((len(questions), count), -1)
+    scores = torch.full((len(questions), count), -torch.inf)
     for question in questions:
-        found = len(question.documents)
-        documents[question.row, :found] = question.documents
-        scores[question.row, :found] = question.scores
-    return Selection(documents, scores)
+        for place, (document, score) in enumerate(question.best):
+            documents[question.row, place] = document
+            scores[question.row, place] = score
+    return Selection(documents.to(vectors.device), scores.to(vectors.device))
 
 
 class _Question:
@@ -85,7 +85,7 @@ class _Question:
         tokens: its columns of the scores of a block.
         vectors: [T, G*D], of its routing tokens.
         coefficient: times the length of a key, the rounding bound of a score.
-        documents, scores: [<= K] int64 and float32, best first; exact.
+        best: at most K documents and their exact scores, best first.
         threshold: the k-th best score, -inf before there are k.
     """
 
@@ -95,24 +95,19 @@ class _Question:
         self.count = count
         self.vectors = vectors
         self.coefficient = bound * longest(vectors)
-        self.documents = torch.empty(0, dtype=torch.int64, device=vectors.device)
-        self.scores = torch.empty(0, dtype=torch.float32, device=vectors.device)
+        self.best: list[tuple[int, float]] = []
         self.threshold = -math.inf
 
     def merge(self, documents: Tensor, scores: Tensor) -> None:
         """Take in exact chunk scores of documents (int64, float32 [P]); a document may recur."""
-        documents, places = torch.unique(
-            torch.cat([self.documents, documents]), return_inverse=True
-        )
-        scores = torch.cat([self.scores, scores])
-        best = scores.new_full((len(documents),), -torch.inf)
-        best.scatter_reduce_(0, places, scores, reduce="amax")
-        # documents ascend here, and the sort keeps the order of equal scores
-        best, order = best.sort(descending=True, stable=True)
-        self.scores = best[: self.count]
-        self.documents = documents[order[: self.count]]
-        if len(self.scores) == self.count:
-            self.threshold = float(self.scores[-1])
+        best = dict(self.best)
+        for document, score in zip(documents.tolist(), scores.tolist(), strict=True):
+            if score > best.get(document, -math.inf):  # not so for NaN
+                best[document] = score
+        ranked = sorted(best.items(), key=lambda found: (-found[1], found[0]))
+        self.best = ranked[: self.count]
+        if len(ranked) >= self.count:
+            self.threshold = self.best[-1][1]
 
 
 class _Block:
@@ -256,7 +251,7 @@ class _Walk:
             columns: tokens of the question with a score above the threshold somewhere, or NaN.
         """
         error = question.coefficient * norm
-        above = scores[:, columns.to(scores.device)] > question.threshold - error
+        above = scores.index_select(1, columns.to(scores.device)) > question.threshold - error
         places = torch.unique_consecutive(above.nonzero()[:, 0])
         documents = block.documents(places)
         if self.mask is not None:
@@ -264,7 +259,7 @@ class _Walk:
             allowed = mask[block.first : block.end][documents]
             places, documents = places[allowed], documents[allowed]
         tokens = scores[places, question.tokens]
-        tokens = tokens.masked_fill(tokens.isnan(), -torch.inf)
+        tokens = tokens.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         # Exact scores differ by at most `error`, so of two that differ by more than twice that the
         # lower one can be neither a document's best score nor, below k others, a choice.
         best = tokens.new_full((block.end - block.first,), -torch.inf)
