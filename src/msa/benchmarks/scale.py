@@ -237,7 +237,8 @@ def random_model(
             weights.uniform_(-0.02, 0.02, generator=generator)
     # its frequencies are no parameters: they are computed, not drawn
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def layer_parameters(shape: Shape) -> float:
