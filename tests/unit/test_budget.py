@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from msa.memory import budget
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import available_memory, lower, plan
 from msa.memory.resident import ResidentBank
+from msa.types import Selection
 
 GB = 10**9
 
@@ -229,6 +232,14 @@ def test_a_precision_that_the_device_lacks_is_not_chosen(half, monkeypatch):
     assert "cuda:0 has no bfloat16" in made.why
 
 
+def test_on_a_device_without_float64_keys_are_scored_on_the_cpu(half, monkeypatch):
+    made = device_plan(
+        half, 80 * GB, monkeypatch, supported=lambda dtype, device: dtype != torch.float64
+    )
+    assert made.keys_device == "cpu"
+    assert "cuda:0 has no float64" in made.why[0]
+
+
 def test_one_tier_after_the_other(half, monkeypatch):
     first = device_plan(half, 80 * GB, monkeypatch)
     second = lower(first, half)
@@ -327,3 +338,63 @@ def test_a_plan_that_cannot_be_made_is_one_line(run, words, code, message):
     assert (ended, out) == (code, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+# ---- the plan holds
+
+
+def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each):
+    """A bank of random states in bfloat16, as they would lie there; no document is encoded."""
+    from msa.memory.catalog import CatalogRow
+    from msa.memory.records import EncodedBatch
+    from msa.types import Document, LatentStates, LayerStates
+
+    bank = MemoryBank.create(path, model, tokenizer, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.full((documents_each,), chunks_each)
+    shape = (documents_each * chunks_each, bank.manifest.num_key_value_heads, model.config.head_dim)
+    for start in range(1, num_segments * documents_each, documents_each):
+        layers = {}
+        for layer in bank.manifest.routing_layers:
+            states = [torch.randn(shape, generator=generator) for _ in range(3)]
+            states[2] = torch.nn.functional.normalize(states[2], dim=-1)
+            layers[layer] = LayerStates(*(t.bfloat16() for t in states))
+        numbers = tuple(range(start, start + documents_each))
+        written = bank._writer.write_all([EncodedBatch(numbers, LatentStates(counts, layers))])
+        rows = [
+            CatalogRow(n, Document(f"d{n}", "text"), f"d{n}", 0, 1, b"", "{}", 9, chunks_each)
+            for n in numbers
+        ]
+        bank.catalog.commit(written, rows)
+    return bank
+
+
+def status(name):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets peaks")
+def test_a_bank_larger_than_memory_is_asked_within_its_plan(tmp_path, tiny_model, tiny_tokenizer):
+    """All of it is read through maps while it is asked; the process holds a window of it."""
+    with large_bank(tmp_path / "large", tiny_model, tiny_tokenizer, 16, 10_000, 10) as bank:
+        memory = 400_000_000
+        assert bank.info().segment_bytes > memory
+        made = plan(bank, memory=memory)
+        assert (made.keys_dtype, made.content) == ("int8", "mapped")
+        ResidentBank(bank, plan=plan(bank, shard=(0, 16)), shard=(0, 16))  # warms the allocator
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = status("VmRSS")
+        resident = ResidentBank(bank, plan=made)
+        loaded = status("VmHWM") - before
+        generator = torch.Generator().manual_seed(1)
+        for start in range(0, len(resident), 500):
+            rows = torch.arange(start, start + 500)[None]
+            for layer in (2, 3):
+                resident.content(layer, Selection(rows, torch.zeros(rows.shape)))
+            if start % 20_000 == 0:
+                queries = torch.randn(1, 4, 4, 16, generator=generator)
+                resident.route(2, queries, torch.ones(1, 4, dtype=torch.bool))
+        peak = status("VmHWM") - before
+        assert made.keys_bytes < peak < made.memory_bytes

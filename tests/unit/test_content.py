@@ -213,6 +213,22 @@ def test_an_arena_gives_memory_of_its_own_to_everyone(monkeypatch):
         assert bool((tensor == number).all())
 
 
+def test_without_pinned_memory_plain_memory_is_taken(monkeypatch, caplog):
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        if kwargs.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory\nmore about it")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    arena = Arena(pinned=True)
+    assert arena.take((2, 3, 4), torch.float32).shape == (2, 3, 4)
+    assert not arena.pinned
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no pinned memory (CUDA error: out of memory);")
+
+
 def test_places_of_rows_in_what_was_fetched():
     empty = torch.empty(0, 2, 4)
     fetched = Fetched(torch.tensor([7, 2, 9]), torch.tensor([1, 1, 1]), empty, empty)

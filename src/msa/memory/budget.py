@@ -314,7 +314,11 @@ def _place_keys(
     stored = bank.manifest.dtype
     choices = [name] if name is not None else [stored, "int8"]
     sizes = draft.sizes
-    if draft.device_memory is not None:
+    if draft.device_memory is not None and not is_supported(torch.float64, device):
+        draft.say(
+            f"{device} has no float64 for exact scores, so routing keys are scored on the CPU"
+        )
+    elif draft.device_memory is not None:
         on_device = [c for c in choices if is_supported(_KEY_DTYPES[c], device)]
         for lacking in sorted(set(choices) - set(on_device)):
             draft.say(f"{device} has no {lacking}")

@@ -14,6 +14,7 @@ Shapes: B batch, N rows, C chunks, U documents, G KV heads, D head dim.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from msa.memory.segments import RoutingPart, Segment, chunk_offsets
 # Pinned memory is given out in powers of two; blocks of one such size waste none of it.
 BLOCK_BYTES = 64 << 20
 _ALIGNMENT = 64
+
+log = logging.getLogger(__name__)
 
 
 class Arena:
@@ -50,13 +53,23 @@ class Arena:
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._block):
             # what is larger than a block gets one of its own, and the present one stays
-            block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8, pin_memory=self.pinned)
+            block = self._block_of(max(size, BLOCK_BYTES))
             if size > BLOCK_BYTES:
                 return block.view(dtype).view(*shape)
             self._block, self._used = block, 0
         start = self._used
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return self._block[start : start + size].view(dtype).view(*shape)
+
+    def _block_of(self, size: int) -> Tensor:
+        if self.pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                log.warning("no pinned memory (%s); content is held in plain RAM", reason)
+                self.pinned = False
+        return torch.empty(size, dtype=torch.uint8)
 
 
 class HeldSegment:
