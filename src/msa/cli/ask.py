@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,11 +19,13 @@ from msa.cli.options import (
     JsonOption,
     ModelOption,
     metadata_filter,
+    open_bank,
     open_engine,
+    place_in_torchrun,
     stdin_lines,
 )
 from msa.cli.output import one_line
-from msa.errors import MSAError
+from msa.errors import MSAError, RankError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +74,9 @@ def ask(
 
     With --json, an object per question (with --stream, one per event). Without a question, lines
     of stdin are questions; on a terminal, this is a conversation that ends with Ctrl-D.
+
+    Under torchrun every process holds a share of the bank, and the first asks: torchrun
+    --nproc-per-node 8 --no-python msa ask ...
     """
     given = {
         "max_rounds": max_rounds,
@@ -82,17 +89,21 @@ def ask(
     options = {name: value for name, value in given.items() if value is not None}
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
-    engine = open_engine(bank, model, device)
-    if question is not None:
-        _ask_one(engine, question, options, trace=trace, stream=stream, json=json)
-        return
     failed = 0
-    for line in _questions():
-        try:
-            _ask_one(engine, line, options, trace=trace, stream=stream, json=json)
-        except MSAError as error:  # the next question may be a better one
-            output.print_error(str(error))
-            failed += 1
+    with _asking(bank, model, device) as engine:
+        if engine is None:
+            return
+        if question is not None:
+            _ask_one(engine, question, options, trace=trace, stream=stream, json=json)
+            return
+        for line in _questions():
+            try:
+                _ask_one(engine, line, options, trace=trace, stream=stream, json=json)
+            except RankError:  # no question can be answered any more
+                raise
+            except MSAError as error:  # the next question may be a better one
+                output.print_error(str(error))
+                failed += 1
     if failed:
         raise typer.Exit(1)
 
@@ -112,8 +123,10 @@ def search(
     if not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     wanted = metadata_filter(filter)
-    engine = open_engine(bank, model, device)
-    hits = engine.retrieve(query, top_k=top_k, filter=wanted)
+    with _asking(bank, model, device) as engine:
+        if engine is None:
+            return
+        hits = engine.retrieve(query, top_k=top_k, filter=wanted)
     if json:
         for hit in hits:
             output.print_json(hit)
@@ -124,6 +137,55 @@ def search(
         head = Text(f"{rank:>3}. ") + Text(one_line(hit.id, 60), style="bold") + Text(title)
         console.print(head + Text(f"  {hit.score:.3f}", style="dim"), soft_wrap=True)
         console.print(Text("     " + one_line(hit.text, SNIPPET)), soft_wrap=True)
+
+
+@contextmanager
+def _asking(bank: Path, model: Path | None, device: str | None) -> Iterator[MemoryEngine | None]:
+    """An engine over an existing bank.
+
+    Under torchrun every rank holds a share of the bank. Rank 0 gets the engine; the others get
+    None, once they have answered rank 0 to its end.
+
+    Raises:
+        RankError: a rank failed, ended or fell silent.
+    """
+    place = place_in_torchrun()
+    if place is None:
+        yield open_engine(bank, model, device)
+        return
+    import torch.distributed as dist
+
+    device = device or place.device
+    dist.init_process_group("gloo")
+    try:
+        if place.rank:
+            _answer_rank_0(bank, device)
+            yield None
+            return
+        engine = open_engine(bank, model, device, parallel=True)
+        with engine:
+            try:
+                yield engine
+            except (KeyboardInterrupt, output.Interrupted):
+                # torchrun stops all when one has died; that one is what people must hear of
+                failure = engine.rank_failure(wait=1.0)
+                if failure is None:
+                    raise
+                raise failure from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _answer_rank_0(bank_path: Path, device: str) -> None:
+    """Hold a share of the bank until rank 0 is done; no model is needed for that."""
+    from msa.memory.exchange import PeerStoppedError
+    from msa.memory.parallel import ParallelBank
+
+    try:
+        with open_bank(bank_path) as bank, ParallelBank(bank, device) as memory:
+            memory.serve()
+    except (KeyboardInterrupt, PeerStoppedError):
+        raise typer.Exit(1) from None  # whoever stopped says why
 
 
 def _questions() -> Iterator[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,8 +21,9 @@ from msa.cli.options import (
     ModelOption,
     load_model,
     open_bank,
+    place_in_torchrun,
 )
-from msa.errors import BankNotFoundError, RankError
+from msa.errors import BankMismatchError, BankNotFoundError, ConfigError, RankError
 from msa.text.loaders import (
     FieldNames,
     LoadedDocument,
@@ -34,12 +33,15 @@ from msa.text.loaders import (
 )
 
 if TYPE_CHECKING:
+    from msa.evaluation.agreement import Agreement
     from msa.memory.bank import MemoryBank
     from msa.memory.ranks import Lead, Place
     from msa.memory.reports import AddProgress, AddReport
     from msa.types import Document
 
 SHOWN_REASONS = 20
+FLOATS = ("float32", "bfloat16", "float16")
+PRECISIONS = (*FLOATS, "int8", "fp8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class _Work:
     on_duplicate: Any
     batch_tokens: int
     rank_timeout: float
+    precision: str | None
 
 
 class Intake:
@@ -123,6 +126,16 @@ def index(
     batch_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens that are encoded together.")
     ] = 16384,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of a new bank: float32, bfloat16 or float16; or int8, fp8 or int4 for the "
+            "content (routing keys in bfloat16). What it changes is measured. [default: the "
+            "model's]",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything at all failed.")
     ] = False,
@@ -146,26 +159,49 @@ def index(
     index ... The bank must lie where all of them see it.
     """
     intake = Intake(paths, FieldNames(id=id_field, text=text_field, title=title_field))
-    work = _Work(bank, model, device, "update" if update else "skip", batch_tokens, rank_timeout)
-    place = _place()
+    work = _Work(
+        bank, model, device, "update" if update else "skip", batch_tokens, rank_timeout, precision
+    )
+    place = place_in_torchrun()
     if place is not None and place.rank > 0:
         raise typer.Exit(follow(place, intake, work))
     report = lead(place, intake, work) if place else _add(intake, work)
+    agreement = _agreement(work) if precision and report and report.added else None
     if json:
-        output.print_json(_as_json(bank, intake, report))
+        measured = {} if agreement is None else {"agreement": asdict(agreement)}
+        output.print_json({**_as_json(bank, intake, report), **measured})
     else:
         _print_report(bank, intake, report)
+        if agreement is not None:
+            output.stdout().print(
+                f"Precision {agreement.precision}: {100 * agreement.selected:.2f}% of the "
+                "documents that the model's own precision selects are selected "
+                f"({output.plural(agreement.questions, 'question')} to "
+                f"{output.plural(agreement.documents, 'document')} of the bank)",
+                soft_wrap=True,
+            )
     if report is None or not report.added + report.updated + report.unchanged:
         raise typer.Exit(1)
     if strict and (report.failed or intake.failed):
         raise typer.Exit(1)
 
 
-def open_or_create(path: Path, model_path: Path | None, device: str | None) -> MemoryBank:
-    """A bank to write to; made if the folder is not there or empty."""
+def open_or_create(
+    path: Path, model_path: Path | None, device: str | None, precision: str | None = None
+) -> MemoryBank:
+    """A bank to write to; made, in this precision, if the folder is not there or empty."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
     try:
-        open_bank(path).close()  # what is wrong with it is said before a model is loaded
+        # what is wrong with it is said before a model is loaded
+        with open_bank(path) as found:
+            made = found.manifest
         exists = True
+        if precision not in (None, made.content_dtype):
+            raise BankMismatchError(
+                f"Bank '{path}' was made with precision {made.content_dtype}, not {precision}. "
+                "Leave --precision out, or index into a new folder"
+            )
     except BankNotFoundError:
         exists = False
     model, tokenizer, template = load_model(model_path, device)
@@ -173,7 +209,30 @@ def open_or_create(path: Path, model_path: Path | None, device: str | None) -> M
 
     if exists:
         return MemoryBank.open(path, model, tokenizer, template=template)
-    return MemoryBank.create(path, model, tokenizer, template=template)
+    if precision is None:
+        return MemoryBank.create(path, model, tokenizer, template=template)
+    import torch
+
+    plain = precision in FLOATS
+    return MemoryBank.create(
+        path,
+        model,
+        tokenizer,
+        template=template,
+        dtype=getattr(torch, precision if plain else "bfloat16"),
+        content_dtype=None if plain else precision,
+    )
+
+
+def _agreement(work: _Work) -> Agreement:
+    """What the bank's precision changes, measured on a sample of it."""
+    from msa.evaluation.agreement import selection_agreement
+
+    model, tokenizer, template = load_model(work.model, work.device)
+    from msa.memory.bank import MemoryBank
+
+    with MemoryBank.open(work.bank, model, tokenizer, template, read_only=True) as memory:
+        return selection_agreement(memory)
 
 
 def _add(intake: Intake, work: _Work, lead: Lead | None = None) -> AddReport | None:
@@ -183,7 +242,10 @@ def _add(intake: Intake, work: _Work, lead: Lead | None = None) -> AddReport | N
     """
     if not intake.has_documents():
         return None
-    with open_or_create(work.bank, work.model, work.device) as memory, _progress(intake) as show:
+    with (
+        open_or_create(work.bank, work.model, work.device, work.precision) as memory,
+        _progress(intake) as show,
+    ):
         add = partial(lead.add, memory) if lead else memory.add
         try:
             return add(
@@ -215,16 +277,6 @@ def _progress(intake: Intake) -> Iterator[Callable[[AddProgress], None]]:
 
 
 # Under torchrun
-
-
-def _place() -> Place | None:
-    """Where this process stands among those of torchrun; None when it is alone."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    _stop_on_sigterm()
-    from msa.memory.ranks import Place
-
-    return Place.from_environment()
 
 
 def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
@@ -279,18 +331,6 @@ def follow(place: Place, intake: Intake, work: _Work) -> int:
                 return 1
             raise
     return 0
-
-
-def _stop_on_sigterm() -> None:
-    """Let torchrun's signal end this process as Ctrl-C does, once."""
-
-    def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
 
 
 def _failures(intake: Intake, report: AddReport | None) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from msa.default_model import LoadedModel
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
+    from msa.memory.ranks import Place
 
 BankOption = Annotated[
     Path,
@@ -129,8 +131,10 @@ def quiet_warnings() -> None:
     warnings.simplefilter("ignore")
 
 
-def open_engine(bank_path: Path, model_path: Path | None, device: str | None) -> MemoryEngine:
-    """An engine over an existing bank, which it opens for reading."""
+def open_engine(
+    bank_path: Path, model_path: Path | None, device: str | None, *, parallel: bool = False
+) -> MemoryEngine:
+    """An engine over an existing bank, which it opens for reading; see `MemoryEngine`."""
     bank = open_bank(bank_path)  # a folder that is no bank is said before a model is loaded
     bank.close()
     model, tokenizer, template = load_model(model_path, device)
@@ -139,7 +143,29 @@ def open_engine(bank_path: Path, model_path: Path | None, device: str | None) ->
         from msa.memory.bank import MemoryBank
 
         bank = MemoryBank.open(bank_path, model, tokenizer, read_only=True)
-        return MemoryEngine(model, tokenizer, bank, template=template)
+        return MemoryEngine(model, tokenizer, bank, template=template, parallel=parallel)
+
+
+def place_in_torchrun() -> Place | None:
+    """Where this process stands among those of torchrun; None when it is alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    _stop_on_sigterm()
+    from msa.memory.ranks import Place
+
+    return Place.from_environment()
+
+
+def _stop_on_sigterm() -> None:
+    """Let torchrun's signal end this process as Ctrl-C does, once."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
 
 
 def open_bank(path: Path, *, write: bool = False) -> MemoryBank:

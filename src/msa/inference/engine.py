@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from msa.errors import InputError
+from msa.errors import InputError, RankError
 from msa.inference.batch import prompt_batch
 from msa.inference.constraints import check_logits
 from msa.inference.interleave import Interleave
@@ -18,6 +18,9 @@ from msa.inference.library import Filter, Library, Shelf
 from msa.inference.options import AskOptions
 from msa.inference.trace import TracingReader, fuse_layers
 from msa.memory.bank import MemoryBank
+from msa.memory.budget import Plan
+from msa.memory.parallel import ParallelBank
+from msa.memory.resident import ResidentBank
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Event, Hit
 
@@ -55,6 +58,8 @@ class MemoryEngine:
         template: PromptTemplate | None = None,
         device: torch.device | str | None = None,
         options: AskOptions | None = None,
+        parallel: bool | ParallelBank = False,
+        plan: Plan | None = None,
         **changes: Any,
     ) -> None:
         """Load a bank for asking.
@@ -66,12 +71,22 @@ class MemoryEngine:
             template: text format; the bank's by default.
             device: where the model is moved; by default it stays where it is.
             options: by default the `ask_options.json` beside the model's weights, if there is one.
+            parallel: hold the bank in shares, together with all ranks of the default process group
+                (`msa.memory.parallel`); every rank makes its engine, asks what it wants, if
+                anything, and closes it. Or a `ParallelBank` of this bank, which stays the caller's.
+            plan: what of the bank lies where; by default `msa.memory.budget.plan` decides. Not with
+                `parallel`, where every rank has a share of its own to plan for.
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
         Raises:
             BankNotFoundError, BankMismatchError, BankCorruptError: the bank cannot be asked.
-            ConfigError: an option is not valid.
+            BudgetError: it does not fit into memory; the message says what would.
+            InputError: `plan` with `parallel`.
+            ConfigError: an option is not valid, or there is no process group.
+            RankError: another rank failed, ended or fell silent.
         """
+        if plan is not None and parallel:
+            raise InputError("plan and parallel are both given; every rank plans for its own share")
         if options is None:
             options = AskOptions.load(model.name_or_path) if model.name_or_path else AskOptions()
         self.options = options.with_changes(**changes)
@@ -86,12 +101,35 @@ class MemoryEngine:
         else:
             self.bank = MemoryBank.open(bank, model, tokenizer, template, read_only=True)
         self._encoder = PromptEncoder(tokenizer, template or self.bank.template)
-        self._shelf = Shelf(self.bank, model.device, model.dtype)
+        self._parallel: ParallelBank | None = None  # to be closed here
+        resident: ResidentBank | ParallelBank
+        if isinstance(parallel, ParallelBank):
+            resident = parallel
+        elif parallel:
+            resident = ParallelBank(self.bank, model.device, content_dtype=model.dtype)
+            self._parallel = resident
+        else:
+            resident = ResidentBank(self.bank, model.device, content_dtype=model.dtype, plan=plan)
+        self._shelf = Shelf(self.bank, resident)
 
     def close(self) -> None:
-        """Close the bank, if it was opened here."""
-        if self._opened:
-            self.bank.close()
+        """Close the bank, if it was opened here. With `parallel=True`, answer the others first.
+
+        Raises:
+            RankError: another rank failed, ended or fell silent before it was done.
+        """
+        try:
+            if self._parallel is not None:
+                self._parallel.close()
+        finally:
+            if self._opened:
+                self.bank.close()
+
+    def rank_failure(self, wait: float = 0.0) -> RankError | None:
+        """With `parallel=True`: what has gone wrong with another rank, if it shows within `wait`
+        seconds.
+        """
+        return None if self._parallel is None else self._parallel.failure(wait)
 
     def __enter__(self) -> MemoryEngine:
         return self
@@ -102,6 +140,9 @@ class MemoryEngine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._parallel is not None:
+            self._parallel.stop(error)
+            self._parallel = None
         self.close()
 
     @overload

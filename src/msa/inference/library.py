@@ -11,6 +11,7 @@ import torch
 
 from msa.errors import EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
+from msa.memory.parallel import ParallelBank, ParallelView
 from msa.memory.reports import StoredDocument
 from msa.memory.resident import ResidentBank, ResidentView
 from msa.types import JSON, MemoryReader
@@ -35,9 +36,9 @@ class Library(Protocol):
 
 
 class BankLibrary:
-    """A `Library` over one view of a resident bank."""
+    """A `Library` over one view of a resident or parallel bank."""
 
-    def __init__(self, bank: MemoryBank, view: ResidentView) -> None:
+    def __init__(self, bank: MemoryBank, view: ResidentView | ParallelView) -> None:
         self._bank = bank
         self._view = view
 
@@ -56,17 +57,16 @@ class BankLibrary:
 class Shelf:
     """Hands out libraries over the latest state of a bank."""
 
-    def __init__(self, bank: MemoryBank, device: torch.device, dtype: torch.dtype) -> None:
-        """Load a bank for asking.
+    def __init__(self, bank: MemoryBank, resident: ResidentBank | ParallelBank) -> None:
+        """Take a bank that is loaded for asking.
 
         Args:
             bank: open.
-            device: where the model is.
-            dtype: of the content, the model's.
+            resident: the same bank, loaded.
         """
         self.bank = bank
-        self._resident = ResidentBank(bank, device, content_dtype=dtype)
-        self._filtered: dict[str, ResidentView] = {}
+        self._resident = resident
+        self._filtered: dict[str, ResidentView | ParallelView] = {}
 
     def library(self, top_k: int, where: Filter | None = None) -> BankLibrary:
         """The bank as it is now.
@@ -94,7 +94,7 @@ class Shelf:
             )
         return BankLibrary(self.bank, replace(view, top_k=top_k))
 
-    def _filtered_view(self, where: Filter) -> ResidentView:
+    def _filtered_view(self, where: Filter) -> ResidentView | ParallelView:
         if callable(where):
             return self._resident.view(where)
         if not isinstance(where, Mapping):
