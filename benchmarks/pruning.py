@@ -332,7 +332,7 @@ def page(results: dict) -> str:
                 continue
             for slack, recall in kind["recall"].items():
                 ms = [
-                    f"{kind['ms'][run]:,.1f} ({kind['cpu_ms'][run]:,.1f})"
+                    f"{kind['ms'][run]:,.1f} ({kind['cpu_ms'][run]:,.1f})" if "ms" in kind else "-"
                     for run in (f"slack {slack}", "full")
                 ]
                 lines.append(

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from bank_tools import LAYERS, make_documents
 from msa.errors import InputError
+from msa.memory.bank import MemoryBank
 from msa.memory.keys import LayerKeys
 from msa.memory.pruning import PrunedKeys, PruningSettings
+from msa.memory.resident import ResidentBank
 from msa.ops import pruning
 from msa.ops.pruning import BlockScan, cluster_order, describe_blocks
 from msa.ops.routing import exact_scores, route_documents
@@ -269,3 +272,36 @@ def test_what_cannot_be_used_is_refused(what, message):
     keys, counts = make(0, 5)
     with pytest.raises(InputError, match=message.replace("[", r"\[")):
         what(keys, counts)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+def test_a_resident_bank_may_be_pruned(tmp_path, tiny_model, tiny_tokenizer, dtype):
+    """What is added, deleted, filtered and compacted is selected as without pruning."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
+    with MemoryBank.create(tmp_path / "bank", tiny_model, tiny_tokenizer) as bank:
+        bank.add(make_documents(60))
+        plain = ResidentBank(bank, dtype=dtype)
+        pruned = ResidentBank(bank, dtype=dtype, pruning=PruningSettings(block_size=4))
+
+        def compare(**options):
+            one, other = plain.view(**options), pruned.view(**options)
+            for layer in LAYERS:
+                same(other.route(layer, *queries), one.route(layer, *queries))
+
+        compare()
+        assert pruned.num_bytes > 1.9 * plain.num_bytes
+        old = pruned.view()
+        before = old.route(LAYERS[0], *queries)
+        for change in (
+            lambda: bank.add(make_documents(5, "more")),
+            lambda: bank.delete([f"doc{i}" for i in range(0, 60, 3)]),
+            lambda: bank.add(make_documents(40, "many")),
+            bank.compact,
+        ):
+            change()
+            same(old.route(LAYERS[0], *queries), before)
+            assert plain.refresh()
+            assert pruned.refresh()
+            compare()
+            compare(filter=lambda metadata: metadata["seed"] is None, top_k=2)

@@ -28,6 +28,7 @@ from msa.memory.budget import Plan
 from msa.memory.catalog import Snapshot
 from msa.memory.content import ContentStore
 from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
+from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
 from msa.memory.segments import Segment, SegmentMissingError
@@ -200,9 +201,12 @@ class ResidentBank:
             loaded anew when documents were added, since the ranges move; deleting changes a mask.
         plan: which tier holds what; by default `msa.memory.budget.plan` decides, now and again when
             the bank has grown by a quarter.
+        pruning: search the routing keys in blocks, not all of them; on a CPU only, off by default.
+            It takes a second copy of the keys, beyond the plan, and time to make it while loading.
 
     Raises:
-        InputError: top_k or shard is not valid, or plan and dtype are both given.
+        InputError: top_k or shard is not valid, plan and dtype are both given, or pruning is asked
+            for with keys that are not on the CPU.
         BudgetError: the bank does not fit.
         BankCorruptError: a segment that holds live documents is damaged; nothing is answered from
             the bank until it is repaired.
@@ -218,6 +222,7 @@ class ResidentBank:
         top_k: int | None = None,
         shard: tuple[int, int] = (0, 1),
         plan: Plan | None = None,
+        pruning: PruningSettings | None = None,
     ) -> None:
         manifest = bank.manifest
         if top_k is not None and top_k < 1:
@@ -228,6 +233,7 @@ class ResidentBank:
         self.device = torch.device(device)
         self.shard = Shard(*shard)
         self._dtype = dtype
+        self._pruning = pruning
         self._lock = threading.Lock()
         self._buffers: KeyBuffers | None = None
         self._maps: tuple[dict[int, Tensor], ...] = ()
@@ -532,6 +538,9 @@ class ResidentBank:
         norm = unit_key_norm(buffers.shape[0]) if self._view.score == "cosine" else None
         self._buffers, self._maps = buffers, tuple(maps)
         found = {i: replace(buffers.layer(i, counts, used, norm), stored=stored) for i in layers}
+        if self._pruning is not None:
+            before = {} if old is None else old._layer_keys
+            found = {i: _pruned(before.get(i), keys, self._pruning) for i, keys in found.items()}
         return replace(
             self._view,
             _layer_keys=found,
@@ -543,6 +552,13 @@ class ResidentBank:
 
 def _whole(entry: SegmentEntry) -> Piece:
     return Piece(slice(0, entry.num_documents), slice(0, entry.num_chunks))
+
+
+def _pruned(before: LayerKeys | None, keys: LayerKeys, settings: PruningSettings) -> LayerKeys:
+    """Keys that are searched in blocks, those of the state before where there are such."""
+    blocks = None if before is None else before.pruned
+    made = PrunedKeys.followed(blocks, keys.keys, keys.counts, settings, scales=keys.scales)
+    return replace(keys, pruned=made)
 
 
 def _scratch(entries: Sequence[SegmentEntry]) -> Tensor:
