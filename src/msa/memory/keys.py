@@ -1,8 +1,8 @@
 """Routing keys in memory: as on disk, in another float type, or in int8 with exact re-scoring.
 
 Keys in int8 find the candidates; these are scored once more with the keys on disk, which are
-mapped, and the best of those scores are the selection. So int8 costs a few documents that were no
-candidates at all (about one in a thousand, see `docs/inference.md`), never a wrong score.
+mapped, and the best of those scores are the selection. So int8 may cost a document that was no
+candidate at all (how rare that is says `docs/inference.md`), never a wrong score.
 
 Shapes: B batch, T query tokens, N rows, C chunks, U documents read, G KV heads, D head dim,
 K documents per row.
