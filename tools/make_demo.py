@@ -15,7 +15,7 @@ from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_wo
 
 SEED = 2603_23516
 DOCUMENTS = 120
-BREADTH = 0.2
+BREADTH = 0.15
 QUESTIONS = {1: 5, 2: 5}
 FOLDER = Path(__file__).parents[1] / "src/msa/default_model/demo"
 
