@@ -51,7 +51,7 @@ def in_float32(keys: Tensor, scales: Tensor | None, rows: Tensor | slice) -> Ten
 def _nearest(keys: Tensor, means: Tensor) -> Tensor:
     """The mean that is nearest to each key; int64."""
     offsets = means.square().sum(1) / -2
-    parts = keys.split(BUILD_ROWS)
+    parts = torch.split(keys, BUILD_ROWS)
     return torch.cat([torch.addmm(offsets, part, means.T).argmax(1) for part in parts])
 
 
@@ -107,10 +107,12 @@ def _part(
     """A cell (indices of keys) parted into `count` at most, none empty."""
     sample = cell[torch.randperm(len(cell), generator=generator)[: count * SAMPLE]]
     means = _means(in_float32(keys, scales, sample), count, generator)
-    nearest = [_nearest(in_float32(keys, scales, part), means) for part in cell.split(BUILD_ROWS)]
+    nearest = [
+        _nearest(in_float32(keys, scales, part), means) for part in torch.split(cell, BUILD_ROWS)
+    ]
     by_mean, order = torch.cat(nearest).sort(stable=True)
     sizes = torch.unique_consecutive(by_mean, return_counts=True)[1]
-    return list(cell[order].split(sizes.tolist()))
+    return list(torch.split(cell[order], sizes.tolist()))
 
 
 def _cut(sizes: Tensor, block_size: int) -> Tensor:
@@ -184,7 +186,7 @@ class KeyBlocks:
         extended = torch.cat([vectors, slack * lengths], dim=1)
         # all that rounds: two products over G*D + 1 numbers, of m and r, each no more than 2 |k|
         error = 4 * error_bound(vectors.shape[1] + 1) * self.norm * float(lengths.max())
-        parts = self.outline.split(BUILD_ROWS)
+        parts = torch.split(self.outline, BUILD_ROWS)
         best = torch.cat([torch.mm(part, extended.T).amax(1) for part in parts])
         return best.add_(error).nan_to_num_(nan=math.inf)
 
@@ -269,7 +271,7 @@ class BlockScan:
 
     def _ahead(self, near: Tensor, documents: Tensor, chunks: Tensor) -> Tensor:
         """Of some places, those that are their document's best and may be among the K best."""
-        found, owner = documents[near].unique(return_inverse=True)
+        found, owner = torch.unique(documents[near], return_inverse=True)
         best = chunks.new_full((len(found),), -math.inf)
         best.scatter_reduce_(0, owner, chunks[near], reduce="amax")
         # Exact scores are off by `error` at most: two that differ by more than twice that keep
@@ -285,7 +287,7 @@ class BlockScan:
         """Score some places exactly and take them into the top-k."""
         pairs = (scores[near] >= chunks[near, None] - 2 * self.error).nonzero()
         for some, tokens in zip(
-            pairs[:, 0].split(SCAN_ROWS), pairs[:, 1].split(SCAN_ROWS), strict=True
+            torch.split(pairs[:, 0], SCAN_ROWS), torch.split(pairs[:, 1], SCAN_ROWS), strict=True
         ):
             places = near[some]
             exact = exact_dots(self.vectors[tokens], self.blocks.keys[rows[places]])
@@ -294,7 +296,8 @@ class BlockScan:
             self._take(documents[places], exact.float())
 
     def _take(self, documents: Tensor, scores: Tensor) -> None:
-        documents, owner = torch.cat([self.documents, documents]).unique(return_inverse=True)
+        documents = torch.cat([self.documents, documents])
+        documents, owner = torch.unique(documents, return_inverse=True)
         scores = torch.cat([self.scores, scores])
         best = scores.new_full((len(documents),), -math.inf)
         best.scatter_reduce_(0, owner, scores, reduce="amax")
