@@ -30,10 +30,9 @@ def main() -> None:
     for path in args.files:
         results[Path(path).parent.name + "/" + Path(path).name] = measure(loaded, Path(path), args)
         print(json.dumps(results, indent=1), flush=True)
-    if args.output:
-        target = Path(args.output, "real_input.json")
-        target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"written: {target}")
+        if args.output:
+            target = Path(args.output, "real_input.json")
+            target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(loaded, path: Path, args: argparse.Namespace) -> dict[str, object]:

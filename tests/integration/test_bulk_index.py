@@ -229,14 +229,14 @@ class Together:
         return MemoryBank.open(self.path, self.model, self.tokenizer)
 
     def follow(self, port: int, path: Path, documents, commit_tokens: int) -> None:
-        with Follower(place(1, 2, port)) as follower:
+        with Follower(place(1, 2, port), 60.0) as follower:
             try:
                 follower.add(
                     path, self.model, self.tokenizer, documents, commit_tokens=commit_tokens
                 )
             except Exception as error:
-                told = follower.tell(error)
-                raise error if told else SystemExit(99) from error
+                follower.tell(error)
+                raise
 
     def add(
         self, documents, theirs=None, their_path=None, timeout=60.0, commit_tokens=500, **options

@@ -387,7 +387,6 @@ def test_a_bank_larger_than_memory_is_asked_within_its_plan(tmp_path, tiny_model
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = status("VmRSS")
         resident = ResidentBank(bank, plan=made)
-        loaded = status("VmHWM") - before
         generator = torch.Generator().manual_seed(1)
         for start in range(0, len(resident), 500):
             rows = torch.arange(start, start + 500)[None]

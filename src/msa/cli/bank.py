@@ -91,7 +91,9 @@ def info(
         "segments": f"{output.number(found.num_segments)}, {output.size(found.segment_bytes)}",
         "catalog": output.size(found.catalog_bytes),
         "routing layers": ", ".join(map(str, found.routing_layers)),
-        "dtype": found.dtype,
+        "precision": found.dtype
+        if found.content_dtype == found.dtype
+        else f"content {found.content_dtype}, the rest {found.dtype}",
         "longest document": f"{output.number(found.max_document_tokens)} tokens",
         "created": found.created,
     }

@@ -35,7 +35,7 @@ from msa.text.loaders import (
 if TYPE_CHECKING:
     from msa.evaluation.agreement import Agreement
     from msa.memory.bank import MemoryBank
-    from msa.memory.ranks import Lead, Place
+    from msa.memory.ranks import Follower, Lead, Place
     from msa.memory.reports import AddProgress, AddReport
     from msa.types import Document
 
@@ -306,30 +306,37 @@ def follow(place: Place, intake: Intake, work: _Work) -> int:
     """
     from msa.memory.ranks import Follower, StoppedError
 
-    with Follower(place, work.rank_timeout) as ranks:
-        try:
-            device = work.device or place.device
-            model, tokenizer, template = load_model(work.model, device, quiet=True)
-            ranks.add(
-                work.bank,
-                model,
-                tokenizer,
-                intake.documents(),
-                template=template,
-                batch_tokens=work.batch_tokens,
-            )
-        except StoppedError:
-            return 1
-        except KeyboardInterrupt:
-            with contextlib.suppress(StoppedError):
-                ranks.alive()  # torchrun stops all when one has died: was it rank 0?
-            return 1
-        except RankError:
+    try:
+        with Follower(place, work.rank_timeout) as ranks:
+            return _follow(ranks, intake, work, work.device or place.device)
+    except StoppedError:
+        return 1
+
+
+def _follow(ranks: Follower, intake: Intake, work: _Work, device: str) -> int:
+    """The exit code, once this rank's share is stored or rank 0 knows why it is not."""
+    from msa.memory.ranks import StoppedError
+
+    try:
+        model, tokenizer, template = load_model(work.model, device, quiet=True)
+        ranks.add(
+            work.bank,
+            model,
+            tokenizer,
+            intake.documents(),
+            template=template,
+            batch_tokens=work.batch_tokens,
+        )
+    except KeyboardInterrupt:
+        with contextlib.suppress(StoppedError):
+            ranks.alive()  # torchrun stops all when one has died: was it rank 0?
+        return 1
+    except RankError:
+        raise
+    except Exception as error:
+        if not ranks.tell(error):
             raise
-        except Exception as error:
-            if ranks.tell(error):
-                return 1
-            raise
+        return 1
     return 0
 
 

@@ -24,7 +24,7 @@ from msa.memory.manifest import DTYPES, Manifest
 from msa.memory.pages import WINDOW_BYTES
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Shard
-from msa.ops.quantisation import is_supported
+from msa.ops.quantisation import is_supported, packed_width
 
 # Not all that is free is to be had: allocators waste some, and others want some too.
 USABLE = 0.9
@@ -149,8 +149,12 @@ class _Sizes:
         return self.num_chunks * (self.numbers * _KEY_DTYPES[dtype].itemsize + scales)
 
     def content(self, dtype: torch.dtype) -> int:
-        """Pooled keys and values."""
-        return 2 * self.num_chunks * self.numbers * dtype.itemsize
+        """Pooled keys and values as they are held: packed as on disk, or in a dtype."""
+        manifest = self.manifest
+        row = manifest.head_dim * dtype.itemsize
+        if manifest.packed:
+            row = packed_width(manifest.head_dim, manifest.packed)
+        return 2 * self.num_chunks * self.layers * manifest.num_key_value_heads * row
 
     def question(self, dtype: torch.dtype) -> int:
         """Working set of a batch of questions, without pages of mapped files."""

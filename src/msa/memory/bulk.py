@@ -345,7 +345,11 @@ class BulkEncoder:
                 "system that all hosts share, under the same path"
             )
         self._encoder = DocumentEncoder(
-            model, tokenizer, manifest.prompt_template, dtype=manifest.torch_dtype
+            model,
+            tokenizer,
+            manifest.prompt_template,
+            dtype=manifest.torch_dtype,
+            packed=manifest.packed,
         )
         self._cutter = Cutter(self._encoder, manifest.max_document_tokens)
         self._writer = SegmentWriter(folder, 1)

@@ -28,6 +28,7 @@ from msa.errors import BankCorruptError, MSAError
 from msa.memory.pages import PageWindow
 from msa.memory.rows import Piece, Rows
 from msa.memory.segments import RoutingPart, Segment, chunk_offsets
+from msa.ops.quantisation import packed_width, unpack
 
 # Pinned memory is given out in powers of two; blocks of one such size waste none of it.
 BLOCK_BYTES = 64 << 20
@@ -155,6 +156,8 @@ class ContentStore:
         dtype: in which it is needed.
         held: keep all of it in RAM; else it is read from the segments.
         prefetch: fetch ahead for the next layer.
+        packed: precision of packed content, which is unpacked where it is needed; None when it is
+            stored as floats.
     """
 
     def __init__(
@@ -166,17 +169,21 @@ class ContentStore:
         *,
         held: bool,
         prefetch: bool,
+        packed: str | None = None,
     ) -> None:
         self.layers = tuple(layers)
-        self.shape = shape
+        self.packed = packed
+        groups, dim = shape
+        self.shape = (groups, packed_width(dim, packed) if packed else dim)
         self.device = device
         self.dtype = dtype
+        self.stored = torch.uint8 if packed else dtype
         self.held = held
         self.window = PageWindow()
         self._arena = Arena(pinned=device.type == "cuda")
         self._held: list[HeldSegment] = []  # as many as the rows have segments; only appended to
         self._ahead = Ahead(self) if prefetch else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def num_bytes(self) -> int:
@@ -187,7 +194,7 @@ class ContentStore:
         """Take up a piece of a segment that is to be number `index` of the rows' segments."""
         if self.held:
             del self._held[index:]  # left by a refresh that failed
-            self._held.append(HeldSegment(segment, part, piece, self.dtype, self._arena))
+            self._held.append(HeldSegment(segment, part, piece, self.stored, self._arena))
 
     def fetch(self, rows: Rows, layer: int, chosen: Tensor) -> Fetched:
         """Content of rows in one layer, and a start on the same rows in the next.
@@ -239,27 +246,33 @@ class ContentStore:
         """Content of rows [U], ascending, on its way to the device."""
         counts = rows.chunk_counts[chosen]
         if self._stream is None:
-            keys, values = self.read(rows, layer, chosen)
-            return Fetched(chosen, counts, keys.to(self.device), values.to(self.device))
+            stored = (t.to(self.device) for t in self.read(rows, layer, chosen))
+            keys, values = (self._unpacked(t) for t in stored)
+            return Fetched(chosen, counts, keys, values)
         with torch.cuda.stream(self._stream):
             if self._is_held(rows, layer, chosen):
                 keys, values = self._pulled(rows, layer, chosen)
             else:
                 pinned = (t.pin_memory() for t in self.read(rows, layer, chosen))
                 keys, values = (t.to(self.device, non_blocking=True) for t in pinned)
-            event = torch.cuda.Event()
+            keys, values = self._unpacked(keys), self._unpacked(values)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return Fetched(chosen, counts, keys, values, event)
 
+    def _unpacked(self, stored: Tensor) -> Tensor:
+        """[C, G, D] in the dtype that is needed."""
+        return unpack(stored, self.packed, self.dtype) if self.packed else stored
+
     def _is_held(self, rows: Rows, layer: int, chosen: Tensor) -> bool:
-        segments = rows.segment[chosen].unique().tolist()
+        segments = torch.unique(rows.segment[chosen]).tolist()
         return self.held and all(layer in self._held[s].layers for s in segments)
 
     def _pulled(self, rows: Rows, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Held content copied to the device document by document, with no copy on the way."""
         counts = rows.chunk_counts[chosen].tolist()
         shape = (sum(counts), *self.shape)
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        keys, values = (torch.empty(shape, dtype=self.stored, device=self.device) for _ in range(2))
         done = 0
         for segment, first, count in zip(
             rows.segment[chosen].tolist(), rows.first_chunk[chosen].tolist(), counts, strict=True
@@ -274,16 +287,16 @@ class ContentStore:
     def read(self, rows: Rows, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled keys and values of rows [U], ascending: two [C, G, D] on the CPU.
 
-        One read per segment.
+        One read per segment. Packed content is returned as it is packed.
 
         Raises:
             BankCorruptError: see `fetch`.
         """
         column = self.layers.index(layer)
         segments, sizes = torch.unique_consecutive(rows.segment[chosen], return_counts=True)
-        empty = torch.empty((0, *self.shape), dtype=self.dtype)
+        empty = torch.empty((0, *self.shape), dtype=self.stored)
         keys, values, mapped = [empty], [empty], 0
-        for index, some in zip(segments.tolist(), chosen.split(sizes.tolist()), strict=True):
+        for index, some in zip(segments.tolist(), torch.split(chosen, sizes.tolist()), strict=True):
             counts, first = rows.chunk_counts[some], rows.first_chunk[some]
             held = self._held[index] if self.held else None
             if held is not None and layer in held.layers:
@@ -294,8 +307,8 @@ class ContentStore:
                 numbers, checksums = rows.numbers[some], rows.checksums[some, column]
                 k, v = rows.segments[index].read(layer, numbers, counts, first, checksums)
                 mapped += k.nbytes + v.nbytes
-            keys.append(k.to(self.dtype))
-            values.append(v.to(self.dtype))
+            keys.append(k.to(self.stored))
+            values.append(v.to(self.stored))
         if mapped:
             self.window.touched(2 * len(chosen), mapped, (s.a_map for s in rows.segments))
         return torch.cat(keys), torch.cat(values)

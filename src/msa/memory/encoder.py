@@ -12,6 +12,7 @@ import torch
 
 from msa.errors import InputError, ModelError
 from msa.memory.records import EncodedBatch
+from msa.ops.quantisation import pack
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Document, LatentStates, LayerStates
 
@@ -66,6 +67,7 @@ class DocumentEncoder:
         tokenizer: the model's.
         template: text format; the released one by default.
         dtype: of the states; the model's by default.
+        packed: precision of the content when it is to be packed ("int8", "fp8", "int4").
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class DocumentEncoder:
         template: PromptTemplate | None = None,
         *,
         dtype: torch.dtype | None = None,
+        packed: str | None = None,
     ) -> None:
         self.model = model
+        self.packed = packed
         self.prompts = PromptEncoder(tokenizer, template)
         self.dtype = dtype or model.dtype
 
@@ -112,7 +116,8 @@ class DocumentEncoder:
             batch_tokens: N * L of a batch, padding included; a longer document goes alone.
 
         Yields:
-            Batches on the CPU, in `dtype`, shortest documents first; every document once.
+            Batches on the CPU, in `dtype` (packed content in uint8), shortest documents first;
+            every document once.
 
         Raises:
             InputError: a document has no tokens, or more than the model has positions.
@@ -156,5 +161,9 @@ class DocumentEncoder:
                     f"{numbers[0]} to {numbers[-1]}; its weights are damaged, or {self.dtype} is "
                     "too narrow for them. Load it again, or choose another dtype"
                 )
+            if self.packed is not None:  # from the model's own numbers, rounded once
+                moved[:2] = [
+                    pack(t.detach().cpu(), self.packed) for t in (s.pooled_keys, s.pooled_values)
+                ]
             layers[i] = LayerStates(*moved)
         return LatentStates(states.chunk_counts.cpu(), layers)

@@ -16,6 +16,7 @@ import torch
 import msa
 from msa.errors import BankCorruptError, BankMismatchError, BankNotFoundError, ConfigError
 from msa.memory.storage import storage_errors, write_file
+from msa.ops.quantisation import PACKED
 from msa.text.prompts import PromptTemplate
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class Manifest:
         template: fields of the prompt template.
         chunk_size, routing_layers, routing_score, top_k_documents: of the model.
         num_key_value_heads, head_dim: shape of a chunk's state.
-        dtype: of all states on disk: "float32", "bfloat16" or "float16".
+        dtype: of the states on disk: "float32", "bfloat16" or "float16".
+        content_dtype: of the content on disk: the same, or "int8", "fp8" or "int4" (packed rows
+            with scales, see `msa.ops.quantisation.pack`).
         max_document_tokens: longer documents are split into parts of at most so many tokens.
     """
 
@@ -139,7 +142,13 @@ class Manifest:
     num_key_value_heads: int
     head_dim: int
     dtype: str
+    content_dtype: str
     max_document_tokens: int
+
+    @property
+    def packed(self) -> str | None:
+        """Precision of packed content; None when content is stored in `dtype`."""
+        return None if self.content_dtype == self.dtype else self.content_dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -159,16 +168,23 @@ class Manifest:
         template: PromptTemplate,
         dtype: torch.dtype | None,
         max_document_tokens: int | None,
+        content_dtype: str | None = None,
     ) -> Manifest:
         """Describe a new bank.
 
         Raises:
-            ConfigError: the dtype or the document length cannot be used.
+            ConfigError: a dtype or the document length cannot be used.
         """
         config = model.config
         name = str(dtype or model.dtype).removeprefix("torch.")
         if name not in DTYPES:
             raise ConfigError(f"dtype={name}: a bank holds one of {', '.join(DTYPES)}")
+        content = content_dtype or name
+        if content != name and content not in PACKED:
+            raise ConfigError(
+                f"content_dtype={content}: expected {', '.join(PACKED)}, or {name} as the other "
+                "states are stored"
+            )
         positions = int(config.max_position_embeddings)
         limit = max_document_tokens or min(DEFAULT_DOCUMENT_TOKENS, positions)
         if not MIN_DOCUMENT_TOKENS <= limit <= positions:
@@ -192,6 +208,7 @@ class Manifest:
             num_key_value_heads=int(config.num_key_value_heads or config.num_attention_heads),
             head_dim=int(config.head_dim),
             dtype=name,
+            content_dtype=content,
             max_document_tokens=limit,
         )
 
@@ -229,8 +246,13 @@ class Manifest:
                 f"({values.get('msa_version')}), or index the documents again"
             )
         names = {f.name for f in fields(cls)}
-        if set(values) != names or values["dtype"] not in DTYPES:
-            wrong = sorted(set(values) ^ names) or ["dtype"]
+        values.setdefault("content_dtype", values.get("dtype"))  # banks made before it was a choice
+        known = values.get("dtype") in DTYPES and values["content_dtype"] in (
+            values["dtype"],
+            *PACKED,
+        )
+        if set(values) != names or not known:
+            wrong = sorted(set(values) ^ names) or ["dtype", "content_dtype"]
             raise BankCorruptError(f"{path} is damaged (fields {wrong}); restore it")
         values["routing_layers"] = tuple(values["routing_layers"])
         return cls(**values)

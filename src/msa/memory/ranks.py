@@ -306,8 +306,13 @@ class Lead:
         """Tell the ranks that are not done to stop, and hang up."""
         with self._changed:
             self._closing = True
-            channels = list(self._channels.values())
             self._changed.notify_all()
+            # Who is on the way here would wait long for a rank that has ended.
+            everyone = self._place.world - 1
+            self._changed.wait_for(lambda: len(self._channels) == everyone, _PARTING_SECONDS)
+            channels = list(self._channels.values())
+        with contextlib.suppress(RuntimeError):  # for those that come later
+            self._meeting.set(_store_key(self._place), json.dumps({"stop": True}))
         for channel in channels:
             with contextlib.suppress(OSError):
                 channel.send({"stop": True})
@@ -344,7 +349,11 @@ class Lead:
             return
         with self._changed:
             self._channels[rank] = channel
+            self._changed.notify_all()
+            late = self._closing or self._failure is not None
         try:
+            if late:  # nobody else tells it
+                channel.send({"stop": True})
             while rank not in self._signatures:
                 message = channel.receive()
                 if message["ask"] != "alive":
@@ -417,12 +426,15 @@ class Follower:
     def __init__(self, place: Place, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._place, self._timeout = place, timeout
         self._said = time.monotonic()
-        store, key, until = _store(place, timeout), _store_key(place), time.monotonic() + timeout
-        while not store.check([key]):
+        self._meeting, until = _store(place, timeout), time.monotonic() + timeout
+        while not (where := self._published()):
+            if where is None:
+                raise self._lost("ended before it could be reached")
             if time.monotonic() > until:
                 raise self._lost(f"has not come within {timeout:.0f} s")
             time.sleep(0.05)
-        where = json.loads(store.get(key))
+        if "stop" in where:
+            raise StoppedError("rank 0 has stopped")
         try:
             connection = socket.create_connection((place.address, where["port"]), timeout)
             self._channel = Channel(connection, timeout)
@@ -430,7 +442,18 @@ class Follower:
             name += f"{socket.gethostname()})"
             self._channel.send({"token": where["token"], "rank": place.rank, "name": name})
         except OSError as error:
+            self._meeting.set_timeout(timedelta(seconds=_PARTING_SECONDS))
+            if "stop" in (self._published() or {}):
+                raise StoppedError("rank 0 has stopped") from None
             raise self._lost(f"cannot be reached on port {where['port']} ({error})") from None
+
+    def _published(self) -> dict[str, Any] | None:
+        """What rank 0 has put into the store so far; None when the store is gone."""
+        key = _store_key(self._place)
+        try:
+            return dict(json.loads(self._meeting.get(key))) if self._meeting.check([key]) else {}
+        except RuntimeError:
+            return None
 
     def __enter__(self) -> Follower:
         return self

@@ -143,7 +143,7 @@ class BankInfo:
         segment_bytes, catalog_bytes: sizes on disk.
         generation: grows with every commit.
         model: name of the model that encodes it.
-        chunk_size, routing_layers, dtype, max_document_tokens: as in bank.json.
+        chunk_size, routing_layers, dtype, content_dtype, max_document_tokens: as in bank.json.
         created: ISO 8601, UTC.
     """
 
@@ -161,5 +161,6 @@ class BankInfo:
     chunk_size: int
     routing_layers: tuple[int, ...]
     dtype: str
+    content_dtype: str
     max_document_tokens: int
     created: str

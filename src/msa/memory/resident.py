@@ -284,6 +284,7 @@ class ResidentBank:
             self._content_dtype,
             held=self.plan.content == "held",
             prefetch=self.plan.prefetch,
+            packed=manifest.packed,
         )
 
     def _new_buffers(self) -> KeyBuffers:

@@ -9,6 +9,9 @@ A segment holds the states of many documents. Its tensors, in the order of the f
     LAYER.pooled_keys    [C, G, D]   for every routing layer
     LAYER.pooled_values  [C, G, D]
 
+Content of a lower precision is uint8 [C, G, packed width] instead, rows of
+`msa.ops.quantisation.pack`.
+
 The routing part is read whole when a bank is loaded, and its SHA-256 is compared then. The content
 is mapped and read for selected documents only, and their CRC-32 is compared at every read. So no
 state that differs from what was encoded ever reaches an answer.
@@ -47,6 +50,7 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint8: "U8",
 }
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 

@@ -22,7 +22,9 @@ all questions, K selected documents.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,12 +34,14 @@ from msa.ops.kernels.rounding import error_bound, longest
 from msa.ops.routing import check_routing, exact_dots
 from msa.types import Selection
 
-# What is written per block (its scores; its keys, where they are converted) takes about this much,
-# so that it stays in the cache.
-BLOCK_BYTES = 3 << 19
+# What is written per block (its scores; its keys, where they are converted) takes at most so many
+# bytes, to stay in the cache, and at most such a part of the keys.
+BLOCK_BYTES = 1 << 22
+BLOCK_PART = 24
+# Blocks have at least so many keys, and the first ones no more: there everything is a candidate.
 MIN_BLOCK = 128
 # Documents are counted, and candidates scored exactly, this many numbers at a time.
-STEP = 1 << 16
+STEP = 1 << 14
 
 
 @torch.no_grad()
@@ -162,8 +166,9 @@ class _Product:
         self.dtype = _product_dtype(keys)
         self.convert = keys.dtype != self.dtype
         self.vectors = routing.to(self.dtype)
-        written = len(routing) + (routing.shape[1] if self.convert else 0)
-        self.rows = min(max(BLOCK_BYTES // (4 * written), MIN_BLOCK), len(keys))
+        written = 4 * (len(routing) + (routing.shape[1] if self.convert else 0))  # per key
+        room = min(BLOCK_BYTES, keys.nbytes // BLOCK_PART)
+        self.rows = min(max(room // written, MIN_BLOCK), len(keys))
         size = self.rows if self.convert else 0
         self.keys = torch.empty(size, routing.shape[1], device=keys.device)
         self.onednn = keys.device.type == "cpu" and self.dtype == torch.float32 and _has_onednn()
@@ -276,27 +281,30 @@ class _Walk:
             question.merge(block.first + documents[some[:, 0]], exact.float())
 
     def _blocks(self, rows: int) -> Iterator[_Block]:
-        """All chunks, some rows at a time."""
+        """All chunks in order: small blocks, then such of so many rows."""
         num_chunks, num_documents = len(self.keys), len(self.chunk_counts)
-        begins = torch.arange(0, num_chunks, rows, device=self.keys.device)
+        edges, size = [0], min(MIN_BLOCK, rows)
+        while edges[-1] < num_chunks:
+            edges.append(min(edges[-1] + size, num_chunks))
+            size = min(2 * size, rows)
+        begins = torch.tensor(edges[:-1], device=self.keys.device)
         firsts, befores = torch.empty_like(begins), torch.empty_like(begins)
         passed = done = 0
         for start in range(0, num_documents, STEP):
             counts = self.chunk_counts[start : start + STEP]
             ends = counts.cumsum(0) + passed
             passed = int(ends[-1])
-            here = -(-min(passed, num_chunks) // rows)  # blocks that begin before `passed`
+            here = bisect_left(edges, passed, hi=len(begins))  # blocks that begin before `passed`
             index = torch.searchsorted(ends, begins[done:here], right=True)
             firsts[done:here] = start + index
             befores[done:here] = ends[index] - counts[index]
             done = here
         first, before = firsts.tolist(), befores.tolist()
         last = [i + 1 for i in first[1:]] + [num_documents]
-        for i, start in enumerate(range(0, num_chunks, rows)):
-            part = slice(start, start + rows)
-            scales = None if self.scales is None else self.scales[part]
-            counts = self.chunk_counts[first[i] : last[i]]
-            yield _Block(self.keys[part], scales, first[i], counts, start - before[i])
+        for i, (start, end) in enumerate(pairwise(edges)):
+            keys, counts = self.keys[start:end], self.chunk_counts[first[i] : last[i]]
+            scales = None if self.scales is None else self.scales[start:end]
+            yield _Block(keys, scales, first[i], counts, start - before[i])
 
 
 def _has_onednn() -> bool:
