@@ -12,16 +12,24 @@ FOLDER = Path(__file__).parents[1] / "docs/results"
 SETS = {"one_hop": "one hop", "two_hop": "two hops", "questions": "as asked"}
 NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
+OTHERS = {
+    "bench.md": "`msa bench`: routing, encoding, asking, and the shapes of a 4B model",
+    "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
+}
+
 
 def main() -> None:
     parts = [
         "# Results\n\nWritten from the JSON files in this folder by `python benchmarks/results_page"
         ".py`. Each\nholds its command, commit, machine and seed. Shares are in percent.\n"
     ]
-    for name, section in (("quality", quality), ("real_input", real_input)):
+    sections = (("quality", quality), ("real_input", real_input), ("scaling", scaling))
+    for name, section in sections:
         path = FOLDER / f"{name}.json"
         if path.is_file():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+    others = [f"- [{text}]({name})" for name, text in OTHERS.items() if (FOLDER / name).is_file()]
+    parts.append("## Speed\n\n" + "\n".join(others) + "\n")
     (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -88,6 +96,32 @@ def real_input(results: dict) -> str:
             f"| {r['tokens']:,} | {r['encoded_tokens_per_second']:,} | {size:.0f} "
             f"| {r['seconds_to_load_for_asking']:.2f} | {r['seconds_per_question_median']:.3f} "
             f"| {r['seconds_per_search_mean']:.3f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def scaling(results: dict) -> str:
+    """One bank that grows."""
+    rows = [
+        heading("A memory that grows", results.pop("about")),
+        "The same questions, one at a time, in a bank that grows around their documents: 100 of "
+        "one hop, 100 of two.\nRouting is all layers and all rounds of a question. Peak memory is "
+        "that of the asking process.\n",
+        "| tokens | documents | GB on disk | tokens/s built | routed | one-hop EM | two-hop EM "
+        "| routing s, p50 / p95 | answer s, p50 / p95 | peak GB | s to load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        one, two = r["one_hop"], r["two_hop"]
+        rate = r["tokens_added_in_this_run"] / max(r["seconds_to_add_them"], 1e-9)
+        times = " | ".join(
+            f"{r[k]['p50']:.3f} / {r[k]['p95']:.3f}" for k in ("routing_seconds", "total_seconds")
+        )
+        rows.append(
+            f"| {name} | {r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {rate:,.0f} "
+            f"| {100 * one['routed']:.1f} | {100 * one['exact_match']:.1f} "
+            f"| {100 * two['exact_match']:.1f} | {times} "
+            f"| {r['peak_memory_of_asking'] / 1e9:.2f} | {r['seconds_to_load']:.1f} |"
         )
     return "\n".join(rows) + "\n"
 

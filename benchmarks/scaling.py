@@ -199,7 +199,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["16K", "128K", "1M", "10M", "100M"])
     parser.add_argument("--texts", nargs="*", default=[])
     parser.add_argument("--questions", type=int, default=200, help="half of them two-hop")
-    parser.add_argument("--breadth", type=float, default=0.2)
+    parser.add_argument("--breadth", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default=None)
     parser.add_argument("--output", default=None)

@@ -22,6 +22,7 @@ from msa.errors import (
     ModelError,
 )
 from msa.inference.options import AskOptions
+from msa.memory.pruning import PruningSettings
 from msa.types import Answer
 
 DOCUMENTS = [
@@ -217,6 +218,20 @@ def test_a_long_document_is_asked_in_parts(bank: MemoryBank, model: Any, tokeniz
     hits = engine.retrieve("What does the book tell?", top_k=99)
     parts = {h.id: h.text for h in hits if h.id.startswith("book#")}
     assert len(parts) == len(bank.parts("book")) > 1
+
+
+def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
+    full = MemoryEngine(model, tokenizer, bank, **FEW)
+    pruned = MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(block_size=2), **FEW)
+    for question in (QUESTION, "Cid?"):
+        ours, theirs = pruned.ask(question), full.ask(question)
+        assert (ours.text, ours.citations, ours.rounds) == (
+            theirs.text,
+            theirs.citations,
+            theirs.rounds,
+        )
+    with pytest.raises(InputError, match="pruning and parallel"):
+        MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(), parallel=True)
 
 
 def test_a_bank_may_be_given_by_its_path(

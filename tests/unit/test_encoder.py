@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -56,6 +59,61 @@ def test_states_do_not_depend_on_the_batch(encoder):
                     together = getattr(batch.states.layers[layer], name)[start : start + count]
                     single = getattr(alone[number].states.layers[layer], name)
                     torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_batches_side_by_side_are_those_of_one_thread(encoder, three_threads, monkeypatch):
+    documents = list(enumerate(make_documents(60), start=1))
+    seen = set()
+    inner = encoder.model.encode_documents
+
+    def watched(*arguments):
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return inner(*arguments)
+
+    monkeypatch.setattr(encoder.model, "encode_documents", watched)
+    together = list(encoder.encode(documents, batch_tokens=1200))
+    assert len(seen) == 3
+    assert {threads for _, threads in seen} == {1}
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    alone = list(encoder.encode(documents, batch_tokens=400))
+    assert [b.numbers for b in together] == [b.numbers for b in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        for layer in LAYERS:
+            for one, other in zip(
+                vars_of(ours.states.layers[layer]),
+                vars_of(theirs.states.layers[layer]),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def vars_of(states):
+    return states.pooled_keys, states.pooled_values, states.routing_keys
+
+
+def test_an_error_side_by_side_ends_all(encoder, three_threads, monkeypatch):
+    ran = []
+
+    def broken(*arguments):
+        ran.append(1)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(encoder.model, "encode_documents", broken)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="no"):
+        list(encoder.encode(list(enumerate(make_documents(60), start=1)), batch_tokens=300))
+    assert len(ran) <= 5
+    assert threading.active_count() == before
 
 
 def test_states_have_the_dtype_asked_for_and_no_gradient(tiny_model, tiny_tokenizer):

@@ -20,6 +20,7 @@ from msa.inference.trace import TracingReader, fuse_layers
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import Plan
 from msa.memory.parallel import ParallelBank
+from msa.memory.pruning import PruningSettings
 from msa.memory.resident import ResidentBank
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Event, Hit
@@ -60,6 +61,7 @@ class MemoryEngine:
         options: AskOptions | None = None,
         parallel: bool | ParallelBank = False,
         plan: Plan | None = None,
+        pruning: PruningSettings | None = None,
         **changes: Any,
     ) -> None:
         """Load a bank for asking.
@@ -76,17 +78,21 @@ class MemoryEngine:
                 anything, and closes it. Or a `ParallelBank` of this bank, which stays the caller's.
             plan: what of the bank lies where; by default `msa.memory.budget.plan` decides. Not with
                 `parallel`, where every rank has a share of its own to plan for.
+            pruning: search the routing keys in blocks, not all of them (see `ResidentBank`). Not
+                with `parallel`.
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
         Raises:
             BankNotFoundError, BankMismatchError, BankCorruptError: the bank cannot be asked.
             BudgetError: it does not fit into memory; the message says what would.
-            InputError: `plan` with `parallel`.
+            InputError: `plan` or `pruning` with `parallel`; `pruning` with keys on a GPU.
             ConfigError: an option is not valid, or there is no process group.
             RankError: another rank failed, ended or fell silent.
         """
         if plan is not None and parallel:
             raise InputError("plan and parallel are both given; every rank plans for its own share")
+        if pruning is not None and parallel:
+            raise InputError("pruning and parallel are both given; a share is scanned in full")
         if options is None:
             options = AskOptions.load(model.name_or_path) if model.name_or_path else AskOptions()
         self.options = options.with_changes(**changes)
@@ -109,7 +115,9 @@ class MemoryEngine:
             resident = ParallelBank(self.bank, model.device, content_dtype=model.dtype)
             self._parallel = resident
         else:
-            resident = ResidentBank(self.bank, model.device, content_dtype=model.dtype, plan=plan)
+            resident = ResidentBank(
+                self.bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
+            )
         self._shelf = Shelf(self.bank, resident)
 
     def close(self) -> None:

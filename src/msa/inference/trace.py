@@ -64,15 +64,15 @@ class TracingReader:
         """Route as the memory does, and note the selection.
 
         Raises:
-            ModelError: scores are NaN.
+            ModelError: queries are NaN or infinite; by their scores no document would be found.
         """
         start = time.perf_counter()
-        selection = self._memory.route(layer, routing_queries, routing_mask)
-        if bool(torch.isnan(selection.scores).any()):
+        if not bool(torch.isfinite(routing_queries[routing_mask]).all()):
             raise ModelError(
-                f"Routing scores of layer {layer} are NaN: the model's weights are damaged, or "
-                "overflow in this dtype. Load the checkpoint again, or in float32."
+                f"Routing queries of layer {layer} are NaN or infinite: the model's weights are "
+                "damaged, or overflow in this dtype. Load the checkpoint again, or in float32."
             )
+        selection = self._memory.route(layer, routing_queries, routing_mask)
         self.seconds += time.perf_counter() - start
         self.selections[layer] = selection
         if self._visible is None:

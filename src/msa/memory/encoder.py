@@ -5,7 +5,10 @@ Shapes: N documents of a batch, L tokens of its longest.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +29,9 @@ MAX_PADDING = 0.1
 """Share of a batch; a batch with room is closed rather than padded more, once it is worth a run."""
 WORTH_A_RUN = 8
 """That is, once it holds this part (an eighth) of the tokens that it may."""
+
+MAX_THREADS = 4
+"""Batches that are encoded side by side on a CPU, at most."""
 
 Tokens = tuple[int, Sequence[int]]
 """A document's number and token ids."""
@@ -111,6 +117,9 @@ class DocumentEncoder:
     ) -> Iterator[EncodedBatch]:
         """Latent states of documents, in batches of similar length.
 
+        On a CPU with several threads some batches are encoded side by side, each with its part of
+        the threads and of `batch_tokens`: much of a forward is too small for many threads.
+
         Args:
             documents: number and token ids of each, no more than `max_tokens`.
             batch_tokens: N * L of a batch, padding included; a longer document goes alone.
@@ -131,8 +140,38 @@ class DocumentEncoder:
                     f"document {number} has {len(ids)} tokens; the model takes 1 to "
                     f"{self.max_tokens}. Split it"
                 )
-        for batch in length_buckets(documents, batch_tokens):
-            yield self._encode_batch(batch)
+        threads = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        workers = min(threads, MAX_THREADS)
+        batches = list(length_buckets(documents, max(1, batch_tokens // workers)))
+        training = self.model.training
+        self.model.eval()
+        try:
+            if workers == 1 or len(batches) == 1:
+                yield from map(self._encode_batch, batches)
+            else:
+                yield from self._side_by_side(batches, workers, threads // workers)
+        finally:
+            self.model.train(training)
+
+    def _side_by_side(
+        self, batches: Sequence[Sequence[Tokens]], workers: int, threads: int
+    ) -> Iterator[EncodedBatch]:
+        """Encoded in so many Python threads of so many threads each; handed out in order."""
+        before = torch.get_num_threads()
+        running: deque[Future[EncodedBatch]] = deque()
+        waiting = iter(batches)
+        pool = ThreadPoolExecutor(workers, "msa-encode", torch.set_num_threads, (threads,))
+        try:
+            for batch in islice(waiting, workers + 1):
+                running.append(pool.submit(self._encode_batch, batch))
+            while running:
+                encoded = running.popleft().result()
+                for batch in islice(waiting, 1):
+                    running.append(pool.submit(self._encode_batch, batch))
+                yield encoded
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)  # new threads begin with what was set last, anywhere
 
     @torch.no_grad()
     def _encode_batch(self, batch: Sequence[Tokens]) -> EncodedBatch:
@@ -140,12 +179,7 @@ class DocumentEncoder:
         input_ids = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for _, ids in batch])
         lengths = torch.tensor([len(ids) for _, ids in batch])
         device = self.model.device
-        training = self.model.training
-        self.model.eval()
-        try:
-            states = self.model.encode_documents(input_ids.to(device), lengths.to(device))
-        finally:
-            self.model.train(training)
+        states = self.model.encode_documents(input_ids.to(device), lengths.to(device))
         numbers = tuple(n for n, _ in batch)
         return EncodedBatch(numbers, self._on_cpu(states, numbers))
 
