@@ -60,7 +60,9 @@ def main() -> None:
         started, before = time.perf_counter(), bank.info().num_tokens
         failed = 0
         while (missing := tokens - bank.info().num_tokens) > 0:
-            block = list(islice(stream, min(BLOCK, max(1, missing // TOKENS))))
+            info = bank.info()
+            mean_tokens = max(TOKENS, info.num_tokens // max(1, info.num_ids))
+            block = list(islice(stream, min(BLOCK, max(1, missing // (2 * mean_tokens)))))
             if not block:
                 break
             report = bank.add(block, on_duplicate="skip")
