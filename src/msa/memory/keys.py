@@ -32,6 +32,7 @@ from msa.types import Selection
 # Candidates that int8 scores give for each document that is wanted, and at least so many more.
 CANDIDATES = 4
 MORE_CANDIDATES = 32
+QUANTISED_AT_ONCE = 1 << 14  # chunks
 
 
 class LayerSearch(Protocol):
@@ -276,10 +277,13 @@ class KeyBuffers:
         """Put keys [C, G, D] (on the CPU) behind the first `start` chunks."""
         end = start + len(keys)
         if self.dtype == torch.int8:
-            # on the CPU, where they are made again to be compared
-            values, scales = quantise(keys)
-            self._keys[layer][start:end] = values
-            self._scales[layer][start:end] = scales
+            # on the CPU, where they are made again to be compared; some at a time, as floats
+            for part in torch.split(keys, QUANTISED_AT_ONCE):
+                end = start + len(part)
+                values, scales = quantise(part)
+                self._keys[layer][start:end] = values
+                self._scales[layer][start:end] = scales
+                start = end
         else:
             self._keys[layer][start:end] = keys  # converts dtype and device
 

@@ -8,6 +8,7 @@ the pages leaves them in the page cache, where the next read finds them.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -76,6 +77,13 @@ def let_go(maps: Iterable[Tensor]) -> int:
         if library.madvise(ctypes.c_void_p(start), size, ctypes.c_int(_DONTNEED)) == 0:
             done += end - start
     return done
+
+
+def release_heap() -> None:
+    """Give back memory that was freed; glibc keeps much of what many buffers took by turns."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _file_ranges() -> list[tuple[int, int]]:

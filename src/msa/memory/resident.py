@@ -28,6 +28,7 @@ from msa.memory.budget import Plan
 from msa.memory.catalog import Snapshot
 from msa.memory.content import ContentStore
 from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
+from msa.memory.pages import release_heap
 from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
@@ -40,6 +41,7 @@ Filter = Callable[[Mapping[str, JSON]], bool]
 
 _LOAD_ATTEMPTS = 5
 _WHOLE = Shard()
+_RELEASE_EVERY = 16  # segments loaded
 
 log = logging.getLogger(__name__)
 
@@ -533,7 +535,11 @@ class ResidentBank:
             content.add(segment, part, piece, index)
             used += piece.chunks.stop - piece.chunks.start
             builder.add(segment, part, piece)
+            if index % _RELEASE_EVERY == 0:
+                release_heap()
         rows = builder.build()
+        del scratch
+        release_heap()
         stored = StoredKeys(rows, maps, content.window) if maps else None
         counts = rows.chunk_counts.to(buffers.device)
         norm = unit_key_norm(buffers.shape[0]) if self._view.score == "cosine" else None
