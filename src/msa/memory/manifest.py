@@ -194,7 +194,7 @@ class Manifest:
             )
         weights, router = model_fingerprints(model)
         return cls(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(),  # to the microsecond: it tells banks apart
             msa_version=msa.__version__,
             model=str(getattr(config, "name_or_path", "") or type(model).__name__),
             weights=weights,
