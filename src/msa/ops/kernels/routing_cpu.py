@@ -37,9 +37,9 @@ from msa.types import Selection
 # What is written per block (its scores; its keys, where they are converted) takes at most so many
 # bytes, to stay in the cache, and at most such a part of the keys.
 BLOCK_BYTES = 1 << 22
-BLOCK_PART = 24
+BLOCK_PART = 96
 # Blocks have at least so many keys, and the first ones no more: there everything is a candidate.
-MIN_BLOCK = 128
+MIN_BLOCK = 256
 # Documents are counted, and candidates scored exactly, this many numbers at a time.
 STEP = 1 << 14
 
