@@ -1,7 +1,7 @@
 """One bank that grows from 16K to 100M tokens, asked the same questions at every size.
 
     python benchmarks/scaling.py BANK [--sizes 16K 128K 1M 10M 100M] [--texts FILE...]
-        [--output docs/results]
+        [--slack 0.8] [--output docs/results]
 
 The bank begins with a generated world of held-out names, about which the questions are; real text
 (FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. Kept in
@@ -29,6 +29,7 @@ from msa import Document, MemoryBank, MemoryEngine
 from msa.default_model import load_model
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import Question, score, world_questions
+from msa.memory.pruning import PruningSettings
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents
 
@@ -80,6 +81,8 @@ def main() -> None:
             "peak_memory_of_building": peak_memory(),
             **asked_elsewhere(args),
         }
+        if args.slack is not None:
+            rows[name]["pruned"] = {"slack": args.slack, **asked_elsewhere(args, args.slack)}
         print(name, json.dumps(rows[name], indent=1), flush=True)
         state.write_text(json.dumps({"rows": rows}))
         if target:
@@ -139,11 +142,12 @@ def questions_of(
     return world_questions(args.seed, WORLD_DOCUMENTS, args.questions // 2, breadth=args.breadth)
 
 
-def asked_elsewhere(args: argparse.Namespace) -> dict[str, object]:
+def asked_elsewhere(args: argparse.Namespace, slack: float | None = None) -> dict[str, object]:
     """Ask in a new process, so that its memory is its own."""
     command = [sys.executable, __file__, args.bank, "--ask", "--questions", str(args.questions)]
     command += ["--seed", str(args.seed), "--breadth", str(args.breadth)]
     command += ["--model", args.model] if args.model else []
+    command += ["--slack", str(slack)] if slack is not None else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, object] = json.loads(out.stdout.splitlines()[-1])
     return found
@@ -155,7 +159,11 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
     _, one, two = questions_of(args)
     start = time.perf_counter()
     engine = MemoryEngine(
-        loaded.model, loaded.tokenizer, Path(args.bank, "bank"), template=loaded.template
+        loaded.model,
+        loaded.tokenizer,
+        Path(args.bank, "bank"),
+        template=loaded.template,
+        pruning=None if args.slack is None else PruningSettings(slack=args.slack),
     )
     found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
     with engine:
@@ -205,6 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default=None)
     parser.add_argument("--output", default=None)
+    parser.add_argument("--slack", type=float, help="ask once more, by a pruned scan")
     parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.options = "{}"
