@@ -16,6 +16,12 @@ OTHERS = {
     "bench.md": "`msa bench`: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
 }
+LIMITS = """\
+On a CPU that multiplies in float32 only (AVX2, no AMX, no bfloat16 units) arithmetic, not memory,
+limits a full scan: 32 question tokens ask for 16 multiplications per byte of a bfloat16 key, and the
+bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys once.
+There, less is gained by a better kernel than by reading fewer keys: the pruned scan.
+"""
 
 
 def main() -> None:
@@ -29,7 +35,7 @@ def main() -> None:
         if path.is_file():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
     others = [f"- [{text}]({name})" for name, text in OTHERS.items() if (FOLDER / name).is_file()]
-    parts.append("## Speed\n\n" + "\n".join(others) + "\n")
+    parts.append("## Speed\n\n" + "\n".join(others) + "\n\n" + LIMITS)
     (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
