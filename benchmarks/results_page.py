@@ -19,8 +19,8 @@ OTHERS = {
 LIMITS = """\
 On a CPU that multiplies in float32 only (AVX2, no AMX, no bfloat16 units) arithmetic, not memory,
 limits a full scan: 32 question tokens ask for 16 multiplications per byte of a bfloat16 key, and
-the bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys once.
-There, less is gained by a better kernel than by reading fewer keys: the pruned scan.
+the bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys
+once. There, less is gained by a better kernel than by reading fewer keys: the pruned scan.
 """
 
 

@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from msa.errors import DuplicateDocumentError, InputError
 from msa.memory.catalog import Catalog, CatalogRow
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.records import EncodedBatch, SegmentEntry
 from msa.memory.reports import AddProgress, AddReport, part_id
 from msa.memory.segments import SegmentWriter
 from msa.types import Document
 
 OnDuplicate = Literal["error", "skip", "update"]
+Written = list[tuple[SegmentEntry, tuple[int, ...]]]
+"""Segments, each with the numbers of its documents."""
 
 MAX_ID_CHARACTERS = 512
 MAX_TEXT_CHARACTERS = 50_000_000
@@ -405,6 +410,22 @@ class Cutter:
             raise RejectedError(f"it cannot be split: {error}") from error
 
 
+@dataclass(slots=True)
+class Window:
+    """Documents that go into the bank together, and what else was found among them."""
+
+    pending: list[Pending] = field(default_factory=list)
+    num_tokens: int = 0
+    documents: int = 0
+    unchanged: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What is encoded."""
+        return [piece for p in self.pending for piece in p.pieces]
+
+
 class Ingest:
     """One call of `add`; see `MemoryBank.add`."""
 
@@ -423,28 +444,27 @@ class Ingest:
         self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
         self._register = Register(catalog, options.on_duplicate)
-        self._pending: list[Pending] = []
-        self._pending_tokens = 0
-        self._since_progress = 0
+        self._window = Window()
+        self._running: tuple[Window, Future[Written]] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._stopped = threading.Event()
         self._counts = _Counts()
         self._start = time.perf_counter()
 
     def run(self, documents: Iterable[Document]) -> AddReport:
-        """Take all documents; the report counts each of them once."""
-        for document in documents:
-            if not isinstance(document, Document):
-                raise InputError(
-                    f"add() was given a {type(document).__name__}: expected msa.Document objects, "
-                    "as in bank.add([Document(id='a', text='...')])"
-                )
-            self._take(document)
-            if (
-                self._pending_tokens >= self._options.commit_tokens
-                or self._since_progress >= COMMIT_DOCUMENTS
-            ):
-                self._commit()
-        if self._since_progress:
-            self._commit()
+        """Take all documents; the report counts each of them once.
+
+        While a window is encoded and written in a thread, the next is read, split and tokenised.
+        """
+        try:
+            self._take_all(documents)
+        except Exception:
+            self._finish()  # what was taken before goes into the bank
+            raise
+        finally:
+            self._stopped.set()
+            if self._pool is not None:
+                self._pool.shutdown()
         counts = self._counts
         return AddReport(
             counts.added,
@@ -456,21 +476,44 @@ class Ingest:
             time.perf_counter() - self._start,
         )
 
+    def _take_all(self, documents: Iterable[Document]) -> None:
+        for document in documents:
+            if not isinstance(document, Document):
+                raise InputError(
+                    f"add() was given a {type(document).__name__}: expected msa.Document objects, "
+                    "as in bank.add([Document(id='a', text='...')])"
+                )
+            try:
+                self._take(document)
+            except DuplicateDocumentError:
+                self._finish()
+                self._take(document)  # raises it again, and counts what is stored by now
+            if (
+                self._window.num_tokens >= self._options.commit_tokens
+                or self._window.documents >= COMMIT_DOCUMENTS
+            ):
+                self._finish()
+                self._begin()
+        self._finish()
+        if self._window.documents:
+            window, self._window = self._window, Window()
+            self._settle(window, self._write(window))
+
     # ---- one document
 
     def _take(self, document: Document) -> None:
-        self._counts.documents += 1
-        self._since_progress += 1
+        window = self._window
+        window.documents += 1
         try:
             pending = self._prepare(document)
         except RejectedError as reason:
-            self._counts.failed.append((printable(document.id), str(reason)))
+            window.failed.append((printable(document.id), str(reason)))
             return
         if pending is None:
-            self._counts.unchanged += 1
+            window.unchanged += 1
             return
-        self._pending.append(pending)
-        self._pending_tokens += pending.num_tokens
+        window.pending.append(pending)
+        window.num_tokens += pending.num_tokens
 
     def _prepare(self, document: Document) -> Pending | None:
         """What to store for a document; None when it is stored as given."""
@@ -492,16 +535,41 @@ class Ingest:
 
     # ---- a window of documents
 
-    def _commit(self) -> None:
-        """Encode and store what is pending, durably; then say so."""
-        pending, self._pending = self._pending, []
-        pieces = [piece for p in pending for piece in p.pieces]
-        if pending:
-            written = self._writer.write_all(
+    def _begin(self) -> None:
+        """Encode and write the window in a thread, and begin another."""
+        window, self._window = self._window, Window()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "msa-ingest")
+        self._running = window, self._pool.submit(self._write, window)
+
+    def _finish(self) -> None:
+        """Wait for the window that is being written, if there is one, and commit it."""
+        if self._running is not None:
+            (window, written), self._running = self._running, None
+            self._settle(window, written.result())
+
+    def _write(self, window: Window) -> Written:
+        """Encode what is pending, into segments on disk."""
+        if not window.pending:
+            return []
+        return self._writer.write_all(
+            self._until_stopped(
                 self._encoder.encode_tokens(
-                    [(p.number, p.tokens) for p in pieces], self._options.batch_tokens
+                    [(p.number, p.tokens) for p in window.pieces], self._options.batch_tokens
                 )
             )
+        )
+
+    def _until_stopped(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+        for batch in batches:
+            if self._stopped.is_set():  # nobody waits for it any more
+                raise CancelledError
+            yield batch
+
+    def _settle(self, window: Window, written: Written) -> None:
+        """Commit what was written, durably; then say so."""
+        pending = window.pending
+        if pending:
             # If this fails, the files stay until a writer opens the bank: only the catalog, read
             # again, can tell for sure whether a commit that reported an error is on disk.
             self._catalog.commit(
@@ -510,17 +578,19 @@ class Ingest:
                 replaced=[n for p in pending for n in p.verdict.replaces],
                 metadata=[(p.claim.id, p.claim.metadata) for p in pending if not p.pieces],
             )
+        counts = self._counts
         for p in pending:
             if p.is_new:
-                self._counts.added += 1
+                counts.added += 1
             else:
-                self._counts.updated += 1
-        self._counts.parts += len(pieces)
-        self._counts.tokens += sum(len(p.tokens) for p in pieces)
+                counts.updated += 1
+        counts.documents += window.documents
+        counts.unchanged += window.unchanged
+        counts.failed += window.failed
+        counts.parts += len(window.pieces)
+        counts.tokens += window.num_tokens
         self._register.settle(pending)
-        self._pending_tokens = self._since_progress = 0
         if self._options.progress is not None:
-            counts = self._counts
             self._options.progress(
                 AddProgress(
                     counts.documents,
