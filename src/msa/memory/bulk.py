@@ -28,17 +28,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from msa.errors import InputError, RankError, StorageError
 from msa.memory.bank import SEGMENTS_FOLDER, MemoryBank
+from msa.memory.cutting import Cutter, RejectedError
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.ingest import (
     COMMIT_DOCUMENTS,
     COMMIT_TOKENS,
     AddOptions,
     Claim,
-    Cutter,
     OnDuplicate,
     Pending,
     Register,
-    RejectedError,
     Verdict,
     printable,
 )

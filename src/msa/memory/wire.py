@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from msa.memory.bulk import Assignment, Window
-from msa.memory.ingest import Claim, Pending, Piece, Verdict
+from msa.memory.cutting import Piece
+from msa.memory.ingest import Claim, Pending, Verdict
 from msa.memory.records import SegmentEntry, WrittenFile
 from msa.types import Document
 
