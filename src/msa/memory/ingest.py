@@ -3,8 +3,8 @@
 Documents are taken from the caller one by one and committed in windows of bounded size, so memory
 stays flat for any number of them. A document and all its parts are in one commit.
 
-`Claim`, `Register`, `Pending` and `msa.memory.cutting.Cutter` are the steps of it; `msa.memory.bulk`
-takes the same steps in several processes.
+`Claim`, `Register`, `Pending` and `msa.memory.cutting.Cutter` are the steps of it, which
+`msa.memory.bulk` takes in several processes.
 """
 
 from __future__ import annotations
