@@ -420,7 +420,9 @@ def test_torchrun_says_in_one_line_which_rank_was_killed(corpus, tmp_path):
     )
     assert run.returncode != 0
     assert run.stdout == ""
-    (line,) = (line for line in run.stderr.splitlines() if line.startswith("Error: "))
+    lines = [line for line in run.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, run.stderr
+    (line,) = lines
     assert line.startswith("Error: rank 1 of 2 ")
     assert "ended before it was done" in line
     sound(path, orphans=True)

@@ -287,15 +287,22 @@ def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
     """
     from msa.memory.ranks import Lead
 
-    with Lead(place, work.rank_timeout) as ranks:
-        try:
-            return _add(intake, replace(work, device=work.device or place.device), ranks)
-        except (KeyboardInterrupt, output.Interrupted):
-            # torchrun stops all when one has died; that one is what people must hear of
-            failure = ranks.failure(wait=1.0)
-            if failure is None:
-                raise
-            raise failure from None
+    ranks = Lead(place, work.rank_timeout)
+    try:
+        with ranks:
+            try:
+                return _add(intake, replace(work, device=work.device or place.device), ranks)
+            except (KeyboardInterrupt, output.Interrupted):
+                # torchrun stops all when one has died; that one is what people must hear of
+                failure = ranks.failure(wait=1.0)
+                if failure is None:
+                    raise
+                raise failure from None
+    except KeyboardInterrupt:  # it came while the others were told of a failure
+        failure = ranks.failure()
+        if failure is None:
+            raise
+        raise failure from None
 
 
 def follow(place: Place, intake: Intake, work: _Work) -> int:
