@@ -114,15 +114,14 @@ def scaling(results: dict) -> str:
         "one hop, 100 of two.\nRouting is all layers and all rounds of a question. Peak memory is "
         "that of the asking process. With a slack the scan is pruned ([how](../inference.md)).\n",
         "| tokens | documents | GB on disk | tokens/s built | routed | one-hop EM | two-hop EM "
-        "| routing s, p50 / p95 | answer s, p50 / p95 | peak GB | s to load |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| routing s, p50 / p95 | of one round | answer s, p50 / p95 | peak GB | s to load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
         rate = r["tokens_added_in_this_run"] / max(r["seconds_to_add_them"], 1e-9)
         built = f"{r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {rate:,.0f}"
         rows.append(f"| {name} | {built} | {asked(r)} |")
-        if "pruned" in r:
-            pruned = r["pruned"]
+        for pruned in r.get("pruned", []):
             rows.append(f"| {name}, slack {pruned['slack']} | | | | {asked(pruned)} |")
     return "\n".join(rows) + "\n"
 
@@ -131,7 +130,8 @@ def asked(r: dict) -> str:
     """The columns that tell of asking."""
     one, two = r["one_hop"], r["two_hop"]
     shares = (one["routed"], one["exact_match"], two["exact_match"])
-    times = [f"{r[k]['p50']:.3f} / {r[k]['p95']:.3f}" for k in ("routing_seconds", "total_seconds")]
+    names = ("routing_seconds", "routing_seconds_per_round", "total_seconds")
+    times = [f"{r[k]['p50']:.3f} / {r[k]['p95']:.3f}" if k in r else "" for k in names]
     cells = [f"{100 * share:.1f}" for share in shares] + times
     return " | ".join(
         [*cells, f"{r['peak_memory_of_asking'] / 1e9:.2f}", f"{r['seconds_to_load']:.1f}"]

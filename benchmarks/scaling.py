@@ -1,7 +1,7 @@
 """One bank that grows from 16K to 100M tokens, asked the same questions at every size.
 
     python benchmarks/scaling.py BANK [--sizes 16K 128K 1M 10M 100M] [--texts FILE...]
-        [--slack 0.8] [--output docs/results]
+        [--slack 1 0.8] [--output docs/results]
 
 The bank begins with a generated world of held-out names, about which the questions are; real text
 (FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. Kept in
@@ -81,8 +81,8 @@ def main() -> None:
             "peak_memory_of_building": peak_memory(),
             **asked_elsewhere(args),
         }
-        if args.slack is not None:
-            rows[name]["pruned"] = {"slack": args.slack, **asked_elsewhere(args, args.slack)}
+        pruned = [{"slack": slack, **asked_elsewhere(args, slack)} for slack in args.slack]
+        rows[name]["pruned"] = pruned
         print(name, json.dumps(rows[name], indent=1), flush=True)
         state.write_text(json.dumps({"rows": rows}))
         if target:
@@ -163,15 +163,16 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
         loaded.tokenizer,
         Path(args.bank, "bank"),
         template=loaded.template,
-        pruning=None if args.slack is None else PruningSettings(slack=args.slack),
+        pruning=PruningSettings(slack=args.slack[0]) if args.slack else None,
     )
     found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
     with engine:
         engine.ask(one[0].text)  # the first touches what is mapped
-        usages = []
+        usages, per_round = [], []
         for name, questions in (("one_hop", one), ("two_hop", two)):
             answers = [engine.ask(q.text) for q in questions]
             usages += [a.usage for a in answers]
+            per_round += [a.usage.routing_seconds / len(a.rounds) for a in answers]
             figures = score(questions, answers).as_dict()
             figures.pop("seconds_per_question")
             hits = [[h.id for h in engine.retrieve(q.text, top_k=16)] for q in questions]
@@ -182,6 +183,7 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
     rounds = mean([len(a.rounds) for a in answers])
     found["rounds_of_two_hop_questions"] = round(rounds, 2)
     found["routing_seconds"] = spread([u.routing_seconds for u in usages])
+    found["routing_seconds_per_round"] = spread(per_round)
     found["total_seconds"] = spread([u.total_seconds for u in usages])
     found["peak_memory_of_asking"] = peak_memory()
     return found
@@ -213,7 +215,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default=None)
     parser.add_argument("--output", default=None)
-    parser.add_argument("--slack", type=float, help="ask once more, by a pruned scan")
+    parser.add_argument(
+        "--slack", nargs="*", type=float, default=[], help="ask again, by scans pruned so much"
+    )
     parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.options = "{}"

@@ -84,6 +84,13 @@ def tiny_tokenizer():
     return make_tiny_tokenizer()
 
 
+@pytest.fixture
+def queries():
+    """Routing queries and mask of three rows, for the tiny model's heads."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     return DATA / "golden"

@@ -24,12 +24,6 @@ def bank(tmp_path, tiny_model, tiny_tokenizer):
         yield bank
 
 
-@pytest.fixture
-def queries():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
-
-
 def assert_same_content(mine, wanted):
     assert mine.keys.is_cuda
     assert torch.equal(mine.mask.cpu(), wanted.mask)

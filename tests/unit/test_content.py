@@ -30,12 +30,6 @@ def bank(path, tiny_model, tiny_tokenizer):
         yield bank
 
 
-@pytest.fixture
-def queries():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
-
-
 def loaded(bank, tier, *, prefetch=False, **options):
     made = budget.plan(bank, content=tier, content_dtype=options.get("content_dtype"))
     return ResidentBank(bank, plan=replace(made, prefetch=prefetch), **options)

@@ -21,12 +21,6 @@ from msa.ops.quantisation import PACKED, pack, packed_width, unpack
 ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16, "int4": 0.5 / 7}
 
 
-@pytest.fixture
-def queries():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
-
-
 def make(path, model, tokenizer, precision, count=20):
     bank = MemoryBank.create(path, model, tokenizer, content_dtype=precision)
     bank.add(make_documents(count))

@@ -26,12 +26,6 @@ def bank(path, tiny_model, tiny_tokenizer):
         yield bank
 
 
-@pytest.fixture
-def queries():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
-
-
 def routed(reader, queries, layer=2):
     """Numbers and scores that a reader selects, best first."""
     selection = reader.route(layer, *queries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from msa.cli.options import (
     FilterOption,
     JsonOption,
     ModelOption,
+    failures_first,
     metadata_filter,
     open_bank,
     open_engine,
@@ -163,15 +165,8 @@ def _asking(bank: Path, model: Path | None, device: str | None) -> Iterator[Memo
             yield None
             return
         engine = open_engine(bank, model, device, parallel=True)
-        with engine:
-            try:
-                yield engine
-            except (KeyboardInterrupt, output.Interrupted):
-                # torchrun stops all when one has died; that one is what people must hear of
-                failure = engine.rank_failure(wait=1.0)
-                if failure is None:
-                    raise
-                raise failure from None
+        with engine, failures_first(partial(engine.rank_failure, wait=1.0)):
+            yield engine
     finally:
         dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ from msa.cli.options import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    failures_first,
     load_model,
     open_bank,
     place_in_torchrun,
@@ -209,18 +210,17 @@ def open_or_create(
 
     if exists:
         return MemoryBank.open(path, model, tokenizer, template=template)
-    if precision is None:
-        return MemoryBank.create(path, model, tokenizer, template=template)
     import torch
 
-    plain = precision in FLOATS
+    packed = None if precision in FLOATS else precision
+    dtype = "bfloat16" if packed else precision
     return MemoryBank.create(
         path,
         model,
         tokenizer,
         template=template,
-        dtype=getattr(torch, precision if plain else "bfloat16"),
-        content_dtype=None if plain else precision,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        content_dtype=packed,
     )
 
 
@@ -288,21 +288,13 @@ def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
     from msa.memory.ranks import Lead
 
     ranks = Lead(place, work.rank_timeout)
-    try:
-        with ranks:
-            try:
-                return _add(intake, replace(work, device=work.device or place.device), ranks)
-            except (KeyboardInterrupt, output.Interrupted):
-                # torchrun stops all when one has died; that one is what people must hear of
-                failure = ranks.failure(wait=1.0)
-                if failure is None:
-                    raise
-                raise failure from None
-    except KeyboardInterrupt:  # it came while the others were told of a failure
-        failure = ranks.failure()
-        if failure is None:
-            raise
-        raise failure from None
+    # the outer one: a stop can come while the others are told of a failure
+    with (
+        failures_first(ranks.failure),
+        ranks,
+        failures_first(partial(ranks.failure, wait=1.0)),
+    ):
+        return _add(intake, replace(work, device=work.device or place.device), ranks)
 
 
 def follow(place: Place, intake: Intake, work: _Work) -> int:

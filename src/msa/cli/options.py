@@ -168,6 +168,24 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
+@contextlib.contextmanager
+def failures_first(failure: Callable[[], Exception | None]) -> Iterator[None]:
+    """Say that a rank failed rather than that this one was stopped.
+
+    Torchrun stops all when one has died; that one is what people must hear of.
+
+    Args:
+        failure: what is known of the other ranks; None when nothing is wrong with them.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, output.Interrupted):
+        found = failure()
+        if found is None:
+            raise
+        raise found from None
+
+
 def open_bank(path: Path, *, write: bool = False) -> MemoryBank:
     """A bank without a model: enough to look, delete, compact and verify."""
     from msa.memory.bank import MemoryBank

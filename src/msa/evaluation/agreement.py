@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msa.inference.batch import prompt_batch
+from msa.inference.batch import prompt_batch, read_prompts
 from msa.memory.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.ops.quantisation import unpack
@@ -137,14 +137,6 @@ def _selected(
     for text in questions:
         memory = LatentMemory(moved, top_k, model.config.routing_score)
         batch = prompt_batch([encoder.context(text)], top_k, 0, device)
-        out = model(
-            batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            memory=memory,
-            routing_mask=batch.routing_mask,
-            memory_mask=batch.memory_mask,
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        yield {layer: set(s.documents[0].tolist()) - {-1} for layer, s in out.selections.items()}
+        selections = read_prompts(model, batch, memory).selections
+        assert selections is not None
+        yield {layer: set(s.documents[0].tolist()) - {-1} for layer, s in selections.items()}

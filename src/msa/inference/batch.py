@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa.model.modeling_msa import MSAForCausalLM, MSAOutput
 from msa.text.prompts import LocalContext
+from msa.types import MemoryReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,27 @@ def prompt_batch(
         _left_padded([c.routes for c in contexts], False, device).bool(),
         _left_padded([c.sees_memory for c in contexts], False, device).bool(),
     )
+
+
+def read_prompts(model: MSAForCausalLM, prompts: Batch, memory: MemoryReader) -> MSAOutput:
+    """One forward over whole prompts, nothing cached: what they select, and their last logits.
+
+    Args:
+        model: in whatever mode it is.
+        prompts: of `prompt_batch`.
+        memory: selected from in every routing layer.
+    """
+    out: MSAOutput = model(
+        prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        position_ids=prompts.position_ids,
+        memory=memory,
+        routing_mask=prompts.routing_mask,
+        memory_mask=prompts.memory_mask,
+        logits_to_keep=1,
+        use_cache=False,
+    )
+    return out
 
 
 def continued(

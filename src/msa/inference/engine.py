@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from msa.errors import InputError, RankError
-from msa.inference.batch import prompt_batch
+from msa.inference.batch import prompt_batch, read_prompts
 from msa.inference.constraints import check_logits
 from msa.inference.interleave import Interleave
 from msa.inference.library import Filter, Library, Shelf
@@ -204,16 +204,7 @@ class MemoryEngine:
         contexts = [self._encoder.context(q) for q in questions]
         batch = prompt_batch(contexts, visible, 0, self.model.device)
         reader = TracingReader(library.reader, visible)
-        out = self.model(
-            batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            memory=reader,
-            routing_mask=batch.routing_mask,
-            memory_mask=batch.memory_mask,
-            logits_to_keep=1,
-            use_cache=False,
-        )
+        out = read_prompts(self.model, batch, reader)
         check_logits(out.logits[:, -1])
         hits = []
         for layers in reader.rows():

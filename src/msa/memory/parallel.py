@@ -50,6 +50,7 @@ from msa.errors import EmptyBankError, InputError, RankError
 from msa.memory import budget
 from msa.memory.bank import MemoryBank
 from msa.memory.exchange import Exchange, as_bytes, from_bytes
+from msa.memory.latest import LatestReader
 from msa.memory.manifest import BANK_FILE
 from msa.memory.resident import Filter, ResidentBank
 from msa.memory.share import CLOSE, CONTENT, DTYPES, NUMBERS, OPEN, ROUTE, ShareService, said
@@ -62,7 +63,7 @@ START_TIMEOUT = 600.0
 _DOCUMENT_BYTES = 12  # of a routed document: row int64, score float32
 
 
-class ParallelBank:
+class ParallelBank(LatestReader["ParallelView"]):
     """A bank loaded by several processes together; the interface of `ResidentBank`.
 
     All ranks make one, of the same bank, with the same settings. What a rank asks it asks alone;
@@ -186,15 +187,6 @@ class ParallelBank:
 
     # ---- asking
 
-    def __len__(self) -> int:
-        """Number of documents that can be selected, in the whole bank."""
-        return len(self._view)
-
-    @property
-    def generation(self) -> int:
-        """Generation of the bank that this rank asks."""
-        return self._view.generation
-
     @property
     def num_bytes(self) -> int:
         """Memory of the routing keys in use, of this rank."""
@@ -215,18 +207,6 @@ class ParallelBank:
             raise InputError(f"top_k={top_k}: expected at least 1")
         view = self._view if filter is None else self._open(filter)
         return view if top_k is None else replace(view, top_k=top_k)
-
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
-        """See `ParallelView.route`."""
-        return self._view.route(layer, routing_queries, routing_mask)
-
-    def content(self, layer: int, selection: Selection) -> Content:
-        """See `ParallelView.content`."""
-        return self._view.content(layer, selection)
-
-    def rows_to_numbers(self, rows: Tensor) -> Tensor:
-        """See `ParallelView.rows_to_numbers`."""
-        return self._view.rows_to_numbers(rows)
 
     def refresh(self) -> bool:
         """Take up what has changed in the bank, on all ranks; see `ResidentBank.refresh`.

@@ -28,6 +28,7 @@ from msa.memory.budget import Plan
 from msa.memory.catalog import Snapshot
 from msa.memory.content import ContentStore
 from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
+from msa.memory.latest import LatestReader
 from msa.memory.pages import release_heap
 from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.memory.records import SegmentEntry
@@ -185,7 +186,7 @@ class ResidentView:
         return self._rows.numbers[rows.clamp(min=0)].masked_fill(rows < 0, -1)
 
 
-class ResidentBank:
+class ResidentBank(LatestReader[ResidentView]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
@@ -299,15 +300,6 @@ class ResidentBank:
 
     # ---- asking
 
-    def __len__(self) -> int:
-        """Number of documents that can be selected."""
-        return len(self._view)
-
-    @property
-    def generation(self) -> int:
-        """Generation of the bank when it was last read."""
-        return self._view.generation
-
     @property
     def num_bytes(self) -> int:
         """Memory of the routing keys in use."""
@@ -348,18 +340,6 @@ class ResidentBank:
         count = int(mask.sum())
         total = count if self.shard.world == 1 else int((wanted < view._next_number).sum())
         return replace(view, num_documents=count, total_documents=total, _mask=mask.to(self.device))
-
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
-        """See `ResidentView.route`."""
-        return self._view.route(layer, routing_queries, routing_mask)
-
-    def content(self, layer: int, selection: Selection) -> Content:
-        """See `ResidentView.content`."""
-        return self._view.content(layer, selection)
-
-    def rows_to_numbers(self, rows: Tensor) -> Tensor:
-        """See `ResidentView.rows_to_numbers`."""
-        return self._view.rows_to_numbers(rows)
 
     # ---- following the bank
 
