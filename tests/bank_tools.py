@@ -27,6 +27,12 @@ def make_documents(count: int, prefix: str = "doc") -> list[Document]:
     return [make_document(f"{prefix}{i}", words=1 + i * 7 % 20) for i in range(count)]
 
 
+def routed(reader, queries, layer=2):
+    """Numbers and scores that a reader selects, best first."""
+    selection = reader.route(layer, *queries)
+    return reader.rows_to_numbers(selection.documents), selection.scores
+
+
 # number -> layer -> (routing keys, pooled keys, pooled values)
 StoredStates = dict[int, dict[int, tuple[torch.Tensor, ...]]]
 

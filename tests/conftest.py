@@ -85,6 +85,21 @@ def tiny_tokenizer():
 
 
 @pytest.fixture
+def path(tmp_path):
+    """Where a bank may be made."""
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def bank(path, tiny_model, tiny_tokenizer):
+    """A new, empty bank of the tiny model."""
+    from msa import MemoryBank
+
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
+        yield bank
+
+
+@pytest.fixture
 def queries():
     """Routing queries and mask of three rows, for the tiny model's heads."""
     generator = torch.Generator().manual_seed(0)

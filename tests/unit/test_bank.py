@@ -24,17 +24,6 @@ from msa.memory.encoder import DocumentEncoder
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "bank"
-
-
-@pytest.fixture
-def bank(path, tiny_model, tiny_tokenizer):
-    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
-        yield bank
-
-
-@pytest.fixture
 def split_by_words(monkeypatch):
     """A splitter without surprises: as many words as fit."""
 

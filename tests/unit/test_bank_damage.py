@@ -18,18 +18,6 @@ from msa.errors import (
 )
 from msa.memory.bank import MemoryBank
 
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "bank"
-
-
-@pytest.fixture
-def bank(path, tiny_model, tiny_tokenizer):
-    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
-        yield bank
-
-
 # ---- damage
 
 

@@ -27,17 +27,6 @@ from msa.text.prompts import PromptTemplate
 STATES = ("routing_keys", "pooled_keys", "pooled_values")
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "bank"
-
-
-@pytest.fixture
-def bank(path, tiny_model, tiny_tokenizer):
-    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
-        yield bank
-
-
 # ---- opening
 
 

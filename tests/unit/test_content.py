@@ -18,11 +18,6 @@ from msa.types import Selection
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "bank"
-
-
-@pytest.fixture
 def bank(path, tiny_model, tiny_tokenizer):
     with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
         for start in range(0, 40, 10):

@@ -149,18 +149,20 @@ class DocumentEncoder:
             if workers == 1 or len(batches) == 1:
                 yield from map(self._encode_batch, batches)
             else:
-                yield from self._side_by_side(batches, workers, threads // workers)
+                yield from self._side_by_side(batches, workers)
         finally:
             self.model.train(training)
 
     def _side_by_side(
-        self, batches: Sequence[Sequence[Tokens]], workers: int, threads: int
+        self, batches: Sequence[Sequence[Tokens]], workers: int
     ) -> Iterator[EncodedBatch]:
-        """Encoded in so many Python threads of so many threads each; handed out in order."""
+        """Encoded in so many Python threads, which share torch's; handed out in order."""
         before = torch.get_num_threads()
         running: deque[Future[EncodedBatch]] = deque()
         waiting = iter(batches)
-        pool = ThreadPoolExecutor(workers, "msa-encode", torch.set_num_threads, (threads,))
+        pool = ThreadPoolExecutor(
+            workers, "msa-encode", torch.set_num_threads, (before // workers,)
+        )
         try:
             for batch in islice(waiting, workers + 1):
                 running.append(pool.submit(self._encode_batch, batch))
@@ -186,8 +188,11 @@ class DocumentEncoder:
     def _on_cpu(self, states: LatentStates, numbers: tuple[int, ...]) -> LatentStates:
         layers = {}
         for i, s in states.layers.items():
+            content_dtype = None if self.packed else self.dtype  # packed: rounded once
             moved = [
-                t.to("cpu", self.dtype) for t in (s.pooled_keys, s.pooled_values, s.routing_keys)
+                s.pooled_keys.to("cpu", content_dtype),
+                s.pooled_values.to("cpu", content_dtype),
+                s.routing_keys.to("cpu", self.dtype),
             ]
             if not all(bool(t.isfinite().all()) for t in moved):
                 raise ModelError(
@@ -195,9 +200,7 @@ class DocumentEncoder:
                     f"{numbers[0]} to {numbers[-1]}; its weights are damaged, or {self.dtype} is "
                     "too narrow for them. Load it again, or choose another dtype"
                 )
-            if self.packed is not None:  # from the model's own numbers, rounded once
-                moved[:2] = [
-                    pack(t.detach().cpu(), self.packed) for t in (s.pooled_keys, s.pooled_values)
-                ]
+            if self.packed is not None:
+                moved[:2] = [pack(t, self.packed) for t in moved[:2]]
             layers[i] = LayerStates(*moved)
         return LatentStates(states.chunk_counts.cpu(), layers)

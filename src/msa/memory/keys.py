@@ -275,17 +275,16 @@ class KeyBuffers:
 
     def write(self, layer: int, start: int, keys: Tensor) -> None:
         """Put keys [C, G, D] (on the CPU) behind the first `start` chunks."""
-        end = start + len(keys)
-        if self.dtype == torch.int8:
-            # on the CPU, where they are made again to be compared; some at a time, as floats
-            for part in torch.split(keys, QUANTISED_AT_ONCE):
-                end = start + len(part)
-                values, scales = quantise(part)
-                self._keys[layer][start:end] = values
-                self._scales[layer][start:end] = scales
-                start = end
-        else:
-            self._keys[layer][start:end] = keys  # converts dtype and device
+        if self.dtype != torch.int8:
+            self._keys[layer][start : start + len(keys)] = keys  # converts dtype and device
+            return
+        # on the CPU, where they are made again to be compared; some at a time, as floats
+        for part in torch.split(keys, QUANTISED_AT_ONCE):
+            end = start + len(part)
+            values, scales = quantise(part)
+            self._keys[layer][start:end] = values
+            self._scales[layer][start:end] = scales
+            start = end
 
     def layer(
         self, layer: int, counts: Tensor, num_chunks: int, key_norm: float | None
