@@ -65,7 +65,7 @@ def test_it_is_one_without_onednn_and_under_autocast(name, monkeypatch):
 @pytest.mark.parametrize("name", [n for n in CASES if "bfloat16" in n])
 def test_it_is_one_where_bfloat16_is_multiplied_as_it_is(name, monkeypatch):
     """Scores of a bfloat16 product are coarse; what is chosen, and its scores, are not."""
-    monkeypatch.setattr(routing_cpu, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(routing_cpu, "multiplies_bfloat16", lambda: True)
     check(kernels.route_documents, CASES[name])
 
 

@@ -24,6 +24,7 @@ from msa.memory.manifest import DTYPES, Manifest
 from msa.memory.pages import WINDOW_BYTES
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Shard
+from msa.ops.kernels import routing_cpu, screening
 from msa.ops.quantisation import is_supported, packed_width
 
 # Not all that is free is to be had: allocators waste some, and others want some too.
@@ -53,6 +54,7 @@ class Plan:
         keys_dtype: of the routing keys in memory: "float32", "bfloat16", "float16" or "int8".
         keys_device: where they are scored.
         keys_bytes: what they take there, scales and room for growth included.
+        screen_bytes: of their copy in int8 that most of a scan reads; 0 without one.
         growth: room for so many times the present documents.
         content: "held" in RAM or "mapped" from disk.
         content_bytes: of all content, held or mapped.
@@ -74,6 +76,7 @@ class Plan:
     keys_dtype: str
     keys_device: str
     keys_bytes: int
+    screen_bytes: int = 0
     growth: float = 1.0
     content: str
     content_bytes: int
@@ -91,9 +94,14 @@ class Plan:
         return _KEY_DTYPES[self.keys_dtype]
 
     @property
+    def screened(self) -> bool:
+        """Whether the keys have a copy in int8 (`msa.ops.kernels.screening`)."""
+        return self.screen_bytes > 0
+
+    @property
     def memory_bytes(self) -> int:
         """RAM that the bank takes, at most: after loading, with a batch of questions."""
-        keys = self.keys_bytes if self.keys_device == "cpu" else 0
+        keys = self.keys_bytes + self.screen_bytes if self.keys_device == "cpu" else 0
         held = self.content_bytes if self.content == "held" else 0
         return keys + held + self.rows_bytes + max(self.question_bytes, self.loading_bytes)
 
@@ -148,6 +156,13 @@ class _Sizes:
         scales = 4 * self.layers if dtype == "int8" else 0
         return self.num_chunks * (self.numbers * _KEY_DTYPES[dtype].itemsize + scales)
 
+    @property
+    def screen(self) -> int:
+        """A copy of the routing keys in int8, to be read in their place; 0 if there can be none."""
+        if self.num_chunks < screening.SMALLEST or not screening.is_available():
+            return 0
+        return self.layers * screening.screen_bytes(self.num_chunks, self.numbers // self.layers)
+
     def content(self, dtype: torch.dtype) -> int:
         """Pooled keys and values as they are held: packed as on disk, or in a dtype."""
         manifest = self.manifest
@@ -181,6 +196,11 @@ class _Draft:
         return self.sizes.question(self.content_dtype)
 
     @property
+    def bounds(self) -> int:
+        """Working set of a batch of questions to keys with a copy in int8."""
+        return screening.working_bytes(self.sizes.num_chunks, _BATCH)
+
+    @property
     def base(self) -> int:
         """RAM that is taken in any case."""
         return self.sizes.rows + max(self.question + WINDOW_BYTES, self.sizes.loading)
@@ -203,6 +223,7 @@ def plan(
     dtype: torch.dtype | None = None,
     content_dtype: torch.dtype | None = None,
     content: str | None = None,
+    screen: bool = True,
     shard: tuple[int, int] = (0, 1),
     memory: int | None = None,
     device_memory: int | None = None,
@@ -211,9 +232,10 @@ def plan(
     """Which tier will hold what of a bank, before anything is loaded.
 
     On a GPU: keys there as stored, else in int8, else in RAM; content pinned in RAM, else mapped.
-    On a CPU: keys in float32 if they are stored shorter, the processor does not multiply them as
-    they are, and they take a quarter of the free RAM at most; else as stored, else int8; content
-    held if there is little of it, else mapped (the page cache holds it).
+    On a CPU: keys as stored with a copy in int8, which most of a scan reads, if there are many of
+    them and torch has that product; else in float32 if they are stored shorter, the processor does
+    not multiply them as they are, and they take a quarter of the free RAM at most; else as stored,
+    else int8; content held if there is little of it, else mapped (the page cache holds it).
 
     Args:
         bank: open.
@@ -221,6 +243,7 @@ def plan(
         dtype: of the routing keys; the plan's choice by default.
         content_dtype: of the content that is handed out; as stored by default.
         content: "held" or "mapped"; the plan's choice by default.
+        screen: whether keys on a CPU may have a copy in int8.
         shard: (rank, world), for a share of the bank.
         memory, device_memory: bytes to plan for, instead of what is free now.
         entries: segments to plan for, instead of the bank's.
@@ -249,10 +272,10 @@ def plan(
     )
     if target.type == "cpu":
         draft.device_memory = None
-    keys_device, keys_dtype, growth = _place_keys(draft, bank, target, name)
+    keys_device, keys_dtype, growth, screen_bytes = _place_keys(draft, bank, target, name, screen)
     sizes = draft.sizes
     keys_bytes = int(sizes.keys(keys_dtype) * growth)
-    left = draft.memory - (keys_bytes if keys_device == "cpu" else 0)
+    left = draft.memory - (keys_bytes + screen_bytes if keys_device == "cpu" else 0)
     held = _holds_content(draft, bank, content, left)
     content_bytes = sizes.content(draft.content_dtype)
     prefetch = target.type != "cpu" or (not held and content_bytes > left / 2)
@@ -266,12 +289,13 @@ def plan(
         keys_dtype=keys_dtype,
         keys_device=keys_device,
         keys_bytes=keys_bytes,
+        screen_bytes=screen_bytes,
         growth=growth,
         content="held" if held else "mapped",
         content_bytes=content_bytes,
         prefetch=prefetch,
         rows_bytes=sizes.rows,
-        question_bytes=draft.question + window,
+        question_bytes=draft.question + window + (draft.bounds if screen_bytes else 0),
         loading_bytes=sizes.loading,
         memory_available=draft.memory,
         device_available=draft.device_memory,
@@ -286,7 +310,13 @@ def lower(given: Plan, bank: MemoryBank) -> Plan | None:
     """
     sizes = _sizes_of(bank, Shard(*given.shard), None)
     if given.keys_dtype != "int8":
-        return replace(given, keys_dtype="int8", keys_bytes=sizes.keys("int8"), growth=1.0)
+        return replace(
+            given,
+            keys_dtype="int8",
+            keys_bytes=sizes.keys("int8"),
+            screen_bytes=0,
+            growth=1.0,
+        )
     if given.keys_device == "cpu":
         return None
     on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content)
@@ -295,6 +325,7 @@ def lower(given: Plan, bank: MemoryBank) -> Plan | None:
         keys_device="cpu",
         keys_dtype=on_cpu.keys_dtype,
         keys_bytes=on_cpu.keys_bytes,
+        screen_bytes=on_cpu.screen_bytes,
         growth=on_cpu.growth,
     )
 
@@ -312,9 +343,9 @@ def _sizes_of(bank: MemoryBank, shard: Shard, entries: Sequence[SegmentEntry] | 
 
 
 def _place_keys(
-    draft: _Draft, bank: MemoryBank, device: torch.device, name: str | None
-) -> tuple[str, str, float]:
-    """Device, dtype and growth of the routing keys."""
+    draft: _Draft, bank: MemoryBank, device: torch.device, name: str | None, screen: bool
+) -> tuple[str, str, float, int]:
+    """Device, dtype and growth of the routing keys, bytes of their screen."""
     stored = bank.manifest.dtype
     choices = [name] if name is not None else [stored, "int8"]
     sizes = draft.sizes
@@ -330,8 +361,14 @@ def _place_keys(
             for growth in (GROWTH, 1.0):
                 if draft.device_holds(int(sizes.keys(choice) * growth)):
                     draft.say(f"routing keys fit on {device} in {choice}{_not(choice, stored)}")
-                    return str(device), choice, growth
+                    return str(device), choice, growth, 0
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
+    extra = sizes.screen if screen and choices[0] != "int8" else 0
+    if extra and draft.memory_holds(sizes.keys(choices[0]) + extra + draft.bounds):
+        draft.say(
+            f"routing keys fit in RAM in {choices[0]}, with a copy in int8 that a scan reads first"
+        )
+        return "cpu", choices[0], 1.0, extra
     wide = sizes.keys("float32")
     slow = name is None and stored != "float32" and not _multiplies(DTYPES[stored])
     if slow and wide <= WIDE_SHARE * draft.memory / draft.world and draft.memory_holds(wide):
@@ -339,11 +376,11 @@ def _place_keys(
             f"this processor turns {stored} into float32 at every scan, and routing keys in "
             "float32 take less than a quarter of the free RAM"
         )
-        return "cpu", "float32", 1.0
+        return "cpu", "float32", 1.0, 0
     for choice in choices:
         if draft.memory_holds(sizes.keys(choice)):
             draft.say(f"routing keys fit in RAM in {choice}{_not(choice, stored)}")
-            return "cpu", choice, 1.0
+            return "cpu", choice, 1.0, 0
     raise BudgetError(_refusal(draft, bank, choices))
 
 
@@ -423,8 +460,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of the dtype as they are."""
     if dtype != torch.bfloat16:
         return dtype == torch.float32
-    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(onednn and torch.cpu._is_amx_tile_supported())
+    return routing_cpu.multiplies_bfloat16()
 
 
 def _free_on(device: torch.device) -> int | None:

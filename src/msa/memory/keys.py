@@ -25,6 +25,7 @@ from msa.memory.pruning import PrunedKeys
 from msa.memory.rows import Rows
 from msa.memory.segments import SegmentMissingError, chunk_offsets
 from msa.ops.kernels import route_documents
+from msa.ops.kernels.screening import Screen
 from msa.ops.quantisation import quantise
 from msa.ops.routing import exact_scores, select_documents
 from msa.types import Selection
@@ -61,6 +62,7 @@ class LayerKeys:
         stored: the same keys on disk; with int8 keys only.
         layer: index of the routing layer.
         pruned: the same keys in blocks, to be searched instead; none by default.
+        screen: most of the same keys in int8, to be read first; it finds the same.
     """
 
     keys: Tensor
@@ -70,12 +72,13 @@ class LayerKeys:
     key_norm: float | None = None
     stored: StoredKeys | None = None
     pruned: PrunedKeys | None = None
+    screen: Screen | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Memory in use, the scales and the keys in blocks included."""
-        extra = 0 if self.pruned is None else self.pruned.num_bytes
-        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes) + extra
+        """Memory in use, the scales and all copies of the keys included."""
+        copies = sum(copy.num_bytes for copy in (self.pruned, self.screen) if copy is not None)
+        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes) + copies
 
     def search(
         self,
@@ -105,6 +108,16 @@ class LayerKeys:
             wanted = max(CANDIDATES * top_k, top_k + MORE_CANDIDATES)
         if self.pruned is not None:
             found = self.pruned.search(vectors, routing_mask, wanted, document_mask)
+        elif self.screen is not None:
+            return self.screen.search(
+                vectors,
+                routing_mask,
+                self.keys,
+                self.counts,
+                wanted,
+                document_mask,
+                self.key_norm,
+            )
         else:
             found = route_documents(
                 vectors,

@@ -35,6 +35,7 @@ from msa.memory.records import SegmentEntry
 from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
 from msa.memory.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
+from msa.ops.kernels.screening import Screen
 from msa.ops.routing import routing_vectors, unit_key_norm
 from msa.types import JSON, Content, Selection
 
@@ -274,6 +275,7 @@ class ResidentBank(LatestReader[ResidentView]):
             self.device,
             dtype=self._dtype,
             content_dtype=self._content_dtype,
+            screen=self._pruning is None,
             shard=(self.shard.rank, self.shard.world),
             memory=memory,
         )
@@ -401,7 +403,7 @@ class ResidentBank(LatestReader[ResidentView]):
         plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
         same = all(
             getattr(plan, name) == getattr(self.plan, name)
-            for name in ("keys_dtype", "keys_device", "content", "prefetch")
+            for name in ("keys_dtype", "keys_device", "screened", "content", "prefetch")
         )
         self.plan = plan
         return old if same else None
@@ -525,9 +527,11 @@ class ResidentBank(LatestReader[ResidentView]):
         norm = unit_key_norm(buffers.shape[0]) if self._view.score == "cosine" else None
         self._buffers, self._maps = buffers, tuple(maps)
         found = {i: replace(buffers.layer(i, counts, used, norm), stored=stored) for i in layers}
+        before = {} if old is None else old._layer_keys
         if self._pruning is not None:
-            before = {} if old is None else old._layer_keys
             found = {i: _pruned(before.get(i), keys, self._pruning) for i, keys in found.items()}
+        elif self.plan.screened:
+            found = {i: _screened(before.get(i), keys) for i, keys in found.items()}
         return replace(
             self._view,
             _layer_keys=found,
@@ -546,6 +550,12 @@ def _pruned(before: LayerKeys | None, keys: LayerKeys, settings: PruningSettings
     blocks = None if before is None else before.pruned
     made = PrunedKeys.followed(blocks, keys.keys, keys.counts, settings, scales=keys.scales)
     return replace(keys, pruned=made)
+
+
+def _screened(before: LayerKeys | None, keys: LayerKeys) -> LayerKeys:
+    """Keys with a copy in int8, that of the state before as far as it goes."""
+    screen = Screen.followed(None if before is None else before.screen, keys.keys, keys.counts)
+    return replace(keys, screen=screen)
 
 
 def _scratch(entries: Sequence[SegmentEntry]) -> Tensor:

@@ -317,11 +317,11 @@ def _mkldnn() -> bool:
 
 def _product_dtype(keys: Tensor) -> torch.dtype:
     """bfloat16 keys are multiplied as they are where the processor can; all else in float32."""
-    if keys.dtype == torch.bfloat16 and keys.device.type == "cpu" and _multiplies_bfloat16():
+    if keys.dtype == torch.bfloat16 and keys.device.type == "cpu" and multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """AMX: sixteen times the rate of float32. Elsewhere bfloat16 products are slow or emulated."""
     return _mkldnn() and bool(torch.cpu._is_amx_tile_supported())
