@@ -118,7 +118,7 @@ def scaling(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
-        rate = r["tokens_added_in_this_run"] / max(r["seconds_to_add_them"], 1e-9)
+        rate = r["tokens_added"] / max(r["seconds_to_add_them"], 1e-9)
         built = f"{r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {rate:,.0f}"
         rows.append(f"| {name} | {built} | {asked(r)} |")
         for pruned in r.get("pruned", []):

@@ -45,53 +45,64 @@ def main() -> None:
         print(json.dumps(ask(args)))
         return
     loaded = load_model(args.model)
-    target = Path(args.output, "scaling.json") if args.output else None
     state = Path(args.bank, "scaling_state.json")  # beside the bank, so that it outlives a stop
     folder = Path(args.bank, "bank")
     rows = json.loads(state.read_text())["rows"] if state.is_file() else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    exists = (folder / "bank.json").is_file()
-    bank = MemoryBank.open(folder, *loaded) if exists else create(folder, loaded)
-    known = bank.info().num_ids
-    stream = islice(documents(args), known, None)
+
+    def save() -> None:
+        state.write_text(json.dumps({"rows": rows}))
+        if args.output:
+            asked = {name: row for name, row in rows.items() if "one_hop" in row}
+            text = json.dumps({"about": about(args), **asked}, indent=2) + "\n"
+            Path(args.output, "scaling.json").write_text(text, encoding="utf-8")
+
     for name in args.sizes:
-        tokens = size_of(name)
-        if name in rows:
-            continue
-        started, before = time.perf_counter(), bank.info().num_tokens
-        failed = 0
-        while (missing := tokens - bank.info().num_tokens) > 0:
-            info = bank.info()
-            mean_tokens = max(TOKENS, info.num_tokens // max(1, info.num_ids))
-            block = list(islice(stream, min(BLOCK, max(1, missing // (2 * mean_tokens)))))
-            if not block:
-                break
-            report = bank.add(block, on_duplicate="skip")
-            failed += len(report.failed)
-        seconds = time.perf_counter() - started
+        row = rows.setdefault(name, {"failed": 0, "tokens_added": 0, "seconds_to_add_them": 0.0})
+        exists = (folder / "bank.json").is_file()
+        with MemoryBank.open(folder, *loaded) if exists else create(folder, loaded) as bank:
+            if bank.info().num_tokens > 1.1 * size_of(name):  # it has grown beyond this size
+                continue
+            whole = grow(bank, args, size_of(name), row, save)
+        if "one_hop" not in row:
+            row |= asked_elsewhere(args)
+            save()
+        pruned = row.setdefault("pruned", [])
+        for slack in args.slack:
+            if slack not in [p["slack"] for p in pruned]:
+                pruned.append({"slack": slack, **asked_elsewhere(args, slack)})
+                save()
+        print(name, json.dumps(row, indent=1), flush=True)
+        if not whole:
+            print(f"the texts end at {row['tokens']:,} tokens; name more with --texts")
+            break
+
+
+def grow(bank: MemoryBank, args: argparse.Namespace, size: int, row: dict, save) -> bool:
+    """Add documents up to so many tokens, and note it after every block; False if they end."""
+    stream = islice(documents(args), bank.info().num_ids, None)
+    while True:
         info = bank.info()
-        rows[name] = {
+        row |= {
             "documents": info.num_ids,
             "documents_and_parts": info.num_documents,
-            "failed": failed,
             "tokens": info.num_tokens,
             "bytes_on_disk": info.segment_bytes + info.catalog_bytes,
-            "tokens_added_in_this_run": info.num_tokens - before,
-            "seconds_to_add_them": round(seconds, 1),
-            "peak_memory_of_building": peak_memory(),
-            **asked_elsewhere(args),
         }
-        pruned = [{"slack": slack, **asked_elsewhere(args, slack)} for slack in args.slack]
-        rows[name]["pruned"] = pruned
-        print(name, json.dumps(rows[name], indent=1), flush=True)
-        state.write_text(json.dumps({"rows": rows}))
-        if target:
-            written = {"about": about(args), **rows}
-            target.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        if info.num_tokens < tokens:
-            print(f"the texts end at {info.num_tokens:,} tokens; name more with --texts")
-            break
-    bank.close()
+        missing = size - info.num_tokens
+        if missing <= 0:
+            return True
+        mean_tokens = max(TOKENS, info.num_tokens // max(1, info.num_ids))
+        started = time.perf_counter()
+        block = list(islice(stream, min(BLOCK, max(1, missing // (2 * mean_tokens)))))
+        if not block:
+            return False
+        report = bank.add(block, on_duplicate="skip")
+        row["failed"] += len(report.failed)
+        row["tokens_added"] += report.tokens
+        row["seconds_to_add_them"] += round(time.perf_counter() - started, 1)
+        row["peak_memory_of_building"] = max(row.get("peak_memory_of_building", 0), peak_memory())
+        save()
 
 
 def create(folder: Path, loaded) -> MemoryBank:
