@@ -112,17 +112,19 @@ def scaling(results: dict) -> str:
         heading("A memory that grows", results.pop("about")),
         "The same questions, one at a time, in a bank that grows around their documents: 100 of "
         "one hop, 100 of two.\nRouting is all layers and all rounds of a question. Peak memory is "
-        "that of the asking process. With a slack the scan is pruned ([how](../inference.md)).\n",
-        "| tokens | documents | GB on disk | tokens/s built | routed | one-hop EM | two-hop EM "
-        "| routing s, p50 / p95 | of one round | answer s, p50 / p95 | peak GB | s to load |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "that of the asking process. A scan with a number is pruned with that slack, 1 being exact "
+        "([how](../inference.md)).\n",
+        "| tokens | documents | GB on disk | tokens/s built | scan | routed | one-hop EM "
+        "| two-hop EM | routing s, p50 / p95 | of one round | answer s, p50 / p95 | peak GB "
+        "| s to load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
         rate = r["tokens_added"] / max(r["seconds_to_add_them"], 1e-9)
         built = f"{r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {rate:,.0f}"
-        rows.append(f"| {name} | {built} | {asked(r)} |")
-        for pruned in r.get("pruned", []):
-            rows.append(f"| {name}, slack {pruned['slack']} | | | | {asked(pruned)} |")
+        for found in r["asked"]:
+            rows.append(f"| {name} | {built} | {found['scan']} | {asked(found)} |")
+            name, built = "", " | | "
     return "\n".join(rows) + "\n"
 
 

@@ -1,7 +1,7 @@
 """One bank that grows from 16K to 100M tokens, asked the same questions at every size.
 
     python benchmarks/scaling.py BANK [--sizes 16K 128K 1M 10M 100M] [--texts FILE...]
-        [--slack 1 0.8] [--output docs/results]
+        [--scans full 1 0.8] [--output docs/results]
 
 The bank begins with a generated world of held-out names, about which the questions are; real text
 (FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. Kept in
@@ -53,24 +53,22 @@ def main() -> None:
     def save() -> None:
         state.write_text(json.dumps({"rows": rows}))
         if args.output:
-            asked = {name: row for name, row in rows.items() if "one_hop" in row}
+            asked = {name: row for name, row in rows.items() if row["asked"]}
             text = json.dumps({"about": about(args), **asked}, indent=2) + "\n"
             Path(args.output, "scaling.json").write_text(text, encoding="utf-8")
 
     for name in args.sizes:
-        row = rows.setdefault(name, {"failed": 0, "tokens_added": 0, "seconds_to_add_them": 0.0})
+        row = rows.setdefault(
+            name, {"failed": 0, "tokens_added": 0, "seconds_to_add_them": 0.0, "asked": []}
+        )
         exists = (folder / "bank.json").is_file()
         with MemoryBank.open(folder, *loaded) if exists else create(folder, loaded) as bank:
             if bank.info().num_tokens > 1.1 * size_of(name):  # it has grown beyond this size
                 continue
             whole = grow(bank, args, size_of(name), row, save)
-        if "one_hop" not in row:
-            row |= asked_elsewhere(args)
-            save()
-        pruned = row.setdefault("pruned", [])
-        for slack in args.slack:
-            if slack not in [p["slack"] for p in pruned]:
-                pruned.append({"slack": slack, **asked_elsewhere(args, slack)})
+        for scan in args.scans:
+            if scan not in [found["scan"] for found in row["asked"]]:
+                row["asked"].append({"scan": scan, **asked_elsewhere(args, scan)})
                 save()
         print(name, json.dumps(row, indent=1), flush=True)
         if not whole:
@@ -153,12 +151,11 @@ def questions_of(
     return world_questions(args.seed, WORLD_DOCUMENTS, args.questions // 2, breadth=args.breadth)
 
 
-def asked_elsewhere(args: argparse.Namespace, slack: float | None = None) -> dict[str, object]:
+def asked_elsewhere(args: argparse.Namespace, scan: str) -> dict[str, object]:
     """Ask in a new process, so that its memory is its own."""
     command = [sys.executable, __file__, args.bank, "--ask", "--questions", str(args.questions)]
-    command += ["--seed", str(args.seed), "--breadth", str(args.breadth)]
+    command += ["--seed", str(args.seed), "--breadth", str(args.breadth), "--scans", scan]
     command += ["--model", args.model] if args.model else []
-    command += ["--slack", str(slack)] if slack is not None else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, object] = json.loads(out.stdout.splitlines()[-1])
     return found
@@ -167,6 +164,7 @@ def asked_elsewhere(args: argparse.Namespace, slack: float | None = None) -> dic
 def ask(args: argparse.Namespace) -> dict[str, object]:
     """Every question by itself, as users come; times are per question."""
     loaded = load_model(args.model)
+    (scan,) = args.scans
     _, one, two = questions_of(args)
     start = time.perf_counter()
     engine = MemoryEngine(
@@ -174,7 +172,7 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
         loaded.tokenizer,
         Path(args.bank, "bank"),
         template=loaded.template,
-        pruning=PruningSettings(slack=args.slack[0]) if args.slack else None,
+        pruning=None if scan == "full" else PruningSettings(slack=float(scan)),
     )
     found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
     with engine:
@@ -227,7 +225,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=None)
     parser.add_argument("--output", default=None)
     parser.add_argument(
-        "--slack", nargs="*", type=float, default=[], help="ask again, by scans pruned so much"
+        "--scans",
+        nargs="+",
+        default=["full"],
+        help="how routing keys are searched: full, or pruned with this slack; asked one by one",
     )
     parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
