@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -21,10 +22,12 @@ from msa.benchmarks.synthetic import (
     SHAPE_4B,
     Shape,
     equal_documents,
+    layer_keys,
     random_keys,
     random_queries,
     require_memory,
     route,
+    searched_bytes,
 )
 from msa.benchmarks.timing import (
     REPEATS,
@@ -35,6 +38,7 @@ from msa.benchmarks.timing import (
     machine,
     side_by_side,
 )
+from msa.memory.keys import LayerKeys
 from msa.ops.routing import select_documents
 from msa.types import Selection
 
@@ -145,8 +149,11 @@ def routing(
     if any("faiss_seconds" not in row for row in report.rows):
         report.notes.append(FAISS_NOTE)
     report.notes.append(
-        "Per layer. `read once`: the keys' bytes at the bandwidth measured in the same run. "
-        "`product`: the matrix product of Eq. 2 alone, in float32 on a CPU. `per head`: keys "
+        "Per layer. `MSA`: as a loaded bank searches; on a CPU without AMX a copy of the keys in "
+        "int8, made before, is read first, and what may be chosen is scored exactly. `MSA without "
+        "copy`: all of it in float32. `read once`: the keys' bytes at the bandwidth measured in "
+        "the same run. `product`: the matrix product of Eq. 2 alone, in float32 on a CPU. `per "
+        "head`: keys "
         f"repeated for every query head, [H, T, C] built; up to {PER_HEAD_CHUNKS:,} chunks. "
         "FAISS: flat inner product over float32 vectors, one per chunk, on the CPU; once with a "
         "vector per token of the question, once with a single vector."
@@ -167,7 +174,8 @@ def _measure(
     chunks, key_bytes = shape.chunks(size), shape.key_bytes(size, dtype)
     layers = max(1, -(-COLD_BYTES // key_bytes)) if chunks > 256 else 1
     index_bytes = chunks * shape.groups * shape.dim * 4
-    require_memory(layers * key_bytes + 3 * index_bytes, device, f"{size:,} tokens in one layer")
+    needed = layers * searched_bytes(shape, size, dtype, device) + 3 * index_bytes
+    require_memory(needed, device, f"{size:,} tokens in one layer")
     keys = [random_keys(chunks, shape, dtype, device, seed)]
     keys += [keys[0].clone() for _ in range(layers - 1)]
     counts = equal_documents(chunks, device)
@@ -175,19 +183,23 @@ def _measure(
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
     turns: Any = cycle(keys)
 
-    def ours() -> Selection:
-        return route(queries, mask, next(turns), counts, shape.top_k)
-
     def per_head() -> Selection:
         return per_head_route(queries, mask, next(turns), counts, shape.top_k)
 
-    runs: dict[str, Run] = {"msa": ours}
+    def search(layers: Sequence[LayerKeys]) -> Run:
+        turns = cycle(layers)
+        return lambda: route(queries, mask, next(turns), shape.top_k)
+
+    searched = [layer_keys(layer, counts) for layer in keys]
+    runs: dict[str, Run] = {"msa": search(searched)}
+    if searched[0].screen is not None:
+        runs["msa_without_copy"] = search([replace(layer, screen=None) for layer in searched])
     if chunks <= PER_HEAD_CHUNKS:
         runs["per_head"] = per_head
     vectors = queries[0, :, :: shape.heads // shape.groups].flatten(1)
     for name, some in (("faiss", vectors), ("faiss_one_vector", vectors[:1])):
-        if search := flat_index(keys[0], some, shape.top_k, torch.get_num_threads()):
-            runs[name] = search
+        if flat := flat_index(keys[0], some, shape.top_k, torch.get_num_threads()):
+            runs[name] = flat
     runs["product"] = _product(keys[0], vectors)
     with torch.inference_mode():
         rate = bandwidth(keys, repeats)
@@ -223,7 +235,7 @@ def _row(
     row |= {"read_once_seconds": once} | {f"{name}_seconds": t for name, t in times.items()}
     row["msa_over_read_once_ratio"] = times["msa"] / once
     row["msa_over_product_ratio"] = times["msa"] / times["product"]
-    for name in ("per_head", "faiss", "faiss_one_vector"):
+    for name in ("msa_without_copy", "per_head", "faiss", "faiss_one_vector"):
         if name in times:
             row[f"{name}_over_msa_ratio"] = times[name] / times["msa"]
     row |= {f"{name}_extra_bytes": value for name, value in extra.items()}

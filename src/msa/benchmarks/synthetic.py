@@ -1,7 +1,9 @@
 """Memories of random states in given shapes: any size in seconds, with no document encoded.
 
-What routing, prefill and decoding cost depends on shapes, not on values, as long as the values are
-ordinary: finite, of unit length, no two documents alike (equal scores take a slower path).
+What prefill and decoding cost depends on shapes, not on values. So does routing, nearly, as long
+as the values are ordinary: finite, of unit length, no two documents alike (equal scores take a
+slower path). A search that reads a copy in int8 first scores the closest chunks exactly, and of
+random keys many are close: it is faster on those of a model.
 
 Shapes: B batch, T query tokens, N documents, C chunks, H query heads, G KV heads, D head dim,
 K selected documents per row.
@@ -20,7 +22,9 @@ from torch.nn import functional as F
 
 from msa.benchmarks.timing import free_bytes, synchronize
 from msa.errors import InputError
-from msa.ops.kernels import route_documents
+from msa.memory.keys import LayerKeys
+from msa.ops.kernels import screening
+from msa.ops.kernels.screening import Screen
 from msa.ops.routing import routing_vectors, unit_key_norm
 from msa.types import Content, Selection
 
@@ -162,14 +166,33 @@ def equal_documents(chunks: int, device: torch.device) -> Tensor:
     return torch.full((chunks // CHUNKS_PER_DOCUMENT,), CHUNKS_PER_DOCUMENT, device=device)
 
 
-def route(
-    routing_queries: Tensor, routing_mask: Tensor, keys: Tensor, counts: Tensor, top_k: int
-) -> Selection:
+def searched_bytes(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Memory of one layer's routing keys, with their copy in int8 if they get one."""
+    chunks = shape.chunks(tokens)
+    copy = screening.screen_bytes(chunks, shape.groups * shape.dim)
+    return shape.key_bytes(tokens, dtype) + (copy if _screened(chunks, device) else 0)
+
+
+def _screened(chunks: int, device: torch.device) -> bool:
+    return device.type == "cpu" and chunks >= screening.SMALLEST and screening.is_available()
+
+
+def layer_keys(keys: Tensor, counts: Tensor) -> LayerKeys:
+    """Routing keys of a layer, searched as those of a loaded bank: with their copy in int8.
+
+    Args:
+        keys: [C, G, D] of unit heads.
+        counts: [N] int64, chunks of each document.
+    """
+    norm = unit_key_norm(keys.shape[1])
+    screen = Screen.followed(None, keys, counts) if _screened(len(keys), keys.device) else None
+    return LayerKeys(keys, counts, 0, key_norm=norm, screen=screen)
+
+
+def route(routing_queries: Tensor, routing_mask: Tensor, layer: LayerKeys, top_k: int) -> Selection:
     """Routing of a question as a bank does it: queries [B, T, H, D] to the top-k documents."""
-    groups = keys.shape[1]
-    vectors = routing_vectors(routing_queries, groups, "cosine")
-    norm = unit_key_norm(groups)
-    return route_documents(vectors, routing_mask, keys, counts, top_k, key_norm=norm)
+    vectors = routing_vectors(routing_queries, layer.keys.shape[1], "cosine")
+    return layer.search(vectors, routing_mask, top_k)
 
 
 class SyntheticMemory:
@@ -211,7 +234,8 @@ class SyntheticMemory:
         chunks = shape.chunks(tokens)
         held = len(layers) if held_layers is None else min(held_layers, len(layers))
         require_memory(
-            (held + 1) * shape.key_bytes(tokens, key_dtype),
+            held * searched_bytes(shape, tokens, key_dtype, device)
+            + shape.key_bytes(tokens, key_dtype),
             device,
             f"a memory of {tokens:,} tokens ({held} layers of routing keys)",
         )
@@ -219,7 +243,8 @@ class SyntheticMemory:
         self.top_k = shape.top_k
         self.counts = equal_documents(chunks, device)
         self.keys = [random_keys(chunks, shape, key_dtype, device, seed + i) for i in range(held)]
-        self._of_layer = {layer: self.keys[i % held] for i, layer in enumerate(layers)}
+        searches = [layer_keys(keys, self.counts) for keys in self.keys]
+        self._of_layer = {layer: searches[i % held] for i, layer in enumerate(layers)}
         table = random_keys(min(chunks, 4096), shape, dtype, device, seed + 1000)
         self._table = table
         self._device = device
@@ -229,8 +254,7 @@ class SyntheticMemory:
         """Top-k documents of every row by Eq. 2; its time is added to `routing_seconds`."""
         synchronize(self._device)
         start = time.perf_counter()
-        keys = self._of_layer[layer]
-        selection = route(routing_queries, routing_mask, keys, self.counts, self.top_k)
+        selection = route(routing_queries, routing_mask, self._of_layer[layer], self.top_k)
         synchronize(self._device)
         self.routing_seconds += time.perf_counter() - start
         return selection

@@ -34,7 +34,7 @@ from msa.types import Selection
 
 # Chunks of a block; of the smallest layer with a screen; and that may lie behind the last block.
 BLOCK = 1 << 14
-SMALLEST = 1 << 14
+SMALLEST = 1 << 13
 TAIL = 1 << 12
 # Query tokens that are multiplied together: their scores stay in the cache, and their memory is
 # small enough to be used again at once (what is larger, the C library gives back every time).
