@@ -32,8 +32,10 @@ from msa.ops.kernels.rounding import longest
 from msa.ops.routing import check_routing
 from msa.types import Selection
 
-# Chunks of a block; of the smallest layer with a screen; and that may lie behind the last block.
+# Chunks of a block, at most, and its numbers; chunks of the smallest layer with a screen, and that
+# may lie behind the last block.
 BLOCK = 1 << 14
+BLOCK_NUMBERS = 1 << 22
 SMALLEST = 1 << 13
 TAIL = 1 << 12
 # Query tokens that are multiplied together: their scores stay in the cache, and their memory is
@@ -42,8 +44,9 @@ TOKENS = 48
 # Bounds of so many bytes are held at once; they are looked at so many at a time.
 BOUNDS_BYTES = 1 << 28
 GROUP = 256
-# Keys are rounded so many at a time.
+# Keys are rounded so many at a time; and scored exactly so many numbers at a time.
 STEP = 1 << 12
+EXACT_NUMBERS = 1 << 20
 KEY_LEVELS = 127
 QUERY_LEVELS = 63
 ZERO_POINT = 64
@@ -119,12 +122,14 @@ class Screen:
         covered = 0 if before is None else before.num_chunks
         if len(keys) < SMALLEST or len(keys) - covered < TAIL:
             return before
-        blocks = [b for b in before._blocks if b.num_chunks >= BLOCK] if before else []
+        width = keys[0].numel()
+        size = max(1, min(BLOCK, BLOCK_NUMBERS // width))
+        blocks = [b for b in before._blocks if b.num_chunks >= size] if before else []
         norm = before._norm if before else 0.0
         document = sum(b.num_documents for b in blocks)
         chunk = sum(b.num_chunks for b in blocks)
         ends = counts.cumsum(0)
-        for end in _edges(ends, document, chunk):
+        for end in _edges(ends, document, chunk, size):
             some = keys[chunk : int(ends[end - 1])].flatten(1)
             block, length = _rounded(some, end - document)
             if not math.isfinite(length):
@@ -132,7 +137,7 @@ class Screen:
             blocks.append(block)
             norm, document, chunk = max(norm, length), end, chunk + len(some)
         residuals = torch.cat([block.residuals for block in blocks])
-        return cls(document, chunk, keys[0].numel(), tuple(blocks), residuals, norm)
+        return cls(document, chunk, width, tuple(blocks), residuals, norm)
 
     @property
     def num_bytes(self) -> int:
@@ -173,21 +178,10 @@ class Screen:
                 sizes = chunk_counts[: self.num_documents]
                 bounds[: self.num_chunks][torch.repeat_interleave(hidden, sizes)] = -torch.inf
             places = torch.cat([self._candidates(query, bounds, count, ends), behind])
-            owners, sizes = torch.unique_consecutive(_owners(ends, places), return_counts=True)
-            found = routing_cpu.route_documents(
-                query.vectors[None],
-                torch.ones(1, len(query.vectors), dtype=torch.bool),
-                routing_keys[places],
-                sizes,
-                top_k,
-                None if mask is None else mask[owners],
-                key_norm=key_norm,
+            some, best = _exact(
+                query.vectors, routing_keys, places, _owners(ends, places), top_k, mask, key_norm
             )
-            chosen = found.documents[0]
-            documents[row, : len(chosen)] = torch.where(
-                chosen < 0, chosen, owners[chosen.clamp(min=0)]
-            )
-            scores[row, : len(chosen)] = found.scores[0]
+            documents[row, : len(some)], scores[row, : len(some)] = some, best
         return Selection(documents, scores)
 
     def _bounds(
@@ -276,6 +270,43 @@ class _Query:
         return residuals * self.length + self.error
 
 
+def _exact(
+    vectors: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    owners: Tensor,
+    top_k: int,
+    mask: Tensor | None,
+    key_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The top-k of the documents of some chunks, by routing tokens [T, W]: [K], [K], best first.
+
+    Args:
+        keys: [C, G, D].
+        places: chunks, ascending.
+        owners: their documents.
+        mask: [N] bool, or None.
+    """
+    found, sizes = torch.unique_consecutive(owners, return_counts=True)
+    ends = sizes.cumsum(0)
+    routes = torch.ones(1, len(vectors), dtype=torch.bool)
+    documents, scores, begin, chunk = [places[:0]], [vectors.new_empty(0)], 0, 0
+    for end in _edges(ends, 0, 0, max(1, EXACT_NUMBERS // vectors.shape[1])):
+        part = slice(begin, end)
+        some = keys[places[chunk : int(ends[end - 1])]]
+        allowed = None if mask is None else mask[found[part]]
+        best = routing_cpu.route_documents(
+            vectors[None], routes, some, sizes[part], top_k, allowed, key_norm=key_norm
+        )
+        chosen = best.documents[0] >= 0
+        documents.append(found[part][best.documents[0][chosen]])
+        scores.append(best.scores[0][chosen])
+        begin, chunk = end, chunk + len(some)
+    # of equal scores those of lower documents stand first, and stay so
+    ranked, order = torch.cat(scores).sort(descending=True, stable=True)
+    return torch.cat(documents)[order[:top_k]], ranked[:top_k]
+
+
 def screen_bytes(num_chunks: int, width: int) -> int:
     """Memory of a screen: the int8 keys, their sums, scales and residuals (twice)."""
     return num_chunks * (width + 4 * 4)
@@ -287,10 +318,10 @@ def working_bytes(num_chunks: int, num_queries: int) -> int:
     return max(bounds, min(BOUNDS_BYTES, num_queries * bounds)) + bounds + 8 * BLOCK * TOKENS
 
 
-def _edges(ends: Tensor, document: int, chunk: int) -> Iterator[int]:
-    """Where blocks end, in documents: at least `BLOCK` chunks each, the last one what is left."""
+def _edges(ends: Tensor, document: int, chunk: int, size: int) -> Iterator[int]:
+    """Where blocks end, in documents: at least `size` chunks each, the last one what is left."""
     while document < len(ends):
-        document = int(torch.searchsorted(ends, chunk + BLOCK)) + 1
+        document = int(torch.searchsorted(ends, chunk + size)) + 1
         document = min(document, len(ends))
         chunk = int(ends[document - 1])
         yield document
