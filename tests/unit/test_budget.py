@@ -15,6 +15,7 @@ from msa.errors import BudgetError, InputError
 from msa.memory import budget
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import available_memory, lower, plan
+from msa.memory.pruning import PruningSettings
 from msa.memory.resident import ResidentBank
 
 GB = 10**9
@@ -88,6 +89,19 @@ def test_what_is_planned_is_what_is_taken(bank, half):
             names = ("numbers", "chunk_counts", "segment", "first_chunk", "checksums", "live")
             taken = sum(getattr(rows, name).nbytes for name in names)
             assert taken <= made.rows_bytes <= 2 * taken
+
+
+def test_the_copy_for_a_pruned_scan_is_planned_for(bank):
+    bank.add(make_documents(300, "more"))
+    settings = PruningSettings(block_size=16)
+    made = plan(bank, pruning=settings)
+    loaded = ResidentBank(bank, pruning=settings)
+    copies = loaded.num_bytes - made.keys_bytes
+    assert 0.6 * made.pruned_bytes < copies <= made.pruned_bytes
+    plain = plan(bank, screen=False)
+    assert plain.pruned_bytes == 0
+    assert made.memory_bytes >= plain.memory_bytes + made.pruned_bytes
+    assert loaded.plan.pruned_bytes == made.pruned_bytes
 
 
 def test_shares_add_up_to_the_bank(bank):
@@ -376,6 +390,7 @@ import torch
 
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import plan
+from msa.memory.pruning import PruningSettings
 from msa.memory.resident import ResidentBank
 from msa.types import Selection
 

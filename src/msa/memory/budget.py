@@ -22,6 +22,7 @@ from msa.errors import BudgetError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.manifest import DTYPES, Manifest
 from msa.memory.pages import WINDOW_BYTES
+from msa.memory.pruning import PruningSettings
 from msa.memory.records import SegmentEntry
 from msa.memory.rows import Shard
 from msa.ops.kernels import routing_cpu, screening
@@ -54,7 +55,8 @@ class Plan:
         keys_dtype: of the routing keys in memory: "float32", "bfloat16", "float16" or "int8".
         keys_device: where they are scored.
         keys_bytes: what they take there, scales and room for growth included.
-        screen_bytes: of their copy in int8 that most of a scan reads; 0 without one.
+        screen_bytes: of their copy in int8 that a scan reads first; 0 without one.
+        pruned_bytes: of their copy in blocks, for a pruned scan; 0 without one.
         growth: room for so many times the present documents.
         content: "held" in RAM or "mapped" from disk.
         content_bytes: of all content, held or mapped.
@@ -77,6 +79,7 @@ class Plan:
     keys_device: str
     keys_bytes: int
     screen_bytes: int = 0
+    pruned_bytes: int = 0
     growth: float = 1.0
     content: str
     content_bytes: int
@@ -101,7 +104,8 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """RAM that the bank takes, at most: after loading, with a batch of questions."""
-        keys = self.keys_bytes + self.screen_bytes if self.keys_device == "cpu" else 0
+        copies = self.screen_bytes + self.pruned_bytes
+        keys = self.keys_bytes + copies if self.keys_device == "cpu" else 0
         held = self.content_bytes if self.content == "held" else 0
         return keys + held + self.rows_bytes + max(self.question_bytes, self.loading_bytes)
 
@@ -163,6 +167,12 @@ class _Sizes:
             return 0
         return self.layers * screening.screen_bytes(self.num_chunks, self.numbers // self.layers)
 
+    def pruned(self, dtype: str, settings: PruningSettings) -> int:
+        """A copy of the routing keys in blocks, at most or so."""
+        blocks = 2 * math.ceil(self.num_chunks / settings.block_size)
+        outline = 4 * (self.numbers // self.layers + 1) + 8
+        return self.keys(dtype) + self.layers * (4 * self.num_chunks + blocks * outline)
+
     def content(self, dtype: torch.dtype) -> int:
         """Pooled keys and values as they are held: packed as on disk, or in a dtype."""
         manifest = self.manifest
@@ -189,6 +199,8 @@ class _Draft:
     device_memory: int | None
     content_dtype: torch.dtype
     world: int
+    screen: bool
+    pruning: PruningSettings | None
     why: list[str] = field(default_factory=list)
 
     @property
@@ -201,9 +213,22 @@ class _Draft:
         return screening.working_bytes(self.sizes.num_chunks, _BATCH)
 
     @property
+    def loading(self) -> int:
+        """What loading takes for a while; parting keys into blocks takes several orders of them."""
+        parting = 6 * 8 * self.sizes.num_chunks if self.pruning is not None else 0
+        return self.sizes.loading + parting
+
+    @property
     def base(self) -> int:
         """RAM that is taken in any case."""
-        return self.sizes.rows + max(self.question + WINDOW_BYTES, self.sizes.loading)
+        return self.sizes.rows + max(self.question + WINDOW_BYTES, self.loading)
+
+    def keys(self, dtype: str) -> int:
+        """Routing keys on the CPU, with their copy in blocks if there is to be one."""
+        return self.sizes.keys(dtype) + self.pruned(dtype)
+
+    def pruned(self, dtype: str) -> int:
+        return self.sizes.pruned(dtype, self.pruning) if self.pruning is not None else 0
 
     def memory_holds(self, num_bytes: int) -> bool:
         return num_bytes + self.base <= USABLE * self.memory
@@ -224,6 +249,7 @@ def plan(
     content_dtype: torch.dtype | None = None,
     content: str | None = None,
     screen: bool = True,
+    pruning: PruningSettings | None = None,
     shard: tuple[int, int] = (0, 1),
     memory: int | None = None,
     device_memory: int | None = None,
@@ -243,7 +269,8 @@ def plan(
         dtype: of the routing keys; the plan's choice by default.
         content_dtype: of the content that is handed out; as stored by default.
         content: "held" or "mapped"; the plan's choice by default.
-        screen: whether keys on a CPU may have a copy in int8.
+        screen: whether keys on a CPU may have a copy in int8; they have none with `pruning`.
+        pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.
         memory, device_memory: bytes to plan for, instead of what is free now.
         entries: segments to plan for, instead of the bank's.
@@ -269,13 +296,17 @@ def plan(
         device_memory=_free_on(target) if device_memory is None else device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
+        screen=screen and pruning is None,
+        pruning=pruning,
     )
     if target.type == "cpu":
         draft.device_memory = None
-    keys_device, keys_dtype, growth, screen_bytes = _place_keys(draft, bank, target, name, screen)
+    keys_device, keys_dtype, growth, screen_bytes = _place_keys(draft, bank, target, name)
     sizes = draft.sizes
     keys_bytes = int(sizes.keys(keys_dtype) * growth)
-    left = draft.memory - (keys_bytes + screen_bytes if keys_device == "cpu" else 0)
+    pruned_bytes = draft.pruned(keys_dtype) if keys_device == "cpu" else 0
+    taken = keys_bytes + screen_bytes + pruned_bytes
+    left = draft.memory - (taken if keys_device == "cpu" else 0)
     held = _holds_content(draft, bank, content, left)
     content_bytes = sizes.content(draft.content_dtype)
     prefetch = target.type != "cpu" or (not held and content_bytes > left / 2)
@@ -290,13 +321,14 @@ def plan(
         keys_device=keys_device,
         keys_bytes=keys_bytes,
         screen_bytes=screen_bytes,
+        pruned_bytes=pruned_bytes,
         growth=growth,
         content="held" if held else "mapped",
         content_bytes=content_bytes,
         prefetch=prefetch,
         rows_bytes=sizes.rows,
         question_bytes=draft.question + window + (draft.bounds if screen_bytes else 0),
-        loading_bytes=sizes.loading,
+        loading_bytes=draft.loading,
         memory_available=draft.memory,
         device_available=draft.device_memory,
         why=tuple(draft.why),
@@ -343,7 +375,7 @@ def _sizes_of(bank: MemoryBank, shard: Shard, entries: Sequence[SegmentEntry] | 
 
 
 def _place_keys(
-    draft: _Draft, bank: MemoryBank, device: torch.device, name: str | None, screen: bool
+    draft: _Draft, bank: MemoryBank, device: torch.device, name: str | None
 ) -> tuple[str, str, float, int]:
     """Device, dtype and growth of the routing keys, bytes of their screen."""
     stored = bank.manifest.dtype
@@ -363,13 +395,13 @@ def _place_keys(
                     draft.say(f"routing keys fit on {device} in {choice}{_not(choice, stored)}")
                     return str(device), choice, growth, 0
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
-    extra = sizes.screen if screen and choices[0] != "int8" else 0
+    extra = sizes.screen if draft.screen and choices[0] != "int8" else 0
     if extra and draft.memory_holds(sizes.keys(choices[0]) + extra + draft.bounds):
         draft.say(
             f"routing keys fit in RAM in {choices[0]}, with a copy in int8 that a scan reads first"
         )
         return "cpu", choices[0], 1.0, extra
-    wide = sizes.keys("float32")
+    wide = draft.keys("float32")
     slow = name is None and stored != "float32" and not _multiplies(DTYPES[stored])
     if slow and wide <= WIDE_SHARE * draft.memory / draft.world and draft.memory_holds(wide):
         draft.say(
@@ -378,7 +410,7 @@ def _place_keys(
         )
         return "cpu", "float32", 1.0, 0
     for choice in choices:
-        if draft.memory_holds(sizes.keys(choice)):
+        if draft.memory_holds(draft.keys(choice)):
             draft.say(f"routing keys fit in RAM in {choice}{_not(choice, stored)}")
             return "cpu", choice, 1.0, 0
     raise BudgetError(_refusal(draft, bank, choices))
@@ -417,7 +449,7 @@ def _holds_content(draft: _Draft, bank: MemoryBank, wanted: str | None, left: in
 
 def _refusal(draft: _Draft, bank: MemoryBank, choices: Sequence[str]) -> str:
     smallest = choices[-1]
-    needed = draft.sizes.keys(smallest)
+    needed = draft.keys(smallest)
     where = "RAM" if draft.device_memory is None else f"RAM, and {_gb(draft.device_memory)} on "
     where += "" if draft.device_memory is None else draft.device
     advice = []
@@ -447,7 +479,8 @@ def _shares(draft: _Draft, dtype: str) -> int | None:
             num_documents=math.ceil(draft.sizes.num_documents / count),
             num_chunks=math.ceil(draft.sizes.num_chunks / count),
         )
-        if replace(draft, sizes=sizes).memory_holds(sizes.keys(dtype)):
+        share = replace(draft, sizes=sizes)
+        if share.memory_holds(share.keys(dtype)):
             return count * draft.world
     return None
 

@@ -206,7 +206,8 @@ class ResidentBank(LatestReader[ResidentView]):
         plan: which tier holds what; by default `msa.memory.budget.plan` decides, now and again when
             the bank has grown by a quarter.
         pruning: search the routing keys in blocks, not all of them; on a CPU only, off by default.
-            It takes a second copy of the keys, beyond the plan, and time to make it while loading.
+            It takes a second copy of the keys, which the plan counts, and time to make it while
+            loading.
 
     Raises:
         InputError: top_k or shard is not valid, plan and dtype are both given, or pruning is asked
@@ -275,7 +276,7 @@ class ResidentBank(LatestReader[ResidentView]):
             self.device,
             dtype=self._dtype,
             content_dtype=self._content_dtype,
-            screen=self._pruning is None,
+            pruning=self._pruning,
             shard=(self.shard.rank, self.shard.world),
             memory=memory,
         )
