@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -211,6 +215,32 @@ def test_what_is_planned_for_the_copy_is_what_it_takes(bank):
     assert loaded.num_bytes == made.keys_bytes + made.screen_bytes
     without = budget.plan(bank, screen=False)
     assert made.memory_bytes > without.memory_bytes + made.screen_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("width", [96, 1024])
+def test_the_copy_takes_no_more_memory_than_said(width):
+    script = f"""
+import torch
+from pathlib import Path
+from msa.memory.pages import release_heap
+from msa.ops.kernels import screening
+def resident():
+    release_heap()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+screening.is_available()
+for count in (1 << 13, 1 << 16):
+    keys, counts = torch.rand(count, 1, {width}), torch.full((count // 8,), 8)
+    before = resident()
+    screen = screening.Screen.followed(None, keys, counts)
+    print(resident() - before, screen.num_bytes)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+    )
+    taken, said = map(int, found.stdout.splitlines()[-1].split())
+    assert taken < 1.1 * said
 
 
 def test_without_room_for_the_copy_there_is_none(bank):

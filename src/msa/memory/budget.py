@@ -396,7 +396,8 @@ def _place_keys(
                     return str(device), choice, growth, 0
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
     extra = sizes.screen if draft.screen and choices[0] != "int8" else 0
-    if extra and draft.memory_holds(sizes.keys(choices[0]) + extra + draft.bounds):
+    copied = sizes.keys(choices[0]) + extra + draft.bounds
+    if extra and draft.memory_holds(copied * draft.world):
         draft.say(
             f"routing keys fit in RAM in {choices[0]}, with a copy in int8 that a scan reads first"
         )

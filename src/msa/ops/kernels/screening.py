@@ -50,6 +50,9 @@ EXACT_NUMBERS = 1 << 20
 KEY_LEVELS = 127
 QUERY_LEVELS = 63
 ZERO_POINT = 64
+# FBGEMM packs keys of any width as if they had a multiple of so many numbers (on AVX2; less on
+# AVX-512).
+PACKED = 512
 # Float32 roundings of a bound, per |q| |k|, with room.
 ROUNDING = 4e-6
 
@@ -308,8 +311,8 @@ def _exact(
 
 
 def screen_bytes(num_chunks: int, width: int) -> int:
-    """Memory of a screen: the int8 keys, their sums, scales and residuals (twice)."""
-    return num_chunks * (width + 4 * 4)
+    """Memory of a screen: packed int8 keys, their sums, scales and residuals (twice)."""
+    return num_chunks * (-(-width // PACKED) * PACKED + 4 * 4)
 
 
 def working_bytes(num_chunks: int, num_queries: int) -> int:
