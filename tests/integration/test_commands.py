@@ -128,6 +128,12 @@ def test_ask_and_search_answer_from_documents_that_exist(run, bank, model_folder
     assert [stream[0]["kind"], stream[-1]["kind"]] == ["routing", "answer"]
 
 
+def test_a_pruned_search_that_is_exact_finds_the_same(run, bank, model_folder):
+    words = ("search", "Where was Ada born?", "--bank", bank, "--model", model_folder, "--json")
+    assert run(*words, "--slack", 1).json == run(*words).json
+    assert run(*words, "--slack", 1.5).code == 2
+
+
 def test_a_filter_asks_only_documents_with_that_metadata(run, bank, model_folder, tmp_path):
     path = tmp_path / "more.jsonl"
     rows = [{"id": f"m{i}", "text": f"Note {i}.", "user": "eve", "year": 1990} for i in range(3)]

@@ -362,6 +362,17 @@ def test_ask_prints_the_answer_and_what_was_read(run, engine):
     assert engine.calls == [("Q?", {})]
 
 
+def test_ask_hands_on_the_slack_and_refuses_it_under_torchrun(run, engine, monkeypatch):
+    given = []
+    monkeypatch.setattr(ask, "open_engine", lambda *some: given.append(some) or engine)
+    assert run("ask", "Q?", "--bank", "b", "--slack", 0.8).code == 0
+    assert given == [(Path("b"), None, None, 0.8)]
+    monkeypatch.setattr(ask, "place_in_torchrun", lambda: object())
+    result = run("ask", "Q?", "--bank", "b", "--slack", 0.8)
+    assert result.code == 1
+    assert "--slack 0.8 under torchrun: leave it out" in result.err
+
+
 def test_ask_trace_shows_every_layer_of_every_round(run, engine):
     result = run("ask", "Q?", "--bank", "b", "--trace")
     assert "round 1 layer 2 routed  [17] erik 0.91, [5] x 0.50" in result.out

@@ -19,6 +19,7 @@ from msa.cli.options import (
     FilterOption,
     JsonOption,
     ModelOption,
+    SlackOption,
     failures_first,
     metadata_filter,
     open_bank,
@@ -27,7 +28,7 @@ from msa.cli.options import (
     stdin_lines,
 )
 from msa.cli.output import one_line
-from msa.errors import MSAError, RankError
+from msa.errors import InputError, MSAError, RankError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +70,7 @@ def ask(
         int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")
     ] = None,
     filter: FilterOption = None,
+    slack: SlackOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -92,7 +94,7 @@ def ask(
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
     failed = 0
-    with _asking(bank, model, device) as engine:
+    with _asking(bank, model, device, slack) as engine:
         if engine is None:
             return
         if question is not None:
@@ -118,6 +120,7 @@ def search(
     ] = 10,
     model: ModelOption = None,
     filter: FilterOption = None,
+    slack: SlackOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -125,7 +128,7 @@ def search(
     if not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     wanted = metadata_filter(filter)
-    with _asking(bank, model, device) as engine:
+    with _asking(bank, model, device, slack) as engine:
         if engine is None:
             return
         hits = engine.retrieve(query, top_k=top_k, filter=wanted)
@@ -142,7 +145,9 @@ def search(
 
 
 @contextmanager
-def _asking(bank: Path, model: Path | None, device: str | None) -> Iterator[MemoryEngine | None]:
+def _asking(
+    bank: Path, model: Path | None, device: str | None, slack: float | None
+) -> Iterator[MemoryEngine | None]:
     """An engine over an existing bank.
 
     Under torchrun every rank holds a share of the bank. Rank 0 gets the engine; the others get
@@ -150,11 +155,16 @@ def _asking(bank: Path, model: Path | None, device: str | None) -> Iterator[Memo
 
     Raises:
         RankError: a rank failed, ended or fell silent.
+        InputError: `slack` under torchrun.
     """
     place = place_in_torchrun()
     if place is None:
-        yield open_engine(bank, model, device)
+        yield open_engine(bank, model, device, slack)
         return
+    if slack is not None:
+        raise InputError(
+            f"--slack {slack} under torchrun: leave it out, shares are scanned in full"
+        )
     import torch.distributed as dist
 
     device = device or place.device
