@@ -243,7 +243,7 @@ for count in (1 << 13, 1 << 16):
     assert taken < 1.1 * said
 
 
-def test_without_room_for_the_copy_there_is_none(bank):
+def test_without_room_for_the_copy_there_is_none(bank, monkeypatch):
     many(bank)
     small = budget.plan(bank, dtype=torch.int8)
     assert not small.screened
@@ -252,6 +252,9 @@ def test_without_room_for_the_copy_there_is_none(bank):
     tight = budget.plan(bank, memory=int(enough / budget.USABLE) + 2)
     assert not tight.screened
     assert tight.keys_dtype == plain.keys_dtype
+    assert budget.plan(bank, memory=10**9).screened
+    monkeypatch.setattr(budget, "HELD_SHARE", 1e-6)
+    assert not budget.plan(bank, memory=10**9).screened
 
 
 def test_where_torch_lacks_the_product_there_is_none(bank, monkeypatch):

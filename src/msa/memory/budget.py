@@ -32,7 +32,8 @@ from msa.ops.quantisation import is_supported, packed_width
 USABLE = 0.9
 # Room for documents to come, on a device; RAM that is not written to costs nothing.
 GROWTH = 1.25
-# Wider keys than those stored may take this share of RAM, content on a GPU machine that one.
+# Wider keys than those stored may take this share of RAM; keys with a copy in int8, and content on
+# a GPU machine, that one.
 WIDE_SHARE = 0.25
 HELD_SHARE = 0.5
 # Without a GPU the page cache holds content as well; less than this is soon read, and held.
@@ -258,10 +259,11 @@ def plan(
     """Which tier will hold what of a bank, before anything is loaded.
 
     On a GPU: keys there as stored, else in int8, else in RAM; content pinned in RAM, else mapped.
-    On a CPU: keys as stored with a copy in int8, which most of a scan reads, if there are many of
-    them and torch has that product; else in float32 if they are stored shorter, the processor does
-    not multiply them as they are, and they take a quarter of the free RAM at most; else as stored,
-    else int8; content held if there is little of it, else mapped (the page cache holds it).
+    On a CPU: keys as stored with a copy in int8, which a scan reads first, if there are many of
+    them, torch has that product, and both take half of the free RAM at most; else in float32 if
+    they are stored shorter, the processor does not multiply them as they are, and they take a
+    quarter of the free RAM at most; else as stored, else int8; content held if there is little of
+    it, else mapped (the page cache holds it).
 
     Args:
         bank: open.
@@ -397,9 +399,11 @@ def _place_keys(
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
     extra = sizes.screen if draft.screen and choices[0] != "int8" else 0
     copied = sizes.keys(choices[0]) + extra + draft.bounds
-    if extra and draft.memory_holds(copied * draft.world):
+    roomy = copied <= HELD_SHARE * draft.memory / draft.world and draft.memory_holds(copied)
+    if extra and roomy:
         draft.say(
-            f"routing keys fit in RAM in {choices[0]}, with a copy in int8 that a scan reads first"
+            f"routing keys in {choices[0]} and a copy in int8, which a scan reads first, take less "
+            "than half of the free RAM"
         )
         return "cpu", choices[0], 1.0, extra
     wide = draft.keys("float32")

@@ -1,9 +1,9 @@
 """Routing over many keys on a CPU: int8 products leave few keys to the exact kernel (ours).
 
-Without matrix units a processor multiplies int8 several times as fast as float32, and there are
-fewer bytes to read. `Screen` is a copy of a layer's routing keys in int8, packed for torch's int8
-product (FBGEMM). Per question it gives every chunk an upper bound of its score: what the product
-says, and what rounding the key and the query can have taken away. Those chunks whose bound is not
+Without matrix units a processor multiplies int8 two to three times as fast as float32. `Screen` is
+a copy of a layer's routing keys in int8, packed for torch's int8 product (FBGEMM). Per question it
+gives every chunk an upper bound of its score: what the product says, and what rounding the key and
+the query can have taken away. Those chunks whose bound is not
 below the k-th best document are given to `msa.ops.kernels.routing_cpu`, which scores them exactly.
 So the selection is that of the reference, to the last bit; only the work differs.
 
