@@ -129,8 +129,9 @@ def scaling(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
-        rate = r["tokens_added"] / max(r["seconds_to_add_them"], 1e-9)
-        built = f"{r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {rate:,.0f}"
+        rate = r["tokens_added"] / r["seconds_to_add_them"] if r["tokens_added"] else None
+        speed = "" if rate is None else f"{rate:,.0f}"
+        built = f"{r['documents']:,} | {r['bytes_on_disk'] / 1e9:.2f} | {speed}"
         for found in r["asked"]:
             rows.append(f"| {name} | {built} | {found['scan']} | {asked(found)} |")
             name, built = "", " | | "
