@@ -174,7 +174,7 @@ def searched_bytes(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.
 
 
 def _screened(chunks: int, device: torch.device) -> bool:
-    return device.type == "cpu" and chunks >= screening.SMALLEST and screening.is_available()
+    return device.type == "cpu" and screening.is_worthwhile(chunks)
 
 
 def layer_keys(keys: Tensor, counts: Tensor) -> LayerKeys:

@@ -164,7 +164,7 @@ class _Sizes:
     @property
     def screen(self) -> int:
         """A copy of the routing keys in int8, to be read in their place; 0 if there can be none."""
-        if self.num_chunks < screening.SMALLEST or not screening.is_available():
+        if not screening.is_worthwhile(self.num_chunks):
             return 0
         return self.layers * screening.screen_bytes(self.num_chunks, self.numbers // self.layers)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -108,26 +109,16 @@ class LayerKeys:
             wanted = max(CANDIDATES * top_k, top_k + MORE_CANDIDATES)
         if self.pruned is not None:
             found = self.pruned.search(vectors, routing_mask, wanted, document_mask)
-        elif self.screen is not None:
-            return self.screen.search(
-                vectors,
-                routing_mask,
-                self.keys,
-                self.counts,
-                wanted,
-                document_mask,
-                self.key_norm,
-            )
         else:
-            found = route_documents(
+            scan = partial(route_documents, scales=self.scales)
+            found = (scan if self.screen is None else self.screen.search)(
                 vectors,
                 routing_mask,
                 self.keys,
                 self.counts,
                 wanted,
                 document_mask,
-                self.scales,
-                self.key_norm,
+                key_norm=self.key_norm,
             )
         if self.stored is None:
             return found

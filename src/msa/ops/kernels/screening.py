@@ -3,9 +3,9 @@
 Without matrix units a processor multiplies int8 two to three times as fast as float32. `Screen` is
 a copy of a layer's routing keys in int8, packed for torch's int8 product (FBGEMM). Per question it
 gives every chunk an upper bound of its score: what the product says, and what rounding the key and
-the query can have taken away. Those chunks whose bound is not
-below the k-th best document are given to `msa.ops.kernels.routing_cpu`, which scores them exactly.
-So the selection is that of the reference, to the last bit; only the work differs.
+the query can have taken away. Those chunks whose bound is not below the k-th best document are
+given to `msa.ops.kernels.routing_cpu`, which scores them exactly. So the selection is that of the
+reference, to the last bit; only the work differs.
 
 The bounds, by Cauchy-Schwarz: for a key k, rounded to k', and a query q, rounded to q',
 |q . k - q' . k'| <= |q| |k - k'| + |q - q'| |k'|. The product of the rounded ones is exact: sums of
@@ -74,6 +74,11 @@ def is_available() -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return torch.equal(found, queries @ keys.float().T)
+
+
+def is_worthwhile(num_chunks: int) -> bool:
+    """Whether a layer of so many chunks is to have a screen, if it lies on the CPU."""
+    return num_chunks >= SMALLEST and is_available()
 
 
 @dataclass(frozen=True, slots=True)
