@@ -303,7 +303,7 @@ def test_ctrl_c_while_indexing_is_one_line_and_what_was_stored_stays(
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert out == ""
     assert err.startswith("Interrupted. The bank holds ")
     assert err.count("\n") == 1

@@ -43,6 +43,47 @@ def test_a_commit_is_seen_by_a_reader_at_once_and_whole(catalog, tmp_path):
     reader.close()
 
 
+class InterruptedConnection:
+    """A connection; Ctrl-C comes right after the n-th statement has been executed."""
+
+    def __init__(self, connection, statement):
+        self._connection = connection
+        self._left = statement
+
+    def execute(self, *words):
+        found = self._connection.execute(*words)
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return found
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+
+@pytest.mark.parametrize("statement", range(1, 7))
+@pytest.mark.parametrize("doing", ["count", "commit"])
+def test_ctrl_c_after_any_statement_leaves_a_catalog_that_works(catalog, tmp_path, doing, statement):
+    catalog.commit([(entry(1), (1,))], [row(1)])
+    whole = catalog._connection
+    catalog._connection = InterruptedConnection(whole, statement)
+    try:
+        for _ in range(6):  # a reading has three statements, the last of which ends it
+            catalog.count() if doing == "count" else catalog.commit([(entry(2), (2,))], [row(2)])
+    except KeyboardInterrupt:
+        interrupted = True
+    else:
+        interrupted = False
+    catalog._connection = whole
+    assert interrupted
+    stored = catalog.count()
+    assert stored == catalog.counter("generation")  # the interrupted commit is there whole, or not
+    other = Catalog(tmp_path)
+    other.commit([(entry(stored + 1), (stored + 1,))], [row(stored + 1)])  # nothing holds the lock
+    assert catalog.count() == stored + 1
+    other.close()
+
+
 def test_a_failing_commit_changes_nothing(catalog):
     catalog.commit([(entry(1, 2), (1, 2))], [row(1), row(2)])
     with pytest.raises(BankError, match="UNIQUE"):

@@ -201,28 +201,37 @@ class Catalog:
     def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
         """One durable transaction that raises the generation, or no change at all."""
         with self._lock, self._guard(doing):
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._end_left_over()
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.execute(
                     "UPDATE counters SET value = value + 1 WHERE name = 'generation'"
                 )
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                self._end_left_over()
                 raise
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Several queries that see one state of the catalog."""
         with self._lock, self._guard("read"):
+            self._end_left_over()
             self._follow()
-            self._connection.execute("BEGIN")
             try:
+                self._connection.execute("BEGIN")
                 yield self._connection
             finally:
-                self._connection.execute("COMMIT")
+                self._end_left_over()
+
+    def _end_left_over(self) -> None:
+        """Give up the transaction that is open, if one is.
+
+        Ctrl-C can come right after any statement, so that nobody can be sure to end what he began.
+        """
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
 
     def _follow(self) -> None:
         """An immutable connection sees no changes: open it again when the file has some."""
