@@ -63,7 +63,9 @@ class InterruptedConnection:
 
 @pytest.mark.parametrize("statement", range(1, 7))
 @pytest.mark.parametrize("doing", ["count", "commit"])
-def test_ctrl_c_after_any_statement_leaves_a_catalog_that_works(catalog, tmp_path, doing, statement):
+def test_ctrl_c_after_any_statement_leaves_a_catalog_that_works(
+    catalog, tmp_path, doing, statement
+):
     catalog.commit([(entry(1), (1,))], [row(1)])
     whole = catalog._connection
     catalog._connection = InterruptedConnection(whole, statement)

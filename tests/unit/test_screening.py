@@ -26,6 +26,7 @@ TOP_K = 9
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     sizes = {"BLOCK": 300, "SMALLEST": 100, "TAIL": 40, "GROUP": 16, "EXACT_NUMBERS": 32 * 50}
+    sizes["FEW"] = 1  # however many candidates there are, they are picked out
     for name, value in sizes.items():
         monkeypatch.setattr(screening, name, value)
 
@@ -143,21 +144,81 @@ def test_keys_that_are_not_finite_get_no_screen():
         assert Screen.followed(None, keys, counts) is None
 
 
-def test_little_is_scored_exactly(monkeypatch):
+@pytest.fixture
+def work(monkeypatch):
+    """What is done: "product" per int8 product, the number of keys per call of the exact kernel."""
+    done = []
+    exact, product = screening.routing_cpu.route_documents, screening._product
+
+    def watched_exact(vectors, mask, keys, *rest, **named):
+        done.append(len(keys))
+        return exact(vectors, mask, keys, *rest, **named)
+
+    def watched_product(*arguments):
+        done.append("product")
+        return product(*arguments)
+
+    monkeypatch.setattr(screening.routing_cpu, "route_documents", watched_exact)
+    monkeypatch.setattr(screening, "_product", watched_product)
+    return done
+
+
+def test_little_is_scored_exactly(work):
     """The point of it: the exact kernel gets few keys."""
     keys, counts = make_layer(10, (3, 32), documents=3000)
     screen = Screen.followed(None, keys, counts)
-    seen = []
-    exact = screening.routing_cpu.route_documents
-
-    def watched(vectors, mask, keys, *rest, **named):
-        seen.append(len(keys))
-        return exact(vectors, mask, keys, *rest, **named)
-
-    monkeypatch.setattr(screening.routing_cpu, "route_documents", watched)
     assert_twin(screen, *make_queries(10, 96), keys, counts)
-    assert len(seen) >= 3
-    assert sum(seen) < 3 * len(keys) / 20
+    scored = [each for each in work if each != "product"]
+    assert len(scored) >= 3
+    assert sum(scored) < 3 * len(keys) / 20
+
+
+@pytest.mark.parametrize("masked", [None, "one for all", "each its own"])
+def test_questions_that_leave_too_many_chunks_are_scored_together_and_in_full(
+    work, monkeypatch, masked
+):
+    monkeypatch.setattr(screening, "FEW", 16)
+    keys, counts = make_layer(12, (3, 32), documents=3000)
+    vectors, mask = make_queries(12, 96, rows=5, tokens=9)
+    for row in (0, 3, 4):  # like one key: few others come near it
+        vectors[row] = 20 * keys[100 * row].flatten() + 0.1 * vectors[row]
+    vectors[2] *= 0
+    allowed = torch.rand(5, 3000, generator=torch.Generator().manual_seed(12)) > 0.3
+    allowed = {None: None, "one for all": allowed[0], "each its own": allowed}[masked]
+    screen = Screen.followed(None, keys, counts)
+    assert_twin(screen, vectors, mask, keys, counts, allowed)
+    assert work.count(len(keys)) == 1
+    assert sum(each not in ("product", len(keys)) for each in work) >= 3
+
+
+def test_a_copy_that_leaves_too_many_is_soon_asked_rarely(work, monkeypatch):
+    monkeypatch.setattr(screening, "FEW", 16)
+    monkeypatch.setattr(screening, "RETRY", 10)
+    keys, counts = make_layer(13, (3, 32), documents=400)
+    hard, mask = torch.zeros(1, 2, 96), torch.ones(1, 2, dtype=torch.bool)
+    easy = keys[None, :2].flatten(2)
+    screen = Screen.followed(None, keys, counts)
+
+    def asked(vectors):
+        work.clear()
+        assert_twin(screen, vectors, mask, keys, counts)
+        return "product" in work
+
+    assert [asked(hard) for _ in range(17)] == [True] * 3 + [False] * 9 + [True] + [False] * 4
+    assert [asked(easy) for _ in range(8)] == [False] * 5 + [True] * 3  # worth its time again
+    assert asked(hard)
+    assert asked(easy)
+
+
+def test_a_layer_that_grows_keeps_its_record(monkeypatch):
+    monkeypatch.setattr(screening, "FEW", 16)
+    keys, counts = make_layer(14, documents=400)
+    half = int(counts[:200].sum())
+    screen = Screen.followed(None, keys[:half], counts[:200])
+    hard, mask = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool)
+    for _ in range(screening.PATIENCE):
+        assert_twin(screen, hard, mask, keys[:half], counts[:200])
+    assert not Screen.followed(screen, keys, counts)._record.asks()
 
 
 def test_wide_keys_have_smaller_blocks(monkeypatch):

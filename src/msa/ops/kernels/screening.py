@@ -5,7 +5,8 @@ a copy of a layer's routing keys in int8, packed for torch's int8 product (FBGEM
 gives every chunk an upper bound of its score: what the product says, and what rounding the key and
 the query can have taken away. Those chunks whose bound is not below the k-th best document are
 given to `msa.ops.kernels.routing_cpu`, which scores them exactly. So the selection is that of the
-reference, to the last bit; only the work differs.
+reference, to the last bit; only the work differs. Keys among which nothing stands out leave too
+many such chunks: then all are scored, and soon the copy is no longer asked.
 
 The bounds, by Cauchy-Schwarz: for a key k, rounded to k', and a query q, rounded to q',
 |q . k - q' . k'| <= |q| |k - k'| + |q - q'| |k'|. The product of the rounded ones is exact: sums of
@@ -55,6 +56,11 @@ ZERO_POINT = 64
 PACKED = 512
 # Float32 roundings of a bound, per |q| |k|, with room.
 ROUNDING = 4e-6
+# Where more than one chunk of so many is left, scoring all of them is faster than picking them.
+FEW = 16
+# After so many searches in a row that left too many, one of so many still asks the copy.
+PATIENCE = 3
+RETRY = 64
 
 
 @functools.cache
@@ -99,9 +105,27 @@ class _Block:
     residuals: Tensor
 
 
+class _Record:
+    """Whether a layer's copy has been worth its time lately. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._failed = self._skipped = 0
+
+    def asks(self) -> bool:
+        """Whether the next search is to ask the copy."""
+        if self._failed < PATIENCE:
+            return True
+        self._skipped = (self._skipped + 1) % RETRY
+        return self._skipped == 0
+
+    def note(self, worth: bool) -> None:
+        """What came of asking it."""
+        self._failed = 0 if worth else self._failed + 1
+
+
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """The first keys of one layer, in int8. Frozen: views may share it.
+    """The first keys of one layer, in int8. Frozen, but for its record: views may share it.
 
     Attributes:
         num_documents, num_chunks: n and c, that it covers; those behind are scored in full.
@@ -114,6 +138,7 @@ class Screen:
     _blocks: tuple[_Block, ...]
     _residuals: Tensor
     _norm: float
+    _record: _Record
 
     @classmethod
     def followed(cls, before: Screen | None, keys: Tensor, counts: Tensor) -> Screen | None:
@@ -145,7 +170,8 @@ class Screen:
             blocks.append(block)
             norm, document, chunk = max(norm, length), end, chunk + len(some)
         residuals = torch.cat([block.residuals for block in blocks])
-        return cls(document, chunk, width, tuple(blocks), residuals, norm)
+        record = before._record if before else _Record()
+        return cls(document, chunk, width, tuple(blocks), residuals, norm, record)
 
     @property
     def num_bytes(self) -> int:
@@ -171,35 +197,74 @@ class Screen:
         Other arguments, and returns: as there.
         """
         check_routing(vectors, routing_keys, chunk_counts, top_k, document_mask, None)
-        masks = document_mask
-        if masks is not None and masks.dim() == 1:
-            masks = masks[None]
-        behind = torch.arange(self.num_chunks, len(routing_keys))
-        ends = chunk_counts.cumsum(0)
         count = min(top_k, len(chunk_counts))
         documents = torch.full((len(vectors), count), -1)
         scores = torch.full((len(vectors), count), -torch.inf)
-        for row, query, bounds in self._bounds(vectors, routing_mask):
-            mask = None if masks is None else masks[row if len(masks) > 1 else 0]
-            if mask is not None:
-                hidden = ~mask[: self.num_documents]
-                sizes = chunk_counts[: self.num_documents]
-                bounds[: self.num_chunks][torch.repeat_interleave(hidden, sizes)] = -torch.inf
-            places = torch.cat([self._candidates(query, bounds, count, ends), behind])
-            some, best = _exact(
-                query.vectors, routing_keys, places, _owners(ends, places), top_k, mask, key_norm
+        masks = None if document_mask is None else document_mask.expand(len(vectors), -1)
+        rows = routing_mask.any(1).nonzero()[:, 0].tolist()
+        left = rows
+        if rows and self._record.asks():
+            left = []
+            ends = chunk_counts.cumsum(0)
+            for row, query, places in self._candidates(
+                rows, vectors, routing_mask, ends, count, document_mask
+            ):
+                if len(places) > self.num_chunks // FEW:
+                    left.append(row)
+                    continue
+                mask = None if masks is None else masks[row]
+                places = torch.cat([places, torch.arange(self.num_chunks, len(routing_keys))])
+                owners = _owners(ends, places)
+                some, best = _exact(
+                    query.vectors, routing_keys, places, owners, top_k, mask, key_norm
+                )
+                documents[row, : len(some)], scores[row, : len(some)] = some, best
+            self._record.note(2 * len(left) <= len(rows))
+        if left:
+            rest = routing_cpu.route_documents(
+                vectors[left],
+                routing_mask[left],
+                routing_keys,
+                chunk_counts,
+                top_k,
+                None if masks is None else masks[left],
+                key_norm=key_norm,
             )
-            documents[row, : len(some)], scores[row, : len(some)] = some, best
+            documents[left], scores[left] = rest.documents, rest.scores
         return Selection(documents, scores)
 
-    def _bounds(
-        self, vectors: Tensor, routing_mask: Tensor
+    def _candidates(
+        self,
+        rows: list[int],
+        vectors: Tensor,
+        routing_mask: Tensor,
+        ends: Tensor,
+        count: int,
+        document_mask: Tensor | None,
     ) -> Iterator[tuple[int, _Query, Tensor]]:
-        """Of every row that routes: its number, its query, upper bounds of the scores of chunks.
+        """Of every row: its number, its query, chunks [c'] int64 that may be of its top-k."""
+        hidden: Tensor | None = None
+        for row, query, bounds in self._bounds(rows, vectors, routing_mask):
+            if document_mask is not None:
+                if hidden is None or document_mask.dim() > 1:
+                    mask = document_mask if document_mask.dim() == 1 else document_mask[row]
+                    hidden = self._hidden(mask, ends)
+                bounds[: self.num_chunks][hidden] = -torch.inf
+            yield row, query, self._near(query, bounds, count, ends)
+
+    def _hidden(self, mask: Tensor, ends: Tensor) -> Tensor:
+        """[c] bool, chunks of documents that must not be chosen."""
+        covered = slice(self.num_documents)
+        counts = ends[covered].diff(prepend=ends.new_zeros(1))
+        return torch.repeat_interleave(~mask[covered], counts)
+
+    def _bounds(
+        self, rows: list[int], vectors: Tensor, routing_mask: Tensor
+    ) -> Iterator[tuple[int, _Query, Tensor]]:
+        """Of every row: its number, its query, upper bounds of the scores of chunks.
 
         Bounds are [c] float32, filled up with -inf to whole groups.
         """
-        rows = routing_mask.any(1).nonzero()[:, 0].tolist()
         size = -(-self.num_chunks // GROUP) * GROUP
         at_once = max(1, BOUNDS_BYTES // (4 * size))
         for start in range(0, len(rows), at_once):
@@ -213,7 +278,7 @@ class Screen:
                 chunk += block.num_chunks
             yield from zip(some, queries, bounds, strict=True)
 
-    def _candidates(self, query: _Query, bounds: Tensor, count: int, ends: Tensor) -> Tensor:
+    def _near(self, query: _Query, bounds: Tensor, count: int, ends: Tensor) -> Tensor:
         """Chunks [c'] int64, ascending, that may be the best ones of the top-k documents."""
         groups = bounds.view(-1, GROUP)
         heads = groups.amax(1)
