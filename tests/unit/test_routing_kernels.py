@@ -34,13 +34,15 @@ from routing_twins import cases, changed, check, make, poisoned, put, ragged
 
 TESTS = Path(__file__).resolve().parents[1]
 CASES = dict(cases())
-# What a block may hold, the least number of keys in it, and how much is done at a time.
-BLOCKS = [(routing_cpu.BLOCK_BYTES, routing_cpu.MIN_BLOCK, routing_cpu.STEP), (1, 1, 3), (1, 7, 40)]
+# What a block may hold, the least number of keys in it, how much is done at a time, how many
+# candidates wait.
+NAMES = ("BLOCK_BYTES", "MIN_BLOCK", "STEP", "PENDING")
+BLOCKS = [tuple(getattr(routing_cpu, name) for name in NAMES), (1, 1, 3, 2), (1, 7, 40, 5)]
 
 
 @pytest.fixture(params=BLOCKS, ids=["whole", "single keys", "sevens"])
 def blocks(request, monkeypatch):
-    for name, value in zip(("BLOCK_BYTES", "MIN_BLOCK", "STEP"), request.param, strict=True):
+    for name, value in zip(NAMES, request.param, strict=True):
         monkeypatch.setattr(routing_cpu, name, value)
 
 
@@ -73,12 +75,13 @@ def test_it_is_one_where_bfloat16_is_multiplied_as_it_is(name, monkeypatch):
     counts=st.lists(st.integers(0, 6), max_size=30),
     top_k=st.integers(1, 9),
     block=st.integers(1, 50),
+    pending=st.integers(0, 20),
     coarse=st.booleans(),
     share=st.sampled_from([None, 0.1, 0.6]),
     seed=st.integers(0, 999),
 )
 @settings(max_examples=60, deadline=None)
-def test_it_is_one_for_any_documents_and_blocks(counts, top_k, block, coarse, share, seed):
+def test_it_is_one_for_any_documents_and_blocks(counts, top_k, block, pending, coarse, share, seed):
     case = make(counts, top_k=top_k, seed=seed)
     if coarse:
         case = changed(case, routing_keys=torch.round, vectors=torch.round)
@@ -87,6 +90,7 @@ def test_it_is_one_for_any_documents_and_blocks(counts, top_k, block, coarse, sh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing_cpu, "BLOCK_BYTES", 1)
         patch.setattr(routing_cpu, "MIN_BLOCK", block)
+        patch.setattr(routing_cpu, "PENDING", pending)
         check(routing_cpu.route_documents, case)
 
 

@@ -27,6 +27,7 @@ from msa.benchmarks.synthetic import (
     require_memory,
     route,
     searched_bytes,
+    settle,
 )
 from msa.benchmarks.timing import REPEATS, Note, Run, bandwidth, machine, seconds, side_by_side
 from msa.errors import InputError
@@ -149,6 +150,7 @@ def routing_row(
         for layer in layers:
             route(queries, mask, layer, shape.top_k)
 
+    settle(queries, mask, layers, shape.top_k)
     rate = bandwidth(keys, min(repeats, 3))
     per_layer = side_by_side({"msa": ours}, device, repeats)["msa"] / held
     once = key_bytes / rate

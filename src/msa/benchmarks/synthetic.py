@@ -189,6 +189,15 @@ def layer_keys(keys: Tensor, counts: Tensor) -> LayerKeys:
     return LayerKeys(keys, counts, 0, key_norm=norm, screen=screen)
 
 
+def settle(
+    routing_queries: Tensor, routing_mask: Tensor, layers: Sequence[LayerKeys], top_k: int
+) -> None:
+    """Ask each layer a few times: a bank that serves knows whether its int8 copies are worth it."""
+    for layer in layers:
+        for _ in range(screening.PATIENCE if layer.screen is not None else 0):
+            route(routing_queries, routing_mask, layer, top_k)
+
+
 def route(routing_queries: Tensor, routing_mask: Tensor, layer: LayerKeys, top_k: int) -> Selection:
     """Routing of a question as a bank does it: queries [B, T, H, D] to the top-k documents."""
     vectors = routing_vectors(routing_queries, layer.keys.shape[1], "cosine")

@@ -1,17 +1,19 @@
 """Routing in one walk over the keys, block by block (ours; the rule is Eq. 2 of MSA).
 
 Per block: one matrix product with the routing tokens of all questions, the best score of every
-token, one comparison. Only a block that holds a score above a question's present k-th best (less
-the rounding bound) is looked at more closely: its candidates are scored exactly and merged into the
-running top-k. After the first blocks that is rare: about k ln(N / k) documents in all. A document
-may span blocks; its score is that of its best candidate. So documents need no segment maximum, and
+token, one comparison. Only a block that holds a score above a question's threshold (less the
+rounding bound) is looked at more closely: its candidates are noted. The threshold is a score that k
+documents are known to reach. After the first blocks candidates are rare: about k ln(N / k)
+documents in all. At the end those that the last threshold leaves are scored exactly. A document may
+span blocks; its score is that of its best candidate. So documents need no segment maximum, and
 their lengths do not matter.
 
 Passing over the others is safe. While blocks are walked in order, a later chunk changes the top-k
 only if its exact score is *above* the k-th best (an equal score of a later document loses to the
 lower row; a document that is chosen already is not made better). A chunk whose computed score is
 not above the threshold by `msa.ops.kernels.rounding.error_bound` cannot do that. There is no slack
-of fixed size to run out of: thousands of equal documents are thousands of candidates.
+of fixed size to run out of: thousands of equal documents are thousands of candidates, scored when
+there are too many to hold.
 
 Nothing of size C or [B, N] is held: a block of keys in float32, its scores, the running top-k.
 
@@ -39,9 +41,11 @@ from msa.types import Selection
 BLOCK_BYTES = 1 << 22
 BLOCK_PART = 96
 # Blocks have at least so many keys, and the first ones no more: there everything is a candidate.
-MIN_BLOCK = 256
+MIN_BLOCK = 160
 # Documents are counted, and candidates scored exactly, this many numbers at a time.
 STEP = 1 << 14
+# Candidates of a question that are noted, at most, before they are scored.
+PENDING = 512
 
 
 @torch.no_grad()
@@ -82,7 +86,7 @@ def route_documents(
 
 
 class _Question:
-    """A question's routing tokens and its running top-k.
+    """A question's routing tokens, its candidates and its running top-k.
 
     Attributes:
         row: in the batch.
@@ -90,7 +94,8 @@ class _Question:
         vectors: [T, G*D], of its routing tokens.
         coefficient: times the length of a key, the rounding bound of a score.
         best: at most K documents and their exact scores, best first.
-        threshold: the k-th best score, -inf before there are k.
+        threshold: a score that k documents reach; -inf before there are k.
+        num_pending: candidates that are not scored exactly yet.
     """
 
     def __init__(self, row: int, tokens: slice, count: int, vectors: Tensor, bound: float) -> None:
@@ -101,17 +106,62 @@ class _Question:
         self.coefficient = bound * longest(vectors)
         self.best: list[tuple[int, float]] = []
         self.threshold = -math.inf
+        self.num_pending = 0
+        self._floors: list[tuple[int, float]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, chunks: Tensor, documents: Tensor, scores: Tensor, error: float) -> None:
+        """Note candidates.
+
+        Args:
+            chunks, documents: [P] int64; a document may recur.
+            scores: [P] float32, as computed.
+            error: how far from the exact ones at most.
+        """
+        self._pending.append((chunks, documents, scores + error))
+        self.num_pending += len(chunks)
+        self._reached(documents, scores - error)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Candidates that may still be chosen: chunks [P], documents [P]; none is pending then."""
+        chunks, documents, ceilings = (torch.cat(some) for some in zip(*self._pending, strict=True))
+        self._pending, self.num_pending = [], 0
+        near = ceilings >= self.threshold  # the threshold may come from a later document: not >
+        return chunks[near], documents[near]
 
     def merge(self, documents: Tensor, scores: Tensor) -> None:
         """Take in exact chunk scores of documents (int64, float32 [P]); a document may recur."""
-        best = dict(self.best)
-        for document, score in zip(documents.tolist(), scores.tolist(), strict=True):
-            if score > best.get(document, -math.inf):  # not so for NaN
-                best[document] = score
-        ranked = sorted(best.items(), key=lambda found: (-found[1], found[0]))
-        self.best = ranked[: self.count]
-        if len(ranked) >= self.count:
-            self.threshold = self.best[-1][1]
+        self.best = _best(self.best, documents, scores, self.count)
+        self._reached(documents, scores)
+
+    def _reached(self, documents: Tensor, floors: Tensor) -> None:
+        """Raise the threshold: documents, in order, have scores that are not below these floors."""
+        floors = floors.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        if len(documents) > 4 * self.count:  # lists of so many would take longer
+            documents, index = torch.unique_consecutive(documents, return_inverse=True)
+            best = floors.new_full(documents.shape, -torch.inf)
+            best.scatter_reduce_(0, index, floors, reduce="amax")
+            floors, index = best.topk(min(self.count, len(best)))
+            documents = documents[index]
+        self._floors = _best(self._floors, documents, floors, self.count)
+        if len(self._floors) == self.count:
+            self.threshold = max(self.threshold, self._floors[-1][1])
+
+
+def _best(
+    known: list[tuple[int, float]], documents: Tensor, scores: Tensor, count: int
+) -> list[tuple[int, float]]:
+    """The best documents, those known and others, best first, each with its best score.
+
+    Args:
+        documents, scores: [P] int64 and float32; a document may recur.
+        count: to be kept.
+    """
+    best = dict(known)
+    for document, score in zip(documents.tolist(), scores.tolist(), strict=True):
+        if score > best.get(document, -math.inf):  # not so for NaN
+            best[document] = score
+    return sorted(best.items(), key=lambda found: (-found[1], found[0]))[:count]
 
 
 class _Block:
@@ -124,21 +174,30 @@ class _Block:
     """
 
     def __init__(
-        self, keys: Tensor, scales: Tensor | None, first: int, counts: Tensor, into: int
+        self,
+        keys: Tensor,
+        scales: Tensor | None,
+        start: int,
+        first: int,
+        counts: Tensor,
+        into: int,
     ) -> None:
         self.keys = keys
         self.scales = scales
+        self._start = start  # its first chunk
         self.first = first
         self.end = first + len(counts)
         self._counts = counts
         self._into = into  # chunks of the first document that lie in blocks before
-        self._kept: Tensor | None = None
+        self._kept: Tensor | None = None  # those that are scored, if others were left out
 
-    def documents(self, places: Tensor) -> Tensor:
-        """Documents of the keys at some places, counted from `first`; int64."""
+    def chunks(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the keys at some places: chunks and documents [P] int64."""
         if self._kept is not None:
-            return self._kept[places]
-        return torch.searchsorted(self._counts.cumsum(0), places + self._into, right=True)
+            places = self._kept[places]
+        ends = self._counts.cumsum(0)
+        documents = torch.searchsorted(ends, places + self._into, right=True)
+        return self._start + places, self.first + documents
 
     def keep(self, allowed: Tensor) -> None:
         """Leave out keys of documents that nobody may choose ([n] bool), if most are."""
@@ -149,10 +208,9 @@ class _Block:
         counts[0] -= self._into
         counts[-1] -= counts.sum() - size  # chunks of the last document that lie behind
         documents = torch.repeat_interleave(counts, output_size=size)
-        places = allowed[documents].nonzero()[:, 0]
-        self._kept = documents[places]
-        self.keys = self.keys[places]
-        self.scales = None if self.scales is None else self.scales[places]
+        self._kept = allowed[documents].nonzero()[:, 0]
+        self.keys = self.keys[self._kept]
+        self.scales = None if self.scales is None else self.scales[self._kept]
 
 
 class _Product:
@@ -171,15 +229,17 @@ class _Product:
         self.rows = min(max(room // written, MIN_BLOCK), len(keys))
         size = self.rows if self.convert else 0
         self.keys = torch.empty(size, routing.shape[1], device=keys.device)
-        self.onednn = keys.device.type == "cpu" and self.dtype == torch.float32 and _has_onednn()
+        in_place = keys.device.type == "cpu" and self.dtype == torch.float32 and not self.convert
+        self.onednn = in_place and _has_onednn()
 
     def __call__(self, keys: Tensor) -> Tensor:
         """[c, G*D] -> [c, R] float32."""
         if self.convert:
             keys = self.keys[: len(keys)].copy_(keys)
         if self.onednn:
-            # What compiled models call. With so few columns it takes a third less time than
-            # torch.mm, which first copies the keys into another order.
+            # What compiled models call. Of keys that come from memory it takes a third less time
+            # than torch.mm, which first copies them into another order; of those just converted,
+            # which the cache holds, a little more.
             scores: Tensor = torch.ops.mkldnn._linear_pointwise(
                 keys, self.vectors, None, "none", [], ""
             )
@@ -211,10 +271,13 @@ class _Walk:
             self.mask = document_mask[None]
         self.scales = scales
         self.key_norm = key_norm
+        self._longest = 0.0  # of all keys that were scored
 
     def run(self, routing: Tensor, questions: list[_Question]) -> None:
         """Bring every question's top-k up to date with all keys; `routing` is [R, G*D]."""
-        padded = F.pad(routing, (0, 0, 0, -len(routing) % 8))  # registers hold 8 columns
+        padded = routing
+        if len(routing) % 8:  # registers hold 8 columns
+            padded = F.pad(routing, (0, 0, 0, -len(routing) % 8))
         product = _Product(padded, self.keys)
         thresholds, coefficients = padded.new_zeros(2, len(padded))  # per column
         owner = torch.empty(len(routing), dtype=torch.int64)
@@ -236,49 +299,66 @@ class _Walk:
             for row in torch.unique(owner[above]).tolist():
                 question = questions[row]
                 self._offer(question, scores, above[owner[above] == row], block, norm)
+                if question.num_pending > PENDING:
+                    self._settle(question)
                 thresholds[question.tokens] = question.threshold
+        for question in questions:
+            if question.num_pending:
+                self._settle(question)
 
     def _score(self, product: _Product, block: _Block) -> tuple[Tensor, float]:
         """The scores of a block, [c, R], and a length that no key of it exceeds."""
         scores = product(block.keys)
         if block.scales is not None:
             scores *= block.scales[:, None]
-            return scores, 128 * math.sqrt(block.keys.shape[1]) * longest(block.scales[:, None])
-        return scores, product.norm(block.keys) if self.key_norm is None else self.key_norm
+            norm = 128 * math.sqrt(block.keys.shape[1]) * longest(block.scales[:, None])
+        else:
+            norm = product.norm(block.keys) if self.key_norm is None else self.key_norm
+        self._longest = max(self._longest, norm)
+        return scores, norm
 
     def _offer(
         self, question: _Question, scores: Tensor, columns: Tensor, block: _Block, norm: float
     ) -> None:
-        """Merge what a block may hold for a question's top-k.
+        """Note what a block may hold for a question's top-k.
 
         Args:
             scores: [c, R] of the block.
             columns: tokens of the question with a score above the threshold somewhere, or NaN.
         """
         error = question.coefficient * norm
-        above = scores.index_select(1, columns.to(scores.device)) > question.threshold - error
-        places = torch.unique_consecutive(above.nonzero()[:, 0])
-        documents = block.documents(places)
+        some = scores.index_select(1, columns.to(scores.device))
+        best = some.nan_to_num_(-torch.inf, torch.inf, -torch.inf).amax(1)
+        places = (best > question.threshold - error).nonzero()[:, 0]
+        chunks, documents = block.chunks(places)
         if self.mask is not None:
-            mask = self.mask[question.row if len(self.mask) > 1 else 0]
-            allowed = mask[block.first : block.end][documents]
-            places, documents = places[allowed], documents[allowed]
-        tokens = scores[places, question.tokens]
-        tokens = tokens.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        # Exact scores differ by at most `error`, so of two that differ by more than twice that the
-        # lower one can be neither a document's best score nor, below k others, a choice.
-        best = tokens.new_full((block.end - block.first,), -torch.inf)
-        best.scatter_reduce_(0, documents, tokens.amax(1), reduce="amax")
-        lowest = best[documents]
-        if len(best) > question.count:
-            lowest = lowest.clamp(min=best.topk(question.count).values[-1])
-        pairs = (tokens >= lowest[:, None] - 2 * error).nonzero()
-        for some in torch.split(pairs, max(1, STEP // block.keys.shape[1])):
-            place, token = places[some[:, 0]], some[:, 1]
-            exact = exact_dots(question.vectors[token], block.keys[place])
-            if block.scales is not None:
-                exact = exact * block.scales[place].double()
-            question.merge(block.first + documents[some[:, 0]], exact.float())
+            allowed = self.mask[question.row if len(self.mask) > 1 else 0][documents]
+            places, chunks, documents = places[allowed], chunks[allowed], documents[allowed]
+        question.add(chunks, documents, best[places], error)
+
+    def _settle(self, question: _Question) -> None:
+        """Score a question's candidates exactly, those that may still be chosen."""
+        at_once = max(1, STEP // self.keys.shape[1])
+        error = question.coefficient * self._longest
+        vectors = question.vectors.float()
+        for chunks, documents in zip(
+            *(torch.split(each, at_once) for each in question.take()), strict=True
+        ):
+            keys = self.keys[chunks]
+            scales = None if self.scales is None else self.scales[chunks]
+            scores = torch.mm(keys.float(), vectors.T)
+            if scales is not None:
+                scores *= scales[:, None]
+            # Exact scores differ by at most `error` from these, so of two tokens that differ by
+            # more than twice that the lower one does not make a chunk's score.
+            scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+            near = scores >= scores.amax(1, keepdim=True) - 2 * error
+            for pairs in torch.split(near.nonzero(), at_once):
+                place, token = pairs.unbind(1)
+                exact = exact_dots(question.vectors[token], keys[place])
+                if scales is not None:
+                    exact = exact * scales[place].double()
+                question.merge(documents[place], exact.float())
 
     def _blocks(self, rows: int) -> Iterator[_Block]:
         """All chunks in order: small blocks, then such of so many rows."""
@@ -304,7 +384,7 @@ class _Walk:
         for i, (start, end) in enumerate(pairwise(edges)):
             keys, counts = self.keys[start:end], self.chunk_counts[first[i] : last[i]]
             scales = None if self.scales is None else self.scales[start:end]
-            yield _Block(keys, scales, first[i], counts, start - before[i])
+            yield _Block(keys, scales, start, first[i], counts, start - before[i])
 
 
 def _has_onednn() -> bool:

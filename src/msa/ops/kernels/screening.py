@@ -197,29 +197,35 @@ class Screen:
         Other arguments, and returns: as there.
         """
         check_routing(vectors, routing_keys, chunk_counts, top_k, document_mask, None)
+        rows = routing_mask.any(1).nonzero()[:, 0].tolist()
+        if not rows or not self._record.asks():
+            return routing_cpu.route_documents(
+                vectors,
+                routing_mask,
+                routing_keys,
+                chunk_counts,
+                top_k,
+                document_mask,
+                key_norm=key_norm,
+            )
         count = min(top_k, len(chunk_counts))
         documents = torch.full((len(vectors), count), -1)
         scores = torch.full((len(vectors), count), -torch.inf)
         masks = None if document_mask is None else document_mask.expand(len(vectors), -1)
-        rows = routing_mask.any(1).nonzero()[:, 0].tolist()
-        left = rows
-        if rows and self._record.asks():
-            left = []
-            ends = chunk_counts.cumsum(0)
-            for row, query, places in self._candidates(
-                rows, vectors, routing_mask, ends, count, document_mask
-            ):
-                if len(places) > self.num_chunks // FEW:
-                    left.append(row)
-                    continue
-                mask = None if masks is None else masks[row]
-                places = torch.cat([places, torch.arange(self.num_chunks, len(routing_keys))])
-                owners = _owners(ends, places)
-                some, best = _exact(
-                    query.vectors, routing_keys, places, owners, top_k, mask, key_norm
-                )
-                documents[row, : len(some)], scores[row, : len(some)] = some, best
-            self._record.note(2 * len(left) <= len(rows))
+        ends = chunk_counts.cumsum(0)
+        left = []
+        for row, query, near in self._candidates(
+            rows, vectors, routing_mask, ends, count, document_mask
+        ):
+            if len(near) > self.num_chunks // FEW:
+                left.append(row)
+                continue
+            mask = None if masks is None else masks[row]
+            places = torch.cat([near, torch.arange(self.num_chunks, len(routing_keys))])
+            owners = _owners(ends, places)
+            some, best = _exact(query.vectors, routing_keys, places, owners, top_k, mask, key_norm)
+            documents[row, : len(some)], scores[row, : len(some)] = some, best
+        self._record.note(2 * len(left) <= len(rows))
         if left:
             rest = routing_cpu.route_documents(
                 vectors[left],
