@@ -21,10 +21,10 @@ On a CPU that multiplies in float32 only (AVX2, no AMX, no bfloat16 units) arith
 limits a full scan: 32 question tokens ask for 16 multiplications per byte of a bfloat16 key, and
 the bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys
 once. A product in int8 is two to three times as fast, so a copy in int8 is read first (`MSA`; `MSA
-without copy` is the scan in float32). The random keys of `msa bench` are its worst case: nothing
-stands out among them, and many chunks must be scored exactly after all. So nothing is won there,
-and time is lost where the keys are in float32; of a model's keys it leaves some hundred. Beyond
-that, less is gained by a better kernel than by reading fewer keys: the pruned scan.
+without copy` is the scan in float32). Of a model's keys it leaves some hundred chunks to be scored.
+Among the random keys of `msa bench` nothing stands out: a bank notices, and goes back to the scan
+in float32, so that there the two are the same. Beyond that, less is gained by a better kernel than
+by reading fewer keys: the pruned scan.
 """
 
 

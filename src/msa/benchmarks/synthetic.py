@@ -2,8 +2,8 @@
 
 What prefill and decoding cost depends on shapes, not on values. So does routing, nearly, as long
 as the values are ordinary: finite, of unit length, no two documents alike (equal scores take a
-slower path). A search that reads a copy in int8 first scores the closest chunks exactly, and of
-random keys many are close: it is faster on those of a model.
+slower path). Only a copy in int8, read first, saves nothing where all keys are alike: routing is
+faster over those of a model.
 
 Shapes: B batch, T query tokens, N documents, C chunks, H query heads, G KV heads, D head dim,
 K selected documents per row.
