@@ -287,7 +287,9 @@ def test_ctrl_c_while_indexing_is_one_line_and_what_was_stored_stays(
     text = "".join(f'{{"text": "Line {i} says something about {i}."}}\n' for i in range(30_000))
     (files / "many.jsonl").write_text(text)
     bank = tmp_path / "bank"
-    code = "from msa.cli.main import main; main()"
+    # a shell that starts tests in the background lets them ignore Ctrl-C, and so their children
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heed + "from msa.cli.main import main; main()"
     words = ["index", files, "--bank", bank, "--model", model_folder, "--batch-tokens", 2048]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
