@@ -132,24 +132,32 @@ def test_random_walks_always_end_in_a_legal_round() -> None:
         assert parsed.ended == (not parsed.numbers)
 
 
-def test_the_prior_of_a_document_is_the_product_of_the_masses_along_its_number() -> None:
+def test_the_prior_of_a_document_is_what_its_number_adds_up_to() -> None:
     prior = {1: 0.5, 17: 0.25, 170: 0.125, 23: 0.125}
     rules = grammar([1, 17, 170, 23], prior=prior)
-    for number, mass in prior.items():
+    for number, own in prior.items():
         total = 0.0
         written: list[int] = []
         for token in tokens(number):
             total += rules.legal(written)[token]
             written.append(token)
-        assert math.exp(total) == pytest.approx(mass)
+        assert math.exp(total) == pytest.approx(own / 0.5)
     assert rules.legal(tokens(1)) == {OPEN: 0.0, READ: 0.0}
 
 
-def test_the_prior_is_renormalised_over_the_documents_that_are_left() -> None:
+def test_the_best_document_wins_against_many_poor_ones_that_share_a_digit() -> None:
+    crowd = list(range(20, 30))
+    rules = grammar([1, *crowd], prior={1: 0.3, **dict.fromkeys(crowd, 0.07)})
+    legal = rules.legal([OPEN])
+    assert legal[1] == 0.0
+    assert math.exp(legal[2]) == pytest.approx(0.07 / 0.3)
+
+
+def test_documents_that_are_written_count_no_more() -> None:
     rules = grammar([1, 2, 3], prior={1: 0.8, 2: 0.15, 3: 0.05})
     legal = rules.legal([*tokens(1), OPEN])
-    assert math.exp(legal[2]) == pytest.approx(0.75)
-    assert math.exp(legal[3]) == pytest.approx(0.25)
+    assert legal[2] == 0.0
+    assert math.exp(legal[3]) == pytest.approx(1 / 3)
 
 
 def test_a_prior_that_underflows_leaves_its_document_possible() -> None:

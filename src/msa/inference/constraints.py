@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from msa.errors import ModelError
 
-_MIN_MASS = 1e-9  # a document whose prior underflows stays possible
+_MIN_PRIOR = 1e-9  # a document whose prior underflows stays possible
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class RoundGrammar:
         self._end_of_retrieve = tuple(end_of_retrieve)
         self._max_documents = max_documents
         self._may_end = may_end or not numbers
-        self._prior = {n: max(prior.get(n, 0.0), _MIN_MASS) if prior else 1.0 for n in numbers}
+        self._prior = {n: max(prior.get(n, 0.0), _MIN_PRIOR) if prior else 1.0 for n in numbers}
         self._root = _Node()
         for number, tokens in numbers.items():
             node = self._root
@@ -111,26 +111,29 @@ class RoundGrammar:
             node.number = number
 
     def legal(self, written: Sequence[int]) -> dict[int, float]:
-        """Tokens that may come next, each with its log prior mass.
+        """Tokens that may come next, each with what the prior has against it.
 
-        The mass of a token is the share of the prior that lies on the unread documents that it
-        leads to, among all that could still be written: 0 in logarithm for a token without
-        alternatives, and for the end marks, about which a prior over documents says nothing.
+        A token is worth its best document: the prior of the best of the unread documents that it
+        leads to, over that of the best that could still be written. In logarithm that is 0 for the
+        way to the best document, and for the end marks, about which a prior over documents says
+        nothing; along a document's number it adds up to the document's own. (Not the sum over the
+        documents: greedy decoding would follow the digit that many poor ones share.)
 
         Args:
             written: tokens since the prompt.
 
         Returns:
-            Token -> log mass; empty when the round is complete (or was never legal).
+            Token -> log of that ratio, at most 0; empty when the round is complete (or was never
+            legal).
         """
         states, complete = self._read(written)
         if complete is not None:
             return {}
-        masses: dict[int, float] = {}
+        ratios: dict[int, float] = {}
         for state in states:
-            for token, (_, mass) in self._steps(state).items():
-                masses[token] = max(masses.get(token, 0.0), mass)
-        return {token: math.log(mass) for token, mass in masses.items()}
+            for token, (_, ratio) in self._steps(state).items():
+                ratios[token] = max(ratios.get(token, 0.0), ratio)
+        return {token: math.log(ratio) for token, ratio in ratios.items()}
 
     def parse(self, written: Sequence[int]) -> Written | None:
         """The round as written, or `None` while it is not complete."""
@@ -151,16 +154,16 @@ class RoundGrammar:
         return states, None
 
     def _steps(self, state: _State) -> dict[int, tuple[list[_State], float]]:
-        """Legal tokens from one state -> the states that they lead to, and their prior mass."""
+        """Legal tokens from one state -> the states that they lead to, and the prior's ratio."""
         if state.mark is not None:
             head, rest = state.mark[0], state.mark[1:]
             return {head: ([_State(state.numbers, state.node, rest, state.ends)], 1.0)}
         steps: dict[int, tuple[list[_State], float]] = {}
         if len(state.numbers) < self._max_documents:
-            total = self._mass(state.node, state.numbers)
+            best = self._best(state.node, state.numbers)
             for token, child in state.node.children.items():
-                if mass := self._mass(child, state.numbers):
-                    steps[token] = (self._enter(child, state.numbers), mass / total)
+                if prior := self._best(child, state.numbers):
+                    steps[token] = (self._enter(child, state.numbers), prior / best)
         if state.node is self._root:
             mark, ends = None, False
             if state.numbers:
@@ -177,13 +180,13 @@ class RoundGrammar:
         states = []
         if node.number is not None and node.number not in numbers:
             states.append(_State((*numbers, node.number), self._root))
-        if any(self._mass(child, numbers) for child in node.children.values()):
+        if any(self._best(child, numbers) for child in node.children.values()):
             states.append(_State(numbers, node))
         return states
 
-    def _mass(self, node: _Node, numbers: tuple[int, ...]) -> float:
-        """Prior mass of the documents under a node that are not among `numbers`."""
-        return sum(self._prior[n] for n in node.members if n not in numbers)
+    def _best(self, node: _Node, numbers: tuple[int, ...]) -> float:
+        """Prior of the best document under a node that is not among `numbers`; 0 without one."""
+        return max((self._prior[n] for n in node.members if n not in numbers), default=0.0)
 
 
 class Grammars:
@@ -217,7 +220,7 @@ class RetrievalConstraint(LogitsProcessor):
             grammars: one per row.
             prompt_length: columns of the (left-padded) prompt.
             pad_token: written by rows that are complete while others go on.
-            prior_weight: factor of the log prior mass; 0 leaves the model's own probabilities.
+            prior_weight: factor of the log prior; 0 leaves the model's own probabilities.
         """
         self._grammars = grammars
         self._prompt_length = prompt_length
@@ -246,8 +249,8 @@ class RetrievalConstraint(LogitsProcessor):
                 constrained[row, self._pad_token] = 0.0
                 continue
             tokens = torch.tensor(list(legal), device=scores.device)
-            masses = scores.new_tensor(list(legal.values()))
-            shifted = scores[row, tokens] + self._prior_weight * masses
+            prior = scores.new_tensor(list(legal.values()))
+            shifted = scores[row, tokens] + self._prior_weight * prior
             # What the model holds impossible must still win against what is illegal.
             constrained[row, tokens] = shifted.clamp(min=torch.finfo(scores.dtype).min)
         return constrained
