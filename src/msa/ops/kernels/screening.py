@@ -77,7 +77,7 @@ def is_available() -> bool:
         with warnings.catch_warnings():  # quantized tensors are to go; then this is not available
             warnings.simplefilter("ignore")
             found = _product(queries, _pack(keys))
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError):
         return False
     return torch.equal(found, queries @ keys.float().T)
 
@@ -197,72 +197,45 @@ class Screen:
         Other arguments, and returns: as there.
         """
         check_routing(vectors, routing_keys, chunk_counts, top_k, document_mask, None)
+
+        def in_full(vectors: Tensor, routes: Tensor, mask: Tensor | None) -> Selection:
+            return routing_cpu.route_documents(
+                vectors, routes, routing_keys, chunk_counts, top_k, mask, key_norm=key_norm
+            )
+
         rows = routing_mask.any(1).nonzero()[:, 0].tolist()
         if not rows or not self._record.asks():
-            return routing_cpu.route_documents(
-                vectors,
-                routing_mask,
-                routing_keys,
-                chunk_counts,
-                top_k,
-                document_mask,
-                key_norm=key_norm,
-            )
+            return in_full(vectors, routing_mask, document_mask)
         count = min(top_k, len(chunk_counts))
         documents = torch.full((len(vectors), count), -1)
         scores = torch.full((len(vectors), count), -torch.inf)
-        masks = None if document_mask is None else document_mask.expand(len(vectors), -1)
         ends = chunk_counts.cumsum(0)
-        left = []
-        for row, query, near in self._candidates(
-            rows, vectors, routing_mask, ends, count, document_mask
-        ):
+        behind = torch.arange(self.num_chunks, len(routing_keys))
+        left, hidden = [], None
+        for row, query, bounds in self._bounds(rows, vectors, routing_mask):
+            mask = _of_rows(document_mask, row)
+            if mask is not None:
+                if hidden is None or mask is not document_mask:
+                    hidden = self._hidden(mask, chunk_counts)
+                bounds[: self.num_chunks][hidden] = -torch.inf
+            near = self._near(query, bounds, count, ends)
             if len(near) > self.num_chunks // FEW:
                 left.append(row)
                 continue
-            mask = None if masks is None else masks[row]
-            places = torch.cat([near, torch.arange(self.num_chunks, len(routing_keys))])
+            places = torch.cat([near, behind])
             owners = _owners(ends, places)
             some, best = _exact(query.vectors, routing_keys, places, owners, top_k, mask, key_norm)
             documents[row, : len(some)], scores[row, : len(some)] = some, best
         self._record.note(2 * len(left) <= len(rows))
         if left:
-            rest = routing_cpu.route_documents(
-                vectors[left],
-                routing_mask[left],
-                routing_keys,
-                chunk_counts,
-                top_k,
-                None if masks is None else masks[left],
-                key_norm=key_norm,
-            )
+            rest = in_full(vectors[left], routing_mask[left], _of_rows(document_mask, left))
             documents[left], scores[left] = rest.documents, rest.scores
         return Selection(documents, scores)
 
-    def _candidates(
-        self,
-        rows: list[int],
-        vectors: Tensor,
-        routing_mask: Tensor,
-        ends: Tensor,
-        count: int,
-        document_mask: Tensor | None,
-    ) -> Iterator[tuple[int, _Query, Tensor]]:
-        """Of every row: its number, its query, chunks [c'] int64 that may be of its top-k."""
-        hidden: Tensor | None = None
-        for row, query, bounds in self._bounds(rows, vectors, routing_mask):
-            if document_mask is not None:
-                if hidden is None or document_mask.dim() > 1:
-                    mask = document_mask if document_mask.dim() == 1 else document_mask[row]
-                    hidden = self._hidden(mask, ends)
-                bounds[: self.num_chunks][hidden] = -torch.inf
-            yield row, query, self._near(query, bounds, count, ends)
-
-    def _hidden(self, mask: Tensor, ends: Tensor) -> Tensor:
+    def _hidden(self, mask: Tensor, chunk_counts: Tensor) -> Tensor:
         """[c] bool, chunks of documents that must not be chosen."""
         covered = slice(self.num_documents)
-        counts = ends[covered].diff(prepend=ends.new_zeros(1))
-        return torch.repeat_interleave(~mask[covered], counts)
+        return torch.repeat_interleave(~mask[covered], chunk_counts[covered])
 
     def _bounds(
         self, rows: list[int], vectors: Tensor, routing_mask: Tensor
@@ -437,6 +410,13 @@ def _product(rounded: Tensor, weights: Any) -> Tensor:
     product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
     scores: Tensor = product(rounded, 1.0, ZERO_POINT, weights)
     return scores
+
+
+def _of_rows(document_mask: Tensor | None, rows: int | list[int]) -> Tensor | None:
+    """The mask of some rows; one for all rows stays what it is."""
+    if document_mask is None or document_mask.dim() == 1:
+        return document_mask
+    return document_mask[rows]
 
 
 def _owners(ends: Tensor, places: Tensor) -> Tensor:
