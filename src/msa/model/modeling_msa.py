@@ -230,10 +230,15 @@ class MSAModel(MSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, hidden: Tensor, position_ids: Tensor, step: Step) -> Tensor:
-        """Hidden states [B, T, E] after the final norm, for embedded tokens [B, T, E]."""
+    def forward(
+        self, hidden: Tensor, position_ids: Tensor, step: Step, num_layers: int | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, E] after the final norm, for embedded tokens [B, T, E].
+
+        With `num_layers`, only so many layers are run: those that routing needs.
+        """
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[:num_layers]:
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
         return cast(Tensor, self.norm(hidden))
 
