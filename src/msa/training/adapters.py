@@ -7,7 +7,7 @@ adapters and the routers are float32.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
         ),
         model,
     )
+    for module in model.modules():
+        if hasattr(module, "lora_A"):  # autocast brings the matrices to the inputs' dtype
+            cast(Any, module).cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
         if "lora_" in name or is_router(name):
             parameter.data = parameter.data.float()
