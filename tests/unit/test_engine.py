@@ -152,7 +152,7 @@ class Memory:
         self.selection = selection
         self.asked: list[Selection] = []
 
-    def route(self, layer: int, queries: torch.Tensor, mask: torch.Tensor) -> Selection:
+    def route(self, layer: int, vectors: torch.Tensor, mask: torch.Tensor) -> Selection:
         return self.selection
 
     def content(self, layer: int, selection: Selection) -> Content:
@@ -166,22 +166,22 @@ def test_a_trace_keeps_all_that_was_routed_and_shows_the_model_its_share() -> No
     documents = torch.tensor([[5, 2, 9], [4, -1, -1]])
     memory = Memory(Selection(documents, torch.tensor([[0.5, 0.25, 0.125], [0.5, -inf, -inf]])))
     reader = TracingReader(memory, visible=2)
-    shown = reader.route(3, torch.zeros(2, 1, 1, 4), torch.ones(2, 1, dtype=torch.bool))
+    shown = reader.route(3, torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
     reader.content(3, shown)
     assert shown.documents.tolist() == memory.asked[0].documents.tolist() == [[5, 2], [4, -1]]
     assert reader.rows() == [{3: [(5, 0.5), (2, 0.25), (9, 0.125)]}, {3: [(4, 0.5)]}]
     assert reader.seconds > 0
 
 
-def test_queries_that_are_not_numbers_are_refused() -> None:
+def test_vectors_that_are_not_numbers_are_refused() -> None:
     memory = Memory(Selection(torch.tensor([[1]]), torch.tensor([[0.5]])))
-    queries, mask = torch.zeros(1, 2, 1, 4), torch.tensor([[False, True]])
-    queries[0, 0] = torch.nan  # does not route
-    TracingReader(memory).route(7, queries, mask)
+    vectors, mask = torch.zeros(1, 2, 4), torch.tensor([[False, True]])
+    vectors[0, 0] = torch.nan  # does not route
+    TracingReader(memory).route(7, vectors, mask)
     for value in (torch.nan, torch.inf):
-        queries[0, 1, 0, 2] = value
+        vectors[0, 1, 2] = value
         with pytest.raises(ModelError, match="layer 7 are NaN or infinite"):
-            TracingReader(memory).route(7, queries, mask)
+            TracingReader(memory).route(7, vectors, mask)
 
 
 # ---- batches

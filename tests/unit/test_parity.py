@@ -44,7 +44,7 @@ def make_memory(model, folder, suffix):
     golden = load_file(folder / f"stage1{suffix}.safetensors")
     with torch.no_grad():
         states = model.encode_documents(*documents_of(golden))
-    memory = LatentMemory(states, model.config.top_k_documents, model.config.routing_score)
+    memory = LatentMemory(states, model.config.top_k_documents)
     return memory, golden
 
 
