@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from msa.evaluation.metrics import exact_match, mean, normalise_answer, recall, token_f1
+from msa.evaluation.metrics import exact_match, mean, normalize_answer, recall, token_f1
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from msa.evaluation.metrics import exact_match, mean, normalise_answer, recall, 
     ],
 )
 def test_answers_are_normalised_as_squad_does(text, expected):
-    assert normalise_answer(text) == expected
+    assert normalize_answer(text) == expected
 
 
 @pytest.mark.parametrize(
