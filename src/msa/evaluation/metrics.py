@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Values that are drawn at once.
+BOOTSTRAP_BLOCK = 1 << 20
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -102,8 +104,10 @@ def bootstrap(
 
     data = np.asarray(values, dtype=np.float64)
     random = np.random.default_rng(seed)
-    # One sample at a time: resamples x questions indices would be tens of megabytes.
-    means = [data[random.integers(0, len(data), len(data))].mean() for _ in range(resamples)]
+    block = max(1, BOOTSTRAP_BLOCK // len(data))
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    drawn = (random.integers(0, len(data), (size, len(data))) for size in sizes)
+    means = np.concatenate([data[rows].mean(axis=1) for rows in drawn])
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(data.mean()), float(low), float(high))

@@ -22,7 +22,9 @@ def provenance(seed: int, **more: Any) -> dict[str, Any]:
     script = Path(sys.argv[0])
     name = f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
     return {
-        "command": " ".join(["python" if script.suffix == ".py" else "", name, *sys.argv[1:]]).strip(),
+        "command": " ".join(
+            ["python" if script.suffix == ".py" else "", name, *sys.argv[1:]]
+        ).strip(),
         "commit": _commit(),
         "machine": f"{platform.machine()}, {_processor()}",
         "cores": os.cpu_count(),

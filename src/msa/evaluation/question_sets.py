@@ -90,17 +90,16 @@ def read_question_set(
         raise InputError(f"{folder}: no such folder; give the folder of a question set")
     corpus = _file(folder, "corpus")
     if split is None:
-        splits = [s for s in EVALUATION_SPLITS if _file(folder, f"questions.{s}", missing_ok=True)]
+        splits = [s for s in EVALUATION_SPLITS if _paths(folder, f"questions.{s}")]
         if not splits:
             raise InputError(f"{folder}: no questions of {EVALUATION_SPLITS}; name the split")
         split = splits[0]
     source = _file(folder, f"questions.{split}")
-    assert corpus is not None
-    assert source is not None
-    documents = _documents(corpus)
+    contents = {path: _content(path) for path in (corpus, source)}
+    documents = _documents(corpus, contents[corpus])
     known = {document.id for document in documents}
     questions = [
-        _question(row, known, where, title_hints) for where, row in _rows(source)
+        _question(row, known, where, title_hints) for where, row in _rows(source, contents[source])
     ]
     _check_unique([q.id for q in questions], source)
     if not questions:
@@ -108,19 +107,21 @@ def read_question_set(
     if count is not None and count < len(questions):
         questions = random.Random(seed).sample(questions, count)
     digest = hashlib.sha256()
-    for path in (corpus, source):
-        digest.update(_content_hash(path))
+    for content in contents.values():
+        digest.update(hashlib.sha256(content).digest())
     return QuestionSet(
         folder.resolve().name, split, tuple(documents), tuple(questions), digest.hexdigest()[:16]
     )
 
 
-def _file(folder: Path, stem: str, *, missing_ok: bool = False) -> Path | None:
-    for suffix in (".jsonl.gz", ".jsonl"):
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    if missing_ok:
-        return None
+def _paths(folder: Path, stem: str) -> list[Path]:
+    names = (f"{stem}.jsonl.gz", f"{stem}.jsonl")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _file(folder: Path, stem: str) -> Path:
+    if found := _paths(folder, stem):
+        return found[0]
     there = sorted(p.name for p in folder.glob("*.jsonl*"))
     raise InputError(
         f"{folder}: no {stem}.jsonl.gz; a question set holds corpus.jsonl.gz and "
@@ -128,9 +129,9 @@ def _file(folder: Path, stem: str, *, missing_ok: bool = False) -> Path | None:
     )
 
 
-def _documents(path: Path) -> list[Document]:
+def _documents(path: Path, content: bytes) -> list[Document]:
     documents = []
-    for where, row in _rows(path):
+    for where, row in _rows(path, content):
         title = row.get("title")
         for name in ("id", "text"):
             if not isinstance(row.get(name), str) or not row[name].strip():
@@ -170,27 +171,24 @@ def _check_unique(ids: Sequence[str], path: Path) -> None:
         seen.add(i)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a row stands ("FILE, line 3"), and the row."""
-    number = 0
+def _content(path: Path) -> bytes:
+    """What a file holds, unpacked."""
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
-        with opened as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: expected a JSON object")
-                yield f"{path}, line {number}", row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, zlib.error) as error:
-        raise InputError(
-            f"{path}: cannot be read as JSONL after line {number} ({error})"
-        ) from error
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); get it anew") from error
 
 
-def _content_hash(path: Path) -> bytes:
-    """Hash of what a file holds, compressed or not."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        return hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]
+def _rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where a row stands ("FILE, line 3"), and the row."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object")
+        yield f"{path}, line {number}", row

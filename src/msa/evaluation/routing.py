@@ -9,6 +9,7 @@ Shapes: Q questions, N documents, C chunks, G KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,7 +63,10 @@ def encode_corpus(
     order = numbers.argsort()
     firsts = counts.cumsum(0) - counts
     chunks = torch.cat(
-        [torch.arange(int(f), int(f + c)) for f, c in zip(firsts[order], counts[order], strict=True)]
+        [
+            torch.arange(int(f), int(f + c))
+            for f, c in zip(firsts[order], counts[order], strict=True)
+        ]
     )
     layers = {}
     for layer in batches[0].states.layers:
@@ -72,8 +76,6 @@ def encode_corpus(
             torch.cat([p.pooled_values for p in parts])[chunks],
             torch.cat([p.routing_keys for p in parts])[chunks],
         )
-        for batch in batches:  # one copy of a layer at a time
-            del batch.states.layers[layer]  # type: ignore[attr-defined]
     return LatentStates(counts[order], layers)
 
 
@@ -126,10 +128,8 @@ def layer_scores(
         batch = prompt_batch(
             [contexts[i] for i in rows], model.config.top_k_documents, 0, model.device
         )
-        try:
+        with suppress(_LastLayerError):
             read_prompts(model, batch, memory)
-        except _LastLayerError:
-            pass
         for layer, scores in memory.scores.items():
             found[layer][rows] = scores.numpy()
     return found
