@@ -28,7 +28,8 @@ from quality import about
 from msa import Document, MemoryBank, MemoryEngine
 from msa.default_model import load_model
 from msa.evaluation.metrics import mean, recall
-from msa.evaluation.question_answering import Question, score, world_questions
+from msa.evaluation.question_answering import score, world_questions
+from msa.evaluation.question_sets import Question
 from msa.memory.pruning import PruningSettings
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents
