@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import (
     ask_all,
@@ -27,6 +26,7 @@ from msa.evaluation.question_answering import (
     real_questions,
     world_questions,
 )
+from msa.model.loading import load
 from msa.types import Document
 
 REAL_SETS = ("squad", "2wikimultihopqa")
@@ -34,7 +34,7 @@ REAL_SETS = ("squad", "2wikimultihopqa")
 
 def main() -> None:
     args = arguments()
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     results: dict[str, object] = {"about": about(args)}
     options = json.loads(args.options)
     for size in args.sizes:
@@ -70,7 +70,7 @@ def write(results: dict, folder: str | None) -> None:
 def run(loaded, documents: list[Document], sets: dict[str, list], options: dict) -> dict:
     row: dict[str, object] = {"documents": len(documents)}
     with tempfile.TemporaryDirectory() as folder:
-        bank = MemoryBank.create(Path(folder, "bank"), *loaded)
+        bank = MemoryBank.create(Path(folder, "bank"), loaded)
         started = time.perf_counter()
         report = bank.add(documents)
         row["tokens"] = report.tokens
