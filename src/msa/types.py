@@ -107,13 +107,13 @@ class MemoryReader(Protocol):
     Implementations: an in-memory one for training, the resident bank for inference.
     """
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """Choose documents for every row of a batch.
 
         Args:
             layer: index of the routing layer.
-            routing_queries: [B, T, H, D], as the router projects them (not normalised).
-            routing_mask: [B, T] bool, True for tokens that route. A row without any gets an empty
+            vectors: [B, T, G*D] float32 routing vectors, of `msa.ops.routing.reduce_queries`.
+            routing_mask: [B, T] bool, True for vectors that route. A row without any gets an empty
                 selection.
         """
         ...

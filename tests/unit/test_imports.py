@@ -41,6 +41,7 @@ WITHIN = {
         "pretrained",
         "bases",
         "adapters",
+        "calibrate",
         "convert",
         "loading",
     ],

@@ -259,11 +259,11 @@ class SyntheticMemory:
         self._device = device
         self.routing_seconds = 0.0
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """Top-k documents of every row by Eq. 2; its time is added to `routing_seconds`."""
         synchronize(self._device)
         start = time.perf_counter()
-        selection = route(routing_queries, routing_mask, self._of_layer[layer], self.top_k)
+        selection = self._of_layer[layer].search(vectors, routing_mask, self.top_k)
         synchronize(self._device)
         self.routing_seconds += time.perf_counter() - start
         return selection

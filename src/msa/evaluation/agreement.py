@@ -135,7 +135,7 @@ def _selected(
     )
     model.eval()
     for text in questions:
-        memory = LatentMemory(moved, top_k, model.config.routing_score)
+        memory = LatentMemory(moved, top_k)
         batch = prompt_batch([encoder.context(text)], top_k, 0, device)
         selections = read_prompts(model, batch, memory).selections
         assert selections is not None

@@ -60,19 +60,19 @@ class TracingReader:
         self.selections: dict[int, Selection] = {}
         self.seconds = 0.0
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """Route as the memory does, and note the selection.
 
         Raises:
-            ModelError: queries are NaN or infinite; by their scores no document would be found.
+            ModelError: vectors are NaN or infinite; by their scores no document would be found.
         """
         start = time.perf_counter()
-        if not bool(torch.isfinite(routing_queries[routing_mask]).all()):
+        if not bool(torch.isfinite(vectors[routing_mask]).all()):
             raise ModelError(
                 f"Routing queries of layer {layer} are NaN or infinite: the model's weights are "
                 "damaged, or overflow in this dtype. Load the checkpoint again, or in float32."
             )
-        selection = self._memory.route(layer, routing_queries, routing_mask)
+        selection = self._memory.route(layer, vectors, routing_mask)
         self.seconds += time.perf_counter() - start
         self.selections[layer] = selection
         if self._visible is None:

@@ -24,7 +24,6 @@ class LatentMemory:
         self,
         states: LatentStates,
         top_k: int,
-        score: str = "cosine",
         *,
         with_last_token: bool = False,
     ) -> None:
@@ -33,28 +32,24 @@ class LatentMemory:
         Args:
             states: of N documents.
             top_k: documents that a layer selects.
-            score: "cosine" or "dot", as the model's `routing_score`.
             with_last_token: fill `last_token_scores` too.
         """
         self.states = states
         self.top_k = top_k
-        self.score = score
         self.with_last_token = with_last_token
         self.scores: dict[int, Tensor] = {}
         self.last_token_scores: dict[int, Tensor] = {}
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """Top-k documents of every row by Eq. 2."""
         keys = self.states.layers[layer].routing_keys
         counts = self.states.chunk_counts
-        scores = document_scores(routing_queries, routing_mask, keys, counts, self.score)
+        scores = document_scores(vectors, routing_mask, keys, counts)
         self.scores[layer] = scores
         if self.with_last_token:
             later = routing_mask.flip(1).cumsum(1).flip(1)  # routing tokens from here on
             last = routing_mask & (later == 1)
-            self.last_token_scores[layer] = document_scores(
-                routing_queries, last, keys, counts, self.score
-            )
+            self.last_token_scores[layer] = document_scores(vectors, last, keys, counts)
         return select_documents(scores, self.top_k)
 
     def content(self, layer: int, selection: Selection) -> Content:

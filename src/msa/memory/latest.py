@@ -43,9 +43,9 @@ class LatestReader(Generic[AnyView]):
         """Generation of the bank when it was last read."""
         return self._view.generation
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """See `ResidentView.route`."""
-        return self._view.route(layer, routing_queries, routing_mask)
+        return self._view.route(layer, vectors, routing_mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
         """See `ResidentView.content`."""

@@ -55,7 +55,6 @@ from msa.memory.manifest import BANK_FILE
 from msa.memory.resident import Filter, ResidentBank
 from msa.memory.share import CLOSE, CONTENT, DTYPES, NUMBERS, OPEN, ROUTE, ShareService, said
 from msa.ops.attention import gather_content
-from msa.ops.routing import routing_vectors
 from msa.types import Content, Selection
 
 DEFAULT_TIMEOUT = 60.0
@@ -279,12 +278,12 @@ class ParallelView:
         return self.num_documents
 
     @torch.no_grad()
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """The layer's top-k documents for every row of a batch, of the whole bank.
 
         Args:
             layer: index of a routing layer.
-            routing_queries: [B, T, H, D].
+            vectors: [B, T, G*D] float32, of `msa.ops.routing.reduce_queries`.
             routing_mask: [B, T] bool.
 
         Returns:
@@ -303,8 +302,8 @@ class ParallelView:
                 "some with 'msa index' or MemoryBank.add"
             )
         mask = routing_mask.to(self._device)
-        vectors = routing_vectors(routing_queries.to(self._device), self._groups, self.score)
-        payload = torch.cat([as_bytes(mask.sum(1)), as_bytes(vectors[mask])])
+        routing = vectors.to(self._device)[mask]
+        payload = torch.cat([as_bytes(mask.sum(1)), as_bytes(routing)])
         batch = len(mask)
         answers = self._handle.ask(ROUTE, (layer, self.top_k, batch), payload)
         parts = [_selection_from(answer.to(self._device), batch) for answer in answers]

@@ -36,7 +36,7 @@ from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
 from msa.memory.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
 from msa.ops.kernels.screening import Screen
-from msa.ops.routing import routing_vectors, unit_key_norm
+from msa.ops.routing import unit_key_norm
 from msa.types import JSON, Content, Selection
 
 Filter = Callable[[Mapping[str, JSON]], bool]
@@ -87,12 +87,12 @@ class ResidentView:
         """Number of documents that can be selected."""
         return self.num_documents
 
-    def route(self, layer: int, routing_queries: Tensor, routing_mask: Tensor) -> Selection:
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """The layer's top-k documents for every row of a batch.
 
         Args:
             layer: index of a routing layer.
-            routing_queries: [B, T, H, D].
+            vectors: [B, T, G*D] float32, of `msa.ops.routing.reduce_queries`.
             routing_mask: [B, T] bool.
 
         Returns:
@@ -107,7 +107,7 @@ class ResidentView:
         Source: MSA 3.2.1, Eq. 2.
         """
         if not self.num_documents and self.shard.world > 1:
-            empty = torch.empty((len(routing_queries), 0), device=self.device)
+            empty = torch.empty((len(vectors), 0), device=self.device)
             return Selection(empty.long(), empty.float())
         if not self.num_documents:
             raise EmptyBankError(
@@ -115,8 +115,7 @@ class ResidentView:
                 "some with 'msa index' or MemoryBank.add"
             )
         where = self._keys_device
-        vectors = routing_vectors(routing_queries.to(where), self._content.shape[0], self.score)
-        found = self.search(layer, vectors, routing_mask.to(where), self.top_k)
+        found = self.search(layer, vectors.to(where), routing_mask.to(where), self.top_k)
         return Selection(found.documents.to(self.device), found.scores.to(self.device))
 
     def search(self, layer: int, vectors: Tensor, routing_mask: Tensor, top_k: int) -> Selection:
@@ -124,7 +123,7 @@ class ResidentView:
 
         Args:
             layer: index of a routing layer.
-            vectors: [B, T, G*D] float32, of `routing_vectors`.
+            vectors: [B, T, G*D] float32, of `reduce_queries`.
             routing_mask: [B, T] bool.
             top_k: k >= 1.
 

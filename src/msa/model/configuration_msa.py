@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Qwen3Config
 
 from msa.errors import ConfigError
+from msa.ops.routing import QUERY_REDUCTIONS
 
 ROUTING_SCORES = ("cosine", "dot")
 
@@ -24,6 +25,9 @@ class MSAConfig(Qwen3Config):
         routing_layers: indices of the routing layers; None for the upper half (paper).
         routing_score: "cosine" (the paper, Eq. 2) or "dot" (scaled dot product; what the released
             inference code computes for every `aux_loss_method` but "INFONCE").
+        query_reduction: how the tokens of a question come together before the scan of the memory:
+            "max" (Eq. 2; all released checkpoints), "mean", "last" or "pooled"; see
+            `msa.ops.routing.reduce_queries`.
         aux_temperature: τ of the routing loss (Eq. 5).
     """
 
@@ -34,6 +38,7 @@ class MSAConfig(Qwen3Config):
     top_k_documents: int = 16
     routing_layers: list[int] | None = None
     routing_score: str = "cosine"
+    query_reduction: str = "max"
     aux_temperature: float = 0.1
     tie_word_embeddings: bool = True
 
@@ -63,6 +68,10 @@ class MSAConfig(Qwen3Config):
             raise ConfigError(
                 f"routing_score={self.routing_score!r}: expected one of {ROUTING_SCORES}"
             )
+        if self.query_reduction not in QUERY_REDUCTIONS:
+            raise ConfigError(
+                f"query_reduction={self.query_reduction!r}: expected one of {QUERY_REDUCTIONS}"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -87,7 +96,6 @@ def from_released(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"msa_config is {type(nested).__name__}: expected an object")
     wanted = {
         "head_reduce_method": "mean",
-        "query_reduce_method": "max",
         "chunk_reduce_method": "max",
         "decouple_pooling_mode": "mean",
         "decouple_router": True,
@@ -97,6 +105,12 @@ def from_released(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"msa_config.{name}={nested[name]!r}: this package computes Eq. 2 with {value!r}"
             )
+    reduction = nested.get("query_reduce_method", "max")
+    if reduction not in ("max", "mean", "last"):
+        raise ConfigError(
+            f"msa_config.query_reduce_method={reduction!r}: expected 'max', 'mean' or 'last'"
+        )
+    flat["query_reduction"] = reduction
     layers = str(nested.get("router_layer_idx", "all"))
     count = int(flat["num_hidden_layers"])
     flat["routing_layers"] = (

@@ -30,7 +30,7 @@ from msa.model.cache import MSACache
 from msa.model.configuration_msa import MSAConfig
 from msa.ops.attention import attend, local_mask, memory_mask_of
 from msa.ops.pooling import chunk_counts, pool_chunks
-from msa.ops.routing import normalise
+from msa.ops.routing import normalise, reduce_queries
 from msa.types import Content, LatentStates, LayerStates, MemoryReader, Selection
 
 
@@ -90,6 +90,9 @@ class MSAAttention(nn.Module):
             size, dim = config.hidden_size, self.head_dim
             self.router_q_proj = nn.Sequential(nn.Linear(size, heads * dim, bias=False))
             self.router_k_proj = nn.Sequential(nn.Linear(size, groups * dim, bias=False))
+            if config.query_reduction == "pooled":
+                # logarithm of a routing token's weight in the pooled query; zeros weigh all alike
+                self.router_token_weight = nn.Linear(size, 1, bias=False)
 
     def project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -120,6 +123,29 @@ class MSAAttention(nn.Module):
         pooled_keys = pool_chunks(keys, lengths, size)
         return LayerStates(pooled_keys, pool_chunks(values, lengths, size), routing_keys)
 
+    def routing_vectors(self, hidden: Tensor, routing_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [B, S, G*D] float32 that this layer searches with, and their mask [B, S].
+
+        Args:
+            hidden: [B, T, E], input of the attention block after its norm.
+            routing_mask: [B, T] bool.
+
+        Source: MSA 3.2.1, Eq. 2; S and the reductions are those of `ops.routing.reduce_queries`.
+        """
+        config = self.config
+        queries = self.router_q_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        weights = None
+        if config.query_reduction == "pooled":
+            weights = self.router_token_weight(hidden)[..., 0].float().clamp(-15, 15).exp()
+        return reduce_queries(
+            queries,
+            routing_mask,
+            config.num_key_value_heads or 0,
+            config.routing_score,
+            config.query_reduction,
+            weights,
+        )
+
     def recall(self, hidden: Tensor, step: Step) -> Content | None:
         """Content of the documents that this layer selected, routing if it has not yet.
 
@@ -130,8 +156,7 @@ class MSAAttention(nn.Module):
             return cache.contents[layer]
         if step.memory is None or step.routing_mask is None:
             return None
-        routing_queries = self.router_q_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        selection = step.memory.route(layer, routing_queries, step.routing_mask)
+        selection = step.memory.route(layer, *self.routing_vectors(hidden, step.routing_mask))
         content = step.memory.content(layer, selection)
         step.selections[layer] = selection
         if cache is not None:
@@ -181,6 +206,8 @@ class MSAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, MSAAttention) and hasattr(module, "router_token_weight"):
+            torch.nn.init.zeros_(module.router_token_weight.weight)
         if isinstance(module, MSAForCausalLM):
             torch.nn.init.constant_(module.temperature, self.config.aux_temperature)
 

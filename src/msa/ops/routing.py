@@ -22,6 +22,7 @@ from msa.types import Selection
 CHUNK_BLOCK = 1 << 16
 # Products of this many numbers are held at once, in float64, by the exact scores.
 EXACT_BLOCK = 1 << 18
+QUERY_REDUCTIONS = ("max", "mean", "last", "pooled")
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -49,6 +50,57 @@ def routing_vectors(routing_queries: Tensor, num_key_value_heads: int, score: st
     return groups.sum(dim=3).flatten(2) / heads
 
 
+def reduce_queries(
+    routing_queries: Tensor,
+    routing_mask: Tensor,
+    num_key_value_heads: int,
+    score: str,
+    reduction: str = "max",
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Routing queries of all tokens as the vectors that memory is searched with.
+
+    Args:
+        routing_queries: [B, T, H, D], as projected.
+        routing_mask: [B, T] bool, True for tokens that route.
+        num_key_value_heads: G.
+        score: "cosine" or "dot", see `routing_vectors`.
+        reduction: how the tokens of a question come together.
+            "max" (paper, Eq. 2): one vector per token, the best token of a chunk counts.
+            "mean": the mean over tokens of their chunk scores, which is the score of their mean
+            vector (`query_reduce_method` "mean" of the released code).
+            "last": the last routing token alone (`query_reduce_method` "last").
+            "pooled": the raw queries are averaged, head by head, before they are normalized.
+        token_weights: [B, T] float, weights of the tokens in "pooled"; equal by default.
+
+    Returns:
+        Vectors [B, S, G*D] float32 and their mask [B, S] bool; S = T for "max", else 1. A row
+        without routing tokens has a mask without True.
+
+    Source: MSA 3.2.1, Eq. 2 ("max").
+    """
+    if reduction == "max":
+        return routing_vectors(routing_queries, num_key_value_heads, score), routing_mask
+    routes = routing_mask.any(dim=1, keepdim=True)
+    if reduction == "last":
+        token = torch.arange(routing_mask.shape[1], device=routing_mask.device)
+        last = (token * routing_mask).argmax(dim=1)
+        rows = torch.arange(len(last), device=last.device)
+        picked = routing_queries[rows, last][:, None]
+        return routing_vectors(picked, num_key_value_heads, score), routes
+    if reduction == "mean":
+        vectors = routing_vectors(routing_queries, num_key_value_heads, score)
+        mask = routing_mask[..., None].float()
+        return (vectors * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1), routes
+    weights = routing_mask.float()
+    if token_weights is not None:
+        weights = weights * token_weights.float()
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    with torch.autocast(routing_queries.device.type, enabled=False):
+        pooled = torch.einsum("bt,bthd->bhd", weights, routing_queries.float())[:, None]
+    return routing_vectors(pooled, num_key_value_heads, score), routes
+
+
 def chunk_scores(vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor) -> Tensor:
     """Max over routing tokens of the score of every chunk.
 
@@ -68,21 +120,19 @@ def chunk_scores(vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor) ->
 
 
 def document_scores(
-    routing_queries: Tensor,
+    vectors: Tensor,
     routing_mask: Tensor,
     routing_keys: Tensor,
     chunk_counts: Tensor,
-    score: str = "cosine",
     document_mask: Tensor | None = None,
 ) -> Tensor:
     """s_i: the best chunk score of every document.
 
     Args:
-        routing_queries: [B, T, H, D], as projected.
+        vectors: [B, T, G*D] float32, of `reduce_queries`.
         routing_mask: [B, T] bool.
-        routing_keys: [C, G, D]; unit length per head when `score` is "cosine".
+        routing_keys: [C, G, D]; unit length per head when routing is by cosine.
         chunk_counts: [N] int64, chunks of each document, in the order of the keys.
-        score: "cosine" or "dot".
         document_mask: [N] bool, False for documents that must not be chosen.
 
     Returns:
@@ -90,7 +140,6 @@ def document_scores(
 
     Source: MSA 3.2.1, Eq. 2.
     """
-    vectors = routing_vectors(routing_queries, routing_keys.shape[1], score)
     documents = torch.repeat_interleave(chunk_counts)
     result = vectors.new_full((vectors.shape[0], chunk_counts.shape[0]), -torch.inf)
     needs_grad = torch.is_grad_enabled() and (vectors.requires_grad or routing_keys.requires_grad)

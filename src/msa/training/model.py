@@ -106,9 +106,9 @@ class MSAForTraining(MSAForCausalLM):
         for group in groups:
             memory = None
             if bool(group["routing_mask"].any()):
-                top_k, score = self.config.top_k_documents, self.config.routing_score
+                top_k = self.config.top_k_documents
                 with_last = self.loss_settings.last_token > 0 and bool(group["read"].any())
-                memory = LatentMemory(states, top_k, score, with_last_token=with_last)
+                memory = LatentMemory(states, top_k, with_last_token=with_last)
             step = Step(
                 memory=memory,
                 routing_mask=group["routing_mask"],
