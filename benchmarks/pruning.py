@@ -220,9 +220,9 @@ def cached(path: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     """Routing keys of a world, and routing vectors of its questions asked of that world."""
-    from msa.default_model import load_model
     from msa.memory.encoder import DocumentEncoder
     from msa.memory.latent import LatentMemory
+    from msa.model.loading import load
     from msa.text.prompts import Reading
     from msa.training.worlds import generate_world
     from msa.types import Document, LatentStates, LayerStates
@@ -233,7 +233,8 @@ def encode(args: argparse.Namespace) -> dict[str, Tensor]:
             return super().route(layer, some, mask)
 
     world = generate_world(args.seed, args.documents, breadth=args.breadth, split="test")
-    model, tokenizer, template = load_model(args.model)
+    loaded = load(args.model)
+    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.template
     encoder = DocumentEncoder(model, tokenizer, template)
     texts = [Document(d.key, d.text, title=d.title) for d in world.documents]
     tokens = [(n, encoder.tokens(n, d)) for n, d in enumerate(texts, start=1)]

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import ask_all, world_questions
+from msa.model.loading import load
 from msa.types import Document
 
 
 def main() -> None:
     args = arguments()
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     results: dict[str, object] = {"about": about(args)}
     options = json.loads(args.options)
     for size in args.sizes:
@@ -51,7 +51,7 @@ def write(results: dict, folder: str | None) -> None:
 def run(loaded, documents: list[Document], sets: dict[str, list], options: dict) -> dict:
     row: dict[str, object] = {"documents": len(documents)}
     with tempfile.TemporaryDirectory() as folder:
-        bank = MemoryBank.create(Path(folder, "bank"), *loaded)
+        bank = MemoryBank.create(Path(folder, "bank"), loaded)
         started = time.perf_counter()
         report = bank.add(documents)
         row["tokens"] = report.tokens

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test goes online or reads what its user has fetched; the default model is the small one.
+_HOME = tempfile.TemporaryDirectory(prefix="msa-home-")
+os.environ |= {"MSA_OFFLINE": "1", "MSA_HOME": _HOME.name, "MSA_MODEL": "worlds"}
+os.environ.pop("MSA_DTYPE", None)
 DATA = Path(__file__).parent / "data"
 # A backbone small enough to be made in every test.
 SMALL = {
