@@ -17,7 +17,7 @@ import torch
 from msa.errors import InputError
 from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
-from msa.model.cache import MSACache
+from msa.inference.decoding import Decoder, Sampler, Text, write_texts
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
 
@@ -126,37 +126,13 @@ class TextReader:
     @torch.inference_mode()
     def _write(self, contexts: Sequence[LocalContext]) -> list[list[int]]:
         """Tokens of every answer, end mark included."""
-        model, config = self._model, self._model.config
-        prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
-        cache = MSACache()
-        mask, positions = prompts.attention_mask, prompts.position_ids
-        out = model(
-            prompts.input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            memory=self._memory,
-            routing_mask=prompts.routing_mask,
-            memory_mask=prompts.memory_mask,
-            logits_to_keep=1,
-        )
-        written: list[list[int]] = [[] for _ in contexts]
-        last = int(positions[:, -1].max())
-        steps = min(self._max_new_tokens, config.max_position_embeddings - 1 - last)
-        for _ in range(max(1, steps)):
-            tokens = out.logits[:, -1].argmax(dim=-1)
-            for row, token in zip(written, tokens.tolist(), strict=True):
-                if self._answers.find_end(row) is None:
-                    row.append(token)
-            if all(self._answers.find_end(row) is not None for row in written):
-                break
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
-            out = model(
-                tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-        return written
+        config = self._model.config
+        prompts = prompt_batch(contexts, config.top_k_documents, self._pad, self._model.device)
+        decoder = Decoder(self._model, prompts, self._memory, self._pad)
+        room = config.max_position_embeddings - 1
+        budgets = [max(1, min(self._max_new_tokens, room - p)) for p in decoder.positions]
+        greedy = [Sampler(0.0, 1.0, None) for _ in contexts]
+        written: list[Text] = []
+        for written in write_texts(decoder, greedy, self._answers.ends, budgets):  # noqa: B007
+            pass
+        return [text.tokens for text in written]

@@ -18,7 +18,7 @@ from msa.evaluation.metrics import normalize_answer
 from msa.evaluation.question_sets import Question
 from msa.evaluation.reader import TextReader
 from msa.evaluation.retrieval import Retriever, best_rows
-from msa.inference.trace import fuse_layers
+from msa.inference.fusion import fuse
 from msa.types import Answer, Document, Round
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _ranking(first: Round) -> list[str]:
     """Ids of what was routed to, best first over all layers."""
     ids = {d.number: d.id for layer in first.routed.values() for d in layer}
     scores = {layer: [(d.number, d.score) for d in some] for layer, some in first.routed.items()}
-    return [ids[number] for number in fuse_layers(scores)]
+    return [ids[number] for number in fuse(scores, temperature=0.1)]
 
 
 def _whole(ids: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
