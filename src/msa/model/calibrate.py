@@ -184,7 +184,7 @@ def whitening(states: Tensor, components: int, weights: Tensor | None = None) ->
     scaled: Tensor = vectors / (values + EIGENVALUE_FLOOR * values.mean()).sqrt()
     result = scaled.new_zeros(components, x.shape[1])
     result[: scaled.shape[1]] = scaled.T
-    return cast(Tensor, result.float())
+    return result.float()
 
 
 def set_router(attention: Any, projection: Tensor) -> None:
