@@ -35,7 +35,18 @@ WITHIN = {
     "ops": ["pooling", "routing", "positions", "attention", "kernels"],
     "model": ["configuration_msa", "modeling_msa", "convert"],
     "text": ["prompts", "loaders", "splitting"],
-    "memory": ["encoder", "catalog", "segments", "bank", "budget", "resident", "parallel"],
+    "memory": [
+        "encoder",
+        "database",
+        "filters",
+        "lexical",
+        "catalog",
+        "segments",
+        "bank",
+        "budget",
+        "resident",
+        "parallel",
+    ],
     "inference": ["engine", "interleave"],
 }
 # `inference/engine.py` is the face of the package and calls the rounds of `interleave.py`.
