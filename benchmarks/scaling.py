@@ -26,10 +26,11 @@ import torch
 from quality import about
 
 from msa import Document, MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.evaluation.metrics import mean, recall
-from msa.evaluation.question_answering import Question, score, world_questions
+from msa.evaluation.question_answering import score, world_questions
+from msa.evaluation.question_sets import Question
 from msa.memory.pruning import PruningSettings
+from msa.model.loading import load
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents
 
@@ -44,7 +45,7 @@ def main() -> None:
     if args.ask:
         print(json.dumps(ask(args)))
         return
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     state = Path(args.bank, "scaling_state.json")  # beside the bank, so that it outlives a stop
     folder = Path(args.bank, "bank")
     rows = json.loads(state.read_text())["rows"] if state.is_file() else {}
@@ -62,7 +63,7 @@ def main() -> None:
             name, {"failed": 0, "tokens_added": 0, "seconds_to_add_them": 0.0, "asked": []}
         )
         exists = (folder / "bank.json").is_file()
-        with MemoryBank.open(folder, *loaded) if exists else create(folder, loaded) as bank:
+        with MemoryBank.open(folder, loaded) if exists else create(folder, loaded) as bank:
             if bank.info().num_tokens > 1.1 * size_of(name):  # it has grown beyond this size
                 continue
             whole = grow(bank, args, size_of(name), row, save)
@@ -105,7 +106,7 @@ def grow(bank: MemoryBank, args: argparse.Namespace, size: int, row: dict, save)
 
 def create(folder: Path, loaded) -> MemoryBank:
     """In bfloat16, which halves the disk."""
-    return MemoryBank.create(folder, *loaded, dtype=torch.bfloat16)
+    return MemoryBank.create(folder, loaded, dtype=torch.bfloat16)
 
 
 def size_of(text: str) -> int:
@@ -163,7 +164,7 @@ def asked_elsewhere(args: argparse.Namespace, scan: str) -> dict[str, object]:
 
 def ask(args: argparse.Namespace) -> dict[str, object]:
     """Every question by itself, as users come; times are per question."""
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     (scan,) = args.scans
     _, one, two = questions_of(args)
     start = time.perf_counter()

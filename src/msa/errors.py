@@ -24,6 +24,10 @@ class ModelError(MSAError):
     """A model cannot be found, loaded or trusted (unknown path, missing or NaN weights)."""
 
 
+class FetchError(ModelError):
+    """What a model needs could not be fetched or kept (network, checksum, disk, offline)."""
+
+
 class BankError(MSAError):
     """A memory bank cannot be created, opened or used."""
 

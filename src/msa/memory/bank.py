@@ -29,6 +29,7 @@ from msa.memory.reports import (
 )
 from msa.memory.segments import SegmentWriter
 from msa.memory.storage import storage_errors, sync_folder
+from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
@@ -85,8 +86,8 @@ class MemoryBank:
     def create(
         cls,
         path: str | Path,
-        model: MSAForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
+        model: MSAForCausalLM | Checkpoint,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         template: PromptTemplate | None = None,
         *,
         dtype: torch.dtype | None = None,
@@ -97,7 +98,8 @@ class MemoryBank:
 
         Args:
             path: a folder that is not there yet, or empty.
-            model: encodes the documents; the bank can be used with no other.
+            model: encodes the documents; the bank can be used with no other. A `Checkpoint` brings
+                tokenizer and template along.
             tokenizer: the model's.
             template: text format; the released one by default.
             dtype: of the latent states on disk; the model's by default.
@@ -111,10 +113,16 @@ class MemoryBank:
             BankLockedError: another process is making a bank there.
             ConfigError: a dtype or max_document_tokens cannot be used.
             StorageError: the folder cannot be written.
+            InputError: no model, or one without its tokenizer.
         """
         path = Path(path)
+        encoding, tokenizer, template = parts_of(model, tokenizer, template)
+        if encoding is None or tokenizer is None:
+            raise InputError(
+                "a new bank needs the model that encodes its documents; give one"
+            )
         manifest = Manifest.for_model(
-            model,
+            encoding,
             tokenizer,
             template or PromptTemplate(),
             dtype,
@@ -138,13 +146,13 @@ class MemoryBank:
         except BaseException:
             lock.release()
             raise
-        return cls(path, manifest, catalog, lock, model, tokenizer)
+        return cls(path, manifest, catalog, lock, encoding, tokenizer)
 
     @classmethod
     def open(
         cls,
         path: str | Path,
-        model: MSAForCausalLM | None = None,
+        model: MSAForCausalLM | Checkpoint | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: PromptTemplate | None = None,
         *,
@@ -154,7 +162,8 @@ class MemoryBank:
 
         Args:
             path: its folder.
-            model, tokenizer: those it was made with; needed for adding and asking only.
+            model, tokenizer: those it was made with, or its `Checkpoint`; needed for adding and
+                asking only.
             template: compared with the bank's when given.
             read_only: take no writer's lock and change nothing; for asking beside a writer.
 
@@ -168,14 +177,13 @@ class MemoryBank:
         """
         path = Path(path)
         manifest = Manifest.load(path)
-        if (model is None) != (tokenizer is None):
-            raise InputError("a model and its tokenizer are needed, or neither; one was given")
-        if model is not None and tokenizer is not None:
-            manifest.check(path, model, tokenizer, template)
+        asking, tokenizer, template = parts_of(model, tokenizer, template)
+        if asking is not None and tokenizer is not None:
+            manifest.check(path, asking, tokenizer, template)
         lock = None if read_only else WriterLock(path / LOCK_FILE, path)
         try:
             catalog = Catalog(path, read_only=read_only)
-            return cls(path, manifest, catalog, lock, model, tokenizer)
+            return cls(path, manifest, catalog, lock, asking, tokenizer)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -463,6 +471,10 @@ class MemoryBank:
     def get_many(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
         """Number -> document, for those that exist; one that was deleted meanwhile is left out."""
         return self.catalog.by_numbers(numbers)
+
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts."""
+        return self.catalog.ids(numbers)
 
     def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
