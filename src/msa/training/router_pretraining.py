@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -321,12 +321,12 @@ class _RouterTrainer:
             self.heads.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
         )
         steps = sum(math.ceil(len(d.train) / settings.queries) for d in self.data)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(steps))
-        epoch = 0
+        step = epoch = 0
         for epoch in range(1, settings.epochs + 1):
             for queries, data in self._batches(epoch):
-                self._step(data, queries, optimizer)
-                schedule.step()
+                rate = settings.learning_rate * self._rate(step, steps)
+                self._step(data, queries, optimizer, rate)
+                step += 1
             found, _ = self.evaluate()
             if progress is not None:
                 progress("epoch", epoch, settings.epochs)
@@ -351,14 +351,11 @@ class _RouterTrainer:
             seconds=time.perf_counter() - began,
         )
 
-    def _rate(self, steps_per_epoch: int) -> Callable[[int], float]:
-        warmup, total = self.settings.warmup_steps, steps_per_epoch * self.settings.epochs
-
-        def rate(step: int) -> float:
-            cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / total))
-            return min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
-
-        return rate
+    def _rate(self, step: int, steps_per_epoch: int) -> float:
+        """Share of the learning rate: up over the warm-up, then down to a tenth along a cosine."""
+        settings = self.settings
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / (steps_per_epoch * settings.epochs))
+        return min(1.0, (step + 1) / max(1, settings.warmup_steps)) * (0.1 + 0.9 * cosine)
 
     def _batches(self, epoch: int) -> Iterator[tuple[list[int], _Data]]:
         """All training queries once, in steps of one set each, in random order."""
@@ -380,12 +377,16 @@ class _RouterTrainer:
         for index in queries:
             wanted.update(dict.fromkeys(data.negatives[index]))
         total = len(data.states.chunk_counts)
-        room = min(self.settings.documents, total) - len(wanted)
-        if room > 0:
-            wanted.update(dict.fromkeys(self._rng.sample(range(total), room)))
+        count = min(self.settings.documents, total)
+        for row in self._rng.sample(range(total), count):
+            if len(wanted) >= count:
+                break
+            wanted[row] = None
         return torch.tensor(sorted(wanted))
 
-    def _step(self, data: _Data, queries: list[int], optimizer: torch.optim.Optimizer) -> None:
+    def _step(
+        self, data: _Data, queries: list[int], optimizer: torch.optim.Optimizer, rate: float
+    ) -> None:
         documents = self._documents(data, queries)
         positives, ignored = data.targets(queries, documents)
         counts = data.states.chunk_counts[documents]
@@ -405,6 +406,8 @@ class _RouterTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
         if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.step()
             self.skipped_in_a_row = 0
             return

@@ -243,6 +243,7 @@ class _StateEncoder:
         self.layers: list[int] = list(model.config.routing_layers)
         self.dtype = DTYPES[settings.dtype]
 
+    @torch.no_grad()
     def documents(self, start: int, stop: int) -> dict[str, Tensor]:
         """States [C, E] of each layer, means per chunk, "counts" [n], and "cut" [n] bool."""
         most, size = self.settings.max_document_tokens, self.model.config.chunk_size
@@ -257,6 +258,7 @@ class _StateEncoder:
                     rows[place] = rows[place] | {f"layer.{layer}": part}
         return self._joined(rows) | {"cut": cut}
 
+    @torch.no_grad()
     def queries(self, start: int, stop: int) -> dict[str, Tensor]:
         """States [S, E] of each layer: one of a query, or those of all its routing tokens."""
         contexts = [context_of(self.prompts, q, self.texts) for q in self.asked[start:stop]]
