@@ -118,9 +118,7 @@ class MemoryBank:
         path = Path(path)
         encoding, tokenizer, template = parts_of(model, tokenizer, template)
         if encoding is None or tokenizer is None:
-            raise InputError(
-                "a new bank needs the model that encodes its documents; give one"
-            )
+            raise InputError("a new bank needs the model that encodes its documents; give one")
         manifest = Manifest.for_model(
             encoding,
             tokenizer,

@@ -238,7 +238,7 @@ def choose_layers(scores: Mapping[int, Tensor], gold: Tensor) -> tuple[int, ...]
         for layer in sorted(set(scores) - set(chosen)):
             together = total + standardize(scores[layer])
             value = recall(together, gold, 1) + recall(together, gold, 16)
-            if value > best_value or best < 0 and not chosen:
+            if value > best_value or (best < 0 and not chosen):
                 best, best_value = layer, value + 1e-9
         if best < 0:
             break
