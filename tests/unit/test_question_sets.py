@@ -1,116 +1,153 @@
+"""Question sets: what is right is read as it stands, what is wrong is named with file and line."""
+
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from evaluation_tools import DOCUMENTS, QUESTIONS, write_question_set, write_rows
 from msa.errors import InputError
-from msa.evaluation.question_sets import Question, read_question_set
-from msa.types import Document
+from msa.training.question_sets import QuestionSet
+
+DOCUMENTS = [
+    {"id": "a", "title": "Halden", "text": "Halden lies in Norway."},
+    {"id": "b", "title": None, "text": "Erik Watts was born in Halden."},
+]
+QUESTION = {"id": "q1", "question": "Where does Halden lie?", "answers": ["Norway"], "gold": ["a"]}
+
+
+def write(path: Path, rows: Sequence[Any]) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_question_set(tmp_path / "set")
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "corpus.jsonl.gz", DOCUMENTS)
+    write(tmp_path / "questions.train.jsonl.gz", [QUESTION])
+    return tmp_path
 
 
-def test_a_set_is_its_documents_and_questions_in_the_order_of_the_files(folder):
-    found = read_question_set(folder)
-    assert (found.name, found.split) == ("set", "dev")
-    assert found.documents[0] == Document("rome", "It lies on the Tiber.", title="Rome")
-    assert [d.title for d in found.documents[1:]] == [None] * 4
-    assert found.questions[2] == Question("How much sugar?", ("x", "y"), ("cake", "ada"), "q3")
-    assert found.gold_rows() == [[1], [0], [2, 3], []]
+def load_with(folder: Path, *rows: Any, **options: Any) -> QuestionSet:
+    write(folder / "questions.train.jsonl.gz", [QUESTION, *rows])
+    return QuestionSet.load(folder, **options)
 
 
-def test_files_need_not_be_packed(folder):
-    packed = read_question_set(folder)
-    for path in folder.glob("*.gz"):
-        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-        path.unlink()
-    assert read_question_set(folder) == packed  # the hash of the data included
+def test_documents_and_questions_are_read_as_they_stand(folder):
+    row = {"id": "q2", "question": "Where was he born?", "answers": ["Halden", "in Halden"]}
+    row |= {"gold": ["b", "a"], "hops": 2, "history": ["Who is Watts?"], "rewrite": "Where was W?"}
+    found = load_with(folder, row)
+    assert found.name == folder.name
+    assert list(found.documents) == ["a", "b"]
+    assert found.documents["a"].content == "Halden lies in Norway."
+    assert found.documents["b"].title is None
+    first, second = found.questions
+    assert (first.id, first.hops, first.unanswerable) == ("q1", 1, False)
+    assert (second.answers, second.gold, second.hops) == (("Halden", "in Halden"), ("b", "a"), 2)
+    assert (second.history, second.rewrite) == (("Who is Watts?",), "Where was W?")
 
 
-def test_the_hash_follows_the_data(folder):
-    before = read_question_set(folder).data_hash
-    write_rows(folder / "questions.dev.jsonl.gz", QUESTIONS[:-1])
-    assert read_question_set(folder).data_hash != before
+def test_what_a_question_needs_to_be_understood_stands_in_front_of_it(folder):
+    told = QUESTION | {"scenario": "I live in Halden.", "question": "Do I live in Norway?"}
+    tale = QUESTION | {"story": "Snow man", "question": "Who froze?"}
+    questions = load_with(folder, told, tale).questions[1:]
+    assert questions[0].question == "I live in Halden. Do I live in Norway?"
+    assert questions[1].question == "Snow man: Who froze?"
 
 
-def test_so_many_questions_are_drawn_by_the_seed(folder):
-    draws = [read_question_set(folder, count=3, seed=seed).questions for seed in (0, 0, 5)]
-    assert len(draws[0]) == 3
-    assert draws[0] == draws[1] != draws[2]
-    assert len(read_question_set(folder, count=99).questions) == 4
+def test_an_unanswerable_question_has_no_gold_and_no_hops(folder):
+    row = {"question": "Who rules?", "answers": [], "gold": [], "hops": None}
+    questions = load_with(folder, row | {"unanswerable": True}, row | {"context_doc": ["b"]})
+    for question in questions.questions[1:]:
+        assert question.unanswerable
+        assert (question.gold, question.hops) == ((), 0)
+    assert questions.questions[2].context == ("b",)
 
 
-def test_the_split_is_dev_or_else_test(folder):
-    write_rows(folder / "questions.test.jsonl.gz", QUESTIONS[:1])
-    assert read_question_set(folder).split == "dev"
-    assert len(read_question_set(folder, "test").questions) == 1
-    (folder / "questions.dev.jsonl.gz").unlink()
-    assert read_question_set(folder).split == "test"
+def test_a_question_without_an_id_is_known_by_its_line(folder):
+    row = {k: v for k, v in QUESTION.items() if k != "id"}
+    assert load_with(folder, row).questions[1].id.endswith("questions.train.jsonl.gz:2")
 
 
-def test_title_hints_stand_in_front_when_asked_for(folder):
-    assert read_question_set(folder).questions[3].text == "Who is it?"
-    hinted = read_question_set(folder, title_hints=True).questions
-    assert [q.text for q in hinted[2:]] == ["How much sugar?", "Ada: Who is it?"]
+def test_a_set_without_documents_teaches_rewriting_only(folder):
+    write(folder / "corpus.jsonl.gz", [])
+    write(folder / "questions.train.jsonl.gz", [QUESTION | {"gold": [], "rewrite": "Where?"}])
+    (question,) = QuestionSet.load(folder).questions
+    assert question.gold == ()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"id": ""}, "line 1: id is ''; expected a text"),
-        ({"question": None}, "line 1: question is None; expected a text"),
-        ({"answers": "Oslo"}, "line 1: answers is 'Oslo'; expected a list of texts"),
-        ({"gold": [3]}, r"line 1: gold is \[3\]; expected a list of texts"),
-        ({"gold": ["paris"]}, "line 1: gold document 'paris' is not in the corpus"),
-        ({"gold": []}, "line 1: has answers and no gold"),
-        ({"id": "q2"}, "id 'q2' is given twice"),
-    ],
-)
-def test_a_question_that_is_not_valid_is_one_clear_line(folder, change, message):
-    write_rows(folder / "questions.dev.jsonl.gz", [QUESTIONS[0] | change, *QUESTIONS[1:]])
-    with pytest.raises(InputError, match=message) as caught:
-        read_question_set(folder)
-    assert "questions.dev.jsonl.gz" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"id": "a", "text": " "}], "line 1: text is ' '; expected a text"),
-        ([{"id": "a", "text": "b", "title": 1}], "line 1: title is 1; expected a text or null"),
-        ([DOCUMENTS[0], DOCUMENTS[0]], "id 'rome' is given twice"),
-        ([["a"]], "line 1: expected a JSON object"),
-        ([], "holds no documents"),
-    ],
-)
-def test_a_document_that_is_not_valid_is_one_clear_line(folder, rows, message):
-    write_rows(folder / "corpus.jsonl.gz", rows)
-    with pytest.raises(InputError, match=message):
-        read_question_set(folder)
-
-
-def test_a_missing_or_damaged_file_is_named(folder, tmp_path):
+def test_any_file_of_questions_can_be_named_and_all_stands_in_for_train(folder):
+    (folder / "questions.train.jsonl.gz").rename(folder / "questions.all.jsonl.gz")
+    assert len(QuestionSet.load(folder).questions) == 1
+    (folder / "mine.jsonl").write_text(json.dumps(QUESTION) + "\n\n", encoding="utf-8")
+    assert len(QuestionSet.load(folder, "mine.jsonl").questions) == 1
+    with pytest.raises(InputError, match=r"no questions\.dev\.jsonl\.gz; the JSONL files there"):
+        QuestionSet.load(folder, "questions.dev.jsonl.gz")
     with pytest.raises(InputError, match="no such folder"):
-        read_question_set(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no questions.train.jsonl.gz; .* corpus.jsonl.gz, quest"):
-        read_question_set(folder, "train")
-    questions = folder / "questions.dev.jsonl.gz"
-    whole = questions.read_bytes()
-    questions.write_bytes(whole[:-12])
-    with pytest.raises(InputError, match=r"questions.dev.jsonl.gz: cannot be read"):
-        read_question_set(folder)
-    questions.write_bytes(gzip.compress(gzip.decompress(whole) + b"{"))
-    with pytest.raises(InputError, match=r"questions.dev.jsonl.gz, line 5: no JSON"):
-        read_question_set(folder)
-    questions.unlink()
-    with pytest.raises(InputError, match="no questions of"):
-        read_question_set(folder)
-    write_rows(questions, [])
-    with pytest.raises(InputError, match="holds no questions"):
-        read_question_set(folder)
+        QuestionSet.load(folder / "elsewhere")
+
+
+FAULTY = [
+    (QUESTION | {"gold": []}, "gold is empty"),
+    (QUESTION | {"gold": ["c"]}, "the document 'c' is not in the corpus"),
+    (QUESTION | {"gold": "a"}, "gold is 'a'; expected a list"),
+    (QUESTION | {"question": " "}, "question is ' '; expected a text"),
+    (QUESTION | {"unanswerable": True}, "unanswerable, but gold names 'a'"),
+    (QUESTION | {"unanswerable": "no"}, "expected true or false"),
+    (QUESTION | {"hops": "two"}, "hops is 'two'"),
+    ({"quesiton": "Who?", "gold": ["a"]}, "unknown key 'quesiton'; did you mean 'question'"),
+    (QUESTION | {"senario": "I"}, "unknown key 'senario'; did you mean 'scenario'"),
+    ('{"question": "Wh', "not valid JSON"),
+    ("[1]", "a JSON list; expected an object"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), FAULTY)
+def test_a_faulty_line_is_named_or_left_out_and_counted(folder, row, message):
+    with pytest.raises(InputError) as error:
+        load_with(folder, row)
+    assert message in str(error.value)
+    assert "questions.train.jsonl.gz:2: " in str(error.value)
+    assert "\n" not in str(error.value)
+    found = load_with(folder, row, QUESTION, on_error="skip")
+    assert len(found.questions) == 2
+    assert len(found.skipped) == 1
+    assert message in found.skipped[0]
+
+
+def test_a_faulty_document_is_named(folder):
+    for row, message in (
+        ({"id": "a", "text": "again"}, "the document id 'a' was used before"),
+        ({"id": "c", "text": ""}, "text is ''; expected a text"),
+        ({"id": "c", "txt": "x"}, "unknown key 'txt'; did you mean 'text'"),
+    ):
+        write(folder / "corpus.jsonl.gz", [*DOCUMENTS, row])
+        with pytest.raises(InputError, match=f"corpus.jsonl.gz:3: {message}"):
+            QuestionSet.load(folder)
+
+
+def test_other_keys_are_left_alone(folder):
+    load_with(folder, QUESTION | {"source": "x", "evidences": [["a", "b"]], "kind": "y"})
+
+
+def test_a_damaged_file_is_named(folder):
+    path = folder / "corpus.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:\d+: cannot be read"):
+        QuestionSet.load(folder, on_error="skip")
+    path.write_bytes(b"plain text")
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:1: cannot be read"):
+        QuestionSet.load(folder)
+
+
+def test_a_set_of_faults_only_is_refused(folder):
+    write(folder / "questions.train.jsonl.gz", ["{}"])
+    with pytest.raises(InputError, match="holds no usable question"):
+        QuestionSet.load(folder, on_error="skip")
+    with pytest.raises(InputError, match="expected 'raise' or 'skip'"):
+        QuestionSet.load(folder, on_error="ignore")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -30,8 +30,16 @@ class Library(Protocol):
         """Routes and fetches content; the same state from beginning to end."""
         ...
 
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        """Memory rows -> their documents, without those that were deleted meanwhile."""
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """Document numbers of memory rows."""
+        ...
+
+    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
+        """Number -> id, without documents that were deleted meanwhile; reads no texts."""
+        ...
+
+    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
+        """Number -> the document, without those that were deleted meanwhile."""
         ...
 
 
@@ -47,11 +55,19 @@ class BankLibrary:
         """The view."""
         return self._view
 
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        """See `Library.lookup`."""
-        numbers = self._view.rows_to_numbers(torch.tensor(list(rows), dtype=torch.int64)).tolist()
-        stored = self._bank.get_many(numbers)
-        return {row: stored[n] for row, n in zip(rows, numbers, strict=True) if n in stored}
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """See `Library.numbers`."""
+        wanted = torch.tensor(list(rows), dtype=torch.int64)
+        numbers: list[int] = self._view.rows_to_numbers(wanted).tolist()
+        return numbers
+
+    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
+        """See `Library.ids`."""
+        return self._bank.ids(numbers)
+
+    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
+        """See `Library.texts`."""
+        return self._bank.get_many(numbers)
 
 
 class Shelf:
@@ -73,8 +89,8 @@ class Shelf:
 
         Args:
             top_k: documents that a layer selects.
-            where: metadata that a document must have (every key with an equal value), or a
-                function of a document's metadata.
+            where: metadata that a document must have (every key, with a value that is equal as
+                JSON: 1 is 1.0, but neither true nor "1"), or a function of a document's metadata.
 
         Raises:
             EmptyBankError: there is no document to ask, or none that passes.
@@ -103,19 +119,29 @@ class Shelf:
                 "function of a document's metadata."
             )
         try:
-            key = json.dumps(where, sort_keys=True)
+            key = json.dumps(where, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"The filter holds what is no JSON value ({error}).") from error
         known = self._filtered.get(key)
         if known is not None and known.generation == self._resident.generation:
             return known
-        view = self._resident.view(_equal_to(where))
+        view = self._resident.view(_having(json.loads(key)))
         if len(self._filtered) >= _VIEWS_KEPT:
             self._filtered.clear()
         self._filtered[key] = view
         return view
 
 
-def _equal_to(where: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
-    wanted = dict(where)
-    return lambda metadata: all(k in metadata and metadata[k] == v for k, v in wanted.items())
+def _having(wanted: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
+    return lambda metadata: all(k in metadata and _equal(metadata[k], v) for k, v in wanted.items())
+
+
+def _equal(one: JSON, other: JSON) -> bool:
+    """Equality of JSON values, in which true is no number."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    return one == other

@@ -464,6 +464,10 @@ class MemoryBank:
         """Number -> document, for those that exist; one that was deleted meanwhile is left out."""
         return self.catalog.by_numbers(numbers)
 
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts."""
+        return self.catalog.ids(numbers)
+
     def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
 

@@ -383,6 +383,19 @@ class Catalog:
                 found[stored.number] = stored
         return found
 
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Number -> id, for those that exist; texts are not read."""
+        wanted = list(dict.fromkeys(numbers))
+        found: dict[int, str] = {}
+        with self._reading() as db:
+            for start in range(0, len(wanted), _IDS_PER_QUERY):
+                some = wanted[start : start + _IDS_PER_QUERY]
+                marks = ",".join("?" * len(some))
+                found.update(
+                    db.execute(f"SELECT number, id FROM documents WHERE number IN ({marks})", some)
+                )
+        return found
+
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
         return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", (limit, offset))

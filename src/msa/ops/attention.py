@@ -92,7 +92,8 @@ def attend(
     Args:
         queries: [B, T, H, D].
         keys, values: [B, S, G, D], H a multiple of G.
-        mask: [B or 1, T, S] bool; None for causal attention with S = T.
+        mask: [B or 1, T, S] bool; None for causal attention with S = T, or for a single token that
+            sees all keys.
         scaling: factor of the scores.
 
     Returns:
@@ -105,7 +106,7 @@ def attend(
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=None if mask is None else mask[:, None],
-        is_causal=mask is None,
+        is_causal=mask is None and queries.shape[1] > 1,
         scale=scaling,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )

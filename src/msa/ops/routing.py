@@ -91,7 +91,9 @@ def reduce_queries(
     if reduction == "mean":
         vectors = routing_vectors(routing_queries, num_key_value_heads, score)
         mask = routing_mask[..., None].float()
-        return (vectors * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1), routes
+        return (vectors * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(
+            min=1
+        ), routes
     weights = routing_mask.float()
     if token_weights is not None:
         weights = weights * token_weights.float()

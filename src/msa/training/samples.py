@@ -98,7 +98,7 @@ class SampleBuilder:
             "lengths": torch.tensor([len(r) for r in rows]),
             "digits": torch.tensor([digits_of(n) for n in numbers]),
             "groups": [
-                collate(part, len(rows), self.top_k) for g in groups for part in _by_length(g)
+                collate(part, len(rows), self.top_k) for g in groups for part in by_length(g)
             ],
         }
 
@@ -267,7 +267,7 @@ def _length(document: WorldDocument) -> int:
     return len(_content(document))
 
 
-def _by_length(samples: list[Sample]) -> list[list[Sample]]:
+def by_length(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Parts of like length, of about `GROUP_TOKENS` tokens."""
     ordered = sorted(samples, key=lambda s: len(s.labels))
     tokens = sum(len(s.labels) for s in ordered)
