@@ -8,8 +8,8 @@
 FOLDERs are question sets: corpus.jsonl.gz {id, title, text} and questions.SPLIT.jsonl.gz {id,
 question, answers, gold}. The whole corpus of a set is searched. `--help` behind a command lists
 what it takes. Systems: `bm25-K`, `minilm-K`, `hybrid-K` (the model's reader, handed the K best
-documents of a retriever), `gold` (handed the gold documents), `closed` (handed none), `compressed`
-(handed none, but with the compressed memory to attend to), `msa` (a memory bank). Options of
+documents of a retriever), `gold` (handed the gold documents), `closed` (handed none), each perhaps
+with `+memory` behind it (and the compressed memory to attend to); `msa` (a memory bank). Options of
 `MemoryEngine.ask` may stand behind `msa`, as in `msa:max_rounds=1,lexical_weight=0`.
 """
 
@@ -219,18 +219,20 @@ class Bench:
     def system(self, spec: str) -> System:
         """The system of that name."""
         name, _, options = spec.partition(":")
-        kind, _, depth = name.partition("-")
-        if kind == "msa" and not depth:
+        if name == "msa":
             return MemorySystem(self.engine, self.set.documents, ask_options(options))
-        if kind in ("gold", "closed", "compressed") and not depth and not options:
-            count = None if kind == "gold" else 0
-            return GoldSystem(self.reader(kind == "compressed"), self.set.documents, count)
-        if kind in ("bm25", "minilm", "hybrid") and depth.isdecimal() and not options:
-            retriever: Retriever = getattr(self, kind)
-            return ReaderSystem(self.reader(), retriever, self.set.documents, int(depth))
+        name, _, more = name.partition("+")
+        kind, _, depth = name.partition("-")
+        if not options and more in ("", "memory"):
+            reader = self.reader(bool(more))
+            if name in ("gold", "closed"):
+                return GoldSystem(reader, self.set.documents, None if name == "gold" else 0)
+            if kind in ("bm25", "minilm", "hybrid") and depth.isdecimal() and int(depth):
+                retriever: Retriever = getattr(self, kind)
+                return ReaderSystem(reader, retriever, self.set.documents, int(depth))
         raise InputError(
-            f"system {spec!r}: expected bm25-K, minilm-K, hybrid-K, gold, closed, compressed or "
-            "msa:OPTION=VALUE,..."
+            f"system {spec!r}: expected bm25-K, minilm-K, hybrid-K, gold or closed, perhaps with "
+            "+memory behind it, or msa:OPTION=VALUE,..."
         )
 
     def reader(self, with_memory: bool = False) -> TextReader:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from msa.errors import InputError
+from msa.evaluation.metrics import normalize_answer
 from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
-from msa.inference.decoding import Decoder, Sampler, Text, write_texts
+from msa.inference.decoding import Decoder, Sampler, write_texts
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
 
@@ -35,14 +34,21 @@ class ReadAnswer:
 
     Attributes:
         text: the answer.
+        refused: it is the template's refusal, or empty.
         numbers: of the documents that the prompt had room for.
         prompt_tokens, generated_tokens: how much was read and written.
     """
 
     text: str
+    refused: bool
     numbers: tuple[int, ...]
     prompt_tokens: int
     generated_tokens: int
+
+
+def is_refusal(answer: str, template: PromptTemplate) -> bool:
+    """Whether an answer is empty or says, in the template's words, that there is none."""
+    return normalize_answer(answer) in ("", normalize_answer(template.refusal))
 
 
 class TextReader:
@@ -94,11 +100,13 @@ class TextReader:
         pairs = zip(questions, documents, strict=True)
         fitted = [self._fitted(question, given) for question, given in pairs]
         contexts = [context for context, _ in fitted]
-        written = self._write(contexts)
-        return [
-            ReadAnswer(self._answers.text(tokens), numbers, len(context.input_ids), len(tokens))
-            for (context, numbers), tokens in zip(fitted, written, strict=True)
-        ]
+        answers = []
+        for (context, numbers), tokens in zip(fitted, self._write(contexts), strict=True):
+            text = self._answers.text(tokens)
+            refused = is_refusal(text, self._encoder.template)
+            size = len(context.input_ids)
+            answers.append(ReadAnswer(text, refused, numbers, size, len(tokens)))
+        return answers
 
     def context(self, question: str, documents: Sequence[tuple[int, str]]) -> LocalContext:
         """The whole prompt: what the engine's own context is when it begins to answer."""
@@ -123,16 +131,13 @@ class TextReader:
             f"has {room}. Ask a shorter question"
         )
 
-    @torch.inference_mode()
     def _write(self, contexts: Sequence[LocalContext]) -> list[list[int]]:
         """Tokens of every answer, end mark included."""
-        config = self._model.config
-        prompts = prompt_batch(contexts, config.top_k_documents, self._pad, self._model.device)
-        decoder = Decoder(self._model, prompts, self._memory, self._pad)
-        room = config.max_position_embeddings - 1
-        budgets = [max(1, min(self._max_new_tokens, room - p)) for p in decoder.positions]
-        greedy = [Sampler(0.0, 1.0, None) for _ in contexts]
-        written: list[Text] = []
-        for written in write_texts(decoder, greedy, self._answers.ends, budgets):  # noqa: B007
-            pass
-        return [text.tokens for text in written]
+        model, config = self._model, self._model.config
+        prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
+        decoder = Decoder(model, prompts, self._memory, self._pad)
+        positions = config.max_position_embeddings
+        budgets = [min(self._max_new_tokens, positions - start) for start in decoder.positions]
+        samplers = [Sampler(0.0, 1.0, None) for _ in contexts]
+        *_, texts = write_texts(decoder, samplers, self._answers.ends, budgets)
+        return [text.tokens for text in texts]

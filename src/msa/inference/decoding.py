@@ -35,7 +35,7 @@ def prefill(
     Args:
         model: in evaluation mode.
         prompts: of `prompt_batch`.
-        memory: selected from in every routing layer; None for the backbone alone.
+        memory: selected from in every routing layer; None for none.
         cache: empty; filled, so that tokens can follow. None keeps nothing.
     """
     out: MSAOutput = model(
@@ -92,7 +92,7 @@ class Decoder:
         Args:
             model: in evaluation mode.
             prompts: of `prompt_batch`.
-            memory: selected from now, and not again.
+            memory: selected from now, and not again; None for none.
             pad_token: fills rows that have nothing to say; masked.
 
         Raises:
