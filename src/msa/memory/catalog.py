@@ -309,7 +309,7 @@ class Catalog:
         """Number -> id, for those that exist; texts are not read."""
         wanted = list(dict.fromkeys(numbers))
         found: dict[int, str] = {}
-        with self._reading() as db:
+        with self._db.reading() as db:
             for start in range(0, len(wanted), _IDS_PER_QUERY):
                 some = wanted[start : start + _IDS_PER_QUERY]
                 marks = ",".join("?" * len(some))
