@@ -131,15 +131,15 @@ def fuse(
 
     Args:
         layers: routing layer -> [Q, N].
-        weights: layer -> weight; 1 for layers not named.
+        weights: layer -> weight, 0 for layers not named; all 1 by default.
         normalized: add z-scores per question instead of the scores themselves.
 
     Returns:
         [Q, N] float32.
     """
-    weights = weights or {}
+    weights = dict.fromkeys(layers, 1.0) if weights is None else weights
     total = sum(
-        weights.get(layer, 1.0) * (z_scores(scores) if normalized else scores)
+        weights.get(layer, 0.0) * (z_scores(scores) if normalized else scores)
         for layer, scores in layers.items()
     )
     return np.asarray(total, dtype=np.float32)
