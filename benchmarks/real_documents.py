@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.errors import InputError, MSAError
 from msa.evaluation.metrics import all_within, bootstrap, recall_at
 from msa.evaluation.provenance import provenance
@@ -57,7 +56,8 @@ from msa.evaluation.systems import (
 )
 from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
-from msa.memory.manifest import model_fingerprints
+from msa.model.identity import model_fingerprints
+from msa.model.loading import load as load_checkpoint
 from msa.ops.routing import QUERY_REDUCTIONS
 
 DEPTHS = (1, 5, 16)
@@ -391,8 +391,7 @@ def report(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace):
     """The checkpoint, and what is to be said about it."""
-    loaded = load_model(args.model)
-    loaded.model.to(getattr(torch, args.dtype))
+    loaded = load_checkpoint(args.model, dtype=args.dtype)
     for name, value in ask_options(args.config).items():
         if not hasattr(loaded.model.config, name):
             raise InputError(f"--config {name}: the model's configuration has no such field")

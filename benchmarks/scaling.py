@@ -31,7 +31,7 @@ from quality import about
 
 from msa import Document, MemoryBank, MemoryEngine
 from msa.benchmarks.timing import bandwidth
-from msa.default_model import load_model
+from msa.model.loading import load
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import score, world_questions
 from msa.evaluation.question_sets import Question, read_question_set
@@ -227,7 +227,7 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
 
 def load(args: argparse.Namespace):
     """The checkpoint, in the dtype asked for."""
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     loaded.model.to(getattr(torch, args.dtype))
     return loaded
 
