@@ -28,9 +28,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from msa.errors import InputError, TrainingError
 from msa.memory.encoder import length_buckets
-from msa.memory.manifest import model_fingerprints, tokenizer_fingerprint
+from msa.memory.manifest import tokenizer_fingerprint
 from msa.memory.storage import write_file
 from msa.model.calibrate import router_inputs
+from msa.model.identity import model_fingerprints
 from msa.ops.pooling import chunk_counts, pool_chunks
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.training.negatives import data_hash, plain_words
