@@ -8,8 +8,8 @@
 FOLDERs are question sets: corpus.jsonl.gz {id, title, text} and questions.SPLIT.jsonl.gz {id,
 question, answers, gold}. The whole corpus of a set is searched. `--help` behind a command lists
 what it takes. Systems: `bm25-K`, `minilm-K`, `hybrid-K` (the model's reader, handed the K best
-documents of a retriever), `gold` (handed the gold documents), `closed` (handed none), `compressed`
-(handed none, but with the compressed memory to attend to), `msa` (a memory bank). Options of
+documents of a retriever), `gold` (handed the gold documents), `closed` (handed none), each perhaps
+with `+memory` behind it (and the compressed memory to attend to); `msa` (a memory bank). Options of
 `MemoryEngine.ask` may stand behind `msa`, as in `msa:max_rounds=1,lexical_weight=0`.
 """
 
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.errors import InputError, MSAError
 from msa.evaluation.metrics import all_within, bootstrap, recall_at
 from msa.evaluation.provenance import provenance
@@ -54,7 +53,8 @@ from msa.evaluation.systems import (
     bank_documents,
 )
 from msa.memory.latent import LatentMemory
-from msa.memory.manifest import model_fingerprints
+from msa.model.identity import model_fingerprints
+from msa.model.loading import load as load_checkpoint
 
 DEPTHS = (1, 5, 16)
 SYSTEMS = (
@@ -219,18 +219,20 @@ class Bench:
     def system(self, spec: str) -> System:
         """The system of that name."""
         name, _, options = spec.partition(":")
-        kind, _, depth = name.partition("-")
-        if kind == "msa" and not depth:
+        if name == "msa":
             return MemorySystem(self.engine, self.set.documents, ask_options(options))
-        if kind in ("gold", "closed", "compressed") and not depth and not options:
-            count = None if kind == "gold" else 0
-            return GoldSystem(self.reader(kind == "compressed"), self.set.documents, count)
-        if kind in ("bm25", "minilm", "hybrid") and depth.isdecimal() and not options:
-            retriever: Retriever = getattr(self, kind)
-            return ReaderSystem(self.reader(), retriever, self.set.documents, int(depth))
+        name, _, more = name.partition("+")
+        kind, _, depth = name.partition("-")
+        if not options and more in ("", "memory"):
+            reader = self.reader(bool(more))
+            if name in ("gold", "closed"):
+                return GoldSystem(reader, self.set.documents, None if name == "gold" else 0)
+            if kind in ("bm25", "minilm", "hybrid") and depth.isdecimal() and int(depth):
+                retriever: Retriever = getattr(self, kind)
+                return ReaderSystem(reader, retriever, self.set.documents, int(depth))
         raise InputError(
-            f"system {spec!r}: expected bm25-K, minilm-K, hybrid-K, gold, closed, compressed or "
-            "msa:OPTION=VALUE,..."
+            f"system {spec!r}: expected bm25-K, minilm-K, hybrid-K, gold or closed, perhaps with "
+            "+memory behind it, or msa:OPTION=VALUE,..."
         )
 
     def reader(self, with_memory: bool = False) -> TextReader:
@@ -337,8 +339,7 @@ def report(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace):
     """The checkpoint, and what is to be said about it."""
-    loaded = load_model(args.model)
-    loaded.model.to(getattr(torch, args.dtype))
+    loaded = load_checkpoint(args.model, dtype=args.dtype)
     for name, value in ask_options(args.config).items():
         if not hasattr(loaded.model.config, name):
             raise InputError(f"--config {name}: the model's configuration has no such field")

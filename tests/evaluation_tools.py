@@ -16,10 +16,16 @@ DOCUMENTS = [
     {"id": "a#1", "text": "Sharp things are kept in the drawer."},
 ]
 QUESTIONS = [
-    {"id": "q1", "question": "Which fjord has boats?", "answers": ["Oslo"], "gold": ["oslo"]},
+    {
+        "id": "q1",
+        "question": "Which fjord has boats?",
+        "answers": ["Oslo"],
+        "gold": ["oslo"],
+        "title_hint": "Oslo",
+    },
     {"id": "q2", "question": "Where is Rome?", "answers": ["Tiber"], "gold": ["rome"]},
     {"id": "q3", "question": "How much sugar?", "answers": ["x", "y"], "gold": ["cake", "ada"]},
-    {"id": "q4", "question": "Who is it?", "answers": [], "gold": [], "title_hint": "Ada"},
+    {"id": "q4", "question": "Who is it?", "answers": [], "gold": [], "unanswerable": True},
 ]
 
 

@@ -271,7 +271,7 @@ def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[in
         counted = {name: counting(name) for name in ("write", "fsync", "rename", "unlink")}
         for name, function in counted.items():
             setattr(os, name, function)
-        bank.catalog._connection = KillingConnection(bank.catalog._connection, count)
+        bank.catalog._db.connection = KillingConnection(bank.catalog._db.connection, count)
         operation(bank, tell)
         os.write = saying
 

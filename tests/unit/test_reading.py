@@ -14,7 +14,7 @@ from evaluation_tools import tiny_question_set
 from msa import MemoryBank, MemoryEngine
 from msa.errors import InputError
 from msa.evaluation.metrics import Interval
-from msa.evaluation.reader import TextReader
+from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
 from msa.evaluation.report import as_json, compared, markdown, read_runs
 from msa.evaluation.retrieval import BM25Retriever, best_rows, z_scores
 from msa.evaluation.routing import encode_corpus, fuse, layer_scores
@@ -24,8 +24,8 @@ from msa.evaluation.systems import (
     MemorySystem,
     Outcome,
     ReaderSystem,
+    _whole,
     bank_documents,
-    is_refusal,
 )
 from msa.memory.latent import LatentMemory
 from msa.text.prompts import PromptTemplate
@@ -139,10 +139,8 @@ class FakeReader:
     """Answers with the texts that it is handed."""
 
     def answer(self, questions, documents):
-        from msa.evaluation.reader import ReadAnswer
-
         return [
-            ReadAnswer(" ".join(t for _, t in given), tuple(n for n, _ in given), 3, 2)
+            ReadAnswer(" ".join(t for _, t in given), False, tuple(n for n, _ in given), 3, 2)
             for given in documents
         ]
 
@@ -183,16 +181,15 @@ def test_a_memory_is_asked_without_the_hidden_documents(engine, tiny_set):
 
 
 def test_parts_of_a_document_count_as_the_document(tiny_set):
-    from msa.evaluation.systems import _whole
-
     known = {d.id for d in tiny_set.documents}
     assert _whole(["oslo#2", "a#1", "oslo#1", "rome"], known) == ("oslo", "a#1", "rome")
 
 
 def test_a_refusal_is_known_by_its_words():
-    assert is_refusal("Not in this memory.")
-    assert is_refusal(" ")
-    assert not is_refusal("Rome")
+    template = PromptTemplate(refusal="the memory is silent")
+    assert is_refusal("Memory is silent.", template)
+    assert is_refusal(" ", template)
+    assert not is_refusal("Rome", template)
 
 
 # ---- runs

@@ -108,12 +108,8 @@ def load_model(name: str | None, device: str | None, *, quiet: bool = False) -> 
     """
     with LoadProgress(quiet=quiet) as progress:
         import torch
-        from transformers.utils import logging
 
-        # Ours says in one line what is wrong; theirs would stand between our lines.
-        logging.set_verbosity_error()
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+        quiet_transformers()
         from msa.model.loading import load
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,6 +119,14 @@ def load_model(name: str | None, device: str | None, *, quiet: bool = False) -> 
             reason = str(error).splitlines()[0]
             raise InputError(f"device {device!r} cannot be used: {reason}") from error
         return load(name, device=device, progress=progress)
+
+
+def quiet_transformers() -> None:
+    """Let transformers say nothing: ours says in one line what is wrong."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class LoadProgress:

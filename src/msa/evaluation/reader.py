@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from msa.errors import InputError
+from msa.evaluation.metrics import normalize_answer
 from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
-from msa.model.cache import MSACache
+from msa.inference.decoding import Decoder, Sampler, write_texts
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
 
@@ -35,14 +34,21 @@ class ReadAnswer:
 
     Attributes:
         text: the answer.
+        refused: it is the template's refusal, or empty.
         numbers: of the documents that the prompt had room for.
         prompt_tokens, generated_tokens: how much was read and written.
     """
 
     text: str
+    refused: bool
     numbers: tuple[int, ...]
     prompt_tokens: int
     generated_tokens: int
+
+
+def is_refusal(answer: str, template: PromptTemplate) -> bool:
+    """Whether an answer is empty or says, in the template's words, that there is none."""
+    return normalize_answer(answer) in ("", normalize_answer(template.refusal))
 
 
 class TextReader:
@@ -94,11 +100,13 @@ class TextReader:
         pairs = zip(questions, documents, strict=True)
         fitted = [self._fitted(question, given) for question, given in pairs]
         contexts = [context for context, _ in fitted]
-        written = self._write(contexts)
-        return [
-            ReadAnswer(self._answers.text(tokens), numbers, len(context.input_ids), len(tokens))
-            for (context, numbers), tokens in zip(fitted, written, strict=True)
-        ]
+        answers = []
+        for (context, numbers), tokens in zip(fitted, self._write(contexts), strict=True):
+            text = self._answers.text(tokens)
+            refused = is_refusal(text, self._encoder.template)
+            size = len(context.input_ids)
+            answers.append(ReadAnswer(text, refused, numbers, size, len(tokens)))
+        return answers
 
     def context(self, question: str, documents: Sequence[tuple[int, str]]) -> LocalContext:
         """The whole prompt: what the engine's own context is when it begins to answer."""
@@ -123,40 +131,13 @@ class TextReader:
             f"has {room}. Ask a shorter question"
         )
 
-    @torch.inference_mode()
     def _write(self, contexts: Sequence[LocalContext]) -> list[list[int]]:
         """Tokens of every answer, end mark included."""
         model, config = self._model, self._model.config
         prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
-        cache = MSACache()
-        mask, positions = prompts.attention_mask, prompts.position_ids
-        out = model(
-            prompts.input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            memory=self._memory,
-            routing_mask=prompts.routing_mask,
-            memory_mask=prompts.memory_mask,
-            logits_to_keep=1,
-        )
-        written: list[list[int]] = [[] for _ in contexts]
-        last = int(positions[:, -1].max())
-        steps = min(self._max_new_tokens, config.max_position_embeddings - 1 - last)
-        for _ in range(max(1, steps)):
-            tokens = out.logits[:, -1].argmax(dim=-1)
-            for row, token in zip(written, tokens.tolist(), strict=True):
-                if self._answers.find_end(row) is None:
-                    row.append(token)
-            if all(self._answers.find_end(row) is not None for row in written):
-                break
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(contexts), 1)], dim=1)
-            out = model(
-                tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-        return written
+        decoder = Decoder(model, prompts, self._memory, self._pad)
+        positions = config.max_position_embeddings
+        budgets = [min(self._max_new_tokens, positions - start) for start in decoder.positions]
+        samplers = [Sampler(0.0, 1.0, None) for _ in contexts]
+        *_, texts = write_texts(decoder, samplers, self._answers.ends, budgets)
+        return [text.tokens for text in texts]

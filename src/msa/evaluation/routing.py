@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from msa.evaluation.retrieval import Progress, Scores, z_scores
-from msa.inference.batch import prompt_batch, read_prompts
+from msa.inference.batch import prompt_batch
+from msa.inference.decoding import prefill
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.text.prompts import PromptEncoder, PromptTemplate
@@ -129,7 +130,7 @@ def layer_scores(
             [contexts[i] for i in rows], model.config.top_k_documents, 0, model.device
         )
         with suppress(_LastLayerError):
-            read_prompts(model, batch, memory)
+            prefill(model, batch, memory)
         for layer, scores in memory.scores.items():
             found[layer][rows] = scores.numpy()
     return found

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from msa.evaluation.metrics import normalize_answer
 from msa.evaluation.question_sets import Question
-from msa.evaluation.reader import TextReader
+from msa.evaluation.reader import TextReader, is_refusal
 from msa.evaluation.retrieval import Retriever, best_rows
-from msa.inference.trace import fuse_layers
-from msa.types import Answer, Document, Round
+from msa.types import Answer, Document
 
 if TYPE_CHECKING:
     from msa.inference.engine import MemoryEngine
@@ -28,8 +26,6 @@ RANKED = 16
 """Documents of a ranking that are kept."""
 DOCUMENT = "document"
 """Metadata under which a document of a bank carries its id."""
-REFUSALS = ("", "not in this memory")
-"""Normalized answers that say that nothing was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +67,6 @@ class System(Protocol):
             hidden: ids of documents that each question must be answered without.
         """
         ...
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether an answer says, in the words that models of this package are trained on, "no"."""
-    return normalize_answer(answer) in REFUSALS
 
 
 class ReaderSystem:
@@ -187,34 +178,28 @@ class MemorySystem:
         began = time.perf_counter()
         answers = self._engine.ask(texts, **self._options, **more)
         seconds = (time.perf_counter() - began) / len(texts)
-        return [_outcome(answer, seconds, self._known) for answer in answers]
+        return [self._outcome(answer, seconds) for answer in answers]
+
+    def _outcome(self, answer: Answer, seconds: float) -> Outcome:
+        ranked = answer.rounds[0].ranked if answer.rounds else ()
+        said_no = is_refusal(answer.text, self._engine.bank.template)
+        return Outcome(
+            answer=answer.text,
+            refused=answer.stopped == "not_found" or said_no,
+            ranked=_whole([d.id for d in ranked], self._known)[:RANKED],
+            named=_whole([citation.id for citation in answer.citations], self._known),
+            rounds=len(answer.rounds),
+            stopped=answer.stopped,
+            seconds=seconds,
+            prompt_tokens=answer.usage.prompt_tokens,
+            generated_tokens=answer.usage.generated_tokens,
+        )
 
 
 def bank_documents(documents: Sequence[Document]) -> Iterator[Document]:
     """Documents as a bank is to hold them: each carries its id as metadata, to be filtered by."""
     for document in documents:
         yield replace(document, metadata={**document.metadata, DOCUMENT: document.id})
-
-
-def _outcome(answer: Answer, seconds: float, known: Collection[str]) -> Outcome:
-    return Outcome(
-        answer=answer.text,
-        refused=answer.stopped == "not_found" or is_refusal(answer.text),
-        ranked=_whole(_ranking(answer.rounds[0]) if answer.rounds else [], known)[:RANKED],
-        named=_whole([citation.id for citation in answer.citations], known),
-        rounds=len(answer.rounds),
-        stopped=answer.stopped,
-        seconds=seconds,
-        prompt_tokens=answer.usage.prompt_tokens,
-        generated_tokens=answer.usage.generated_tokens,
-    )
-
-
-def _ranking(first: Round) -> list[str]:
-    """Ids of what was routed to, best first over all layers."""
-    ids = {d.number: d.id for layer in first.routed.values() for d in layer}
-    scores = {layer: [(d.number, d.score) for d in some] for layer, some in first.routed.items()}
-    return [ids[number] for number in fuse_layers(scores)]
 
 
 def _whole(ids: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
@@ -237,7 +222,7 @@ def _read(
     return [
         Outcome(
             answer=answer.text,
-            refused=is_refusal(answer.text),
+            refused=answer.refused,
             ranked=tuple(documents[row].id for row in best),
             named=tuple(documents[number - 1].id for number in answer.numbers),
             rounds=1,

@@ -25,14 +25,17 @@ from msa.types import MemoryReader
 
 @torch.no_grad()
 def prefill(
-    model: MSAForCausalLM, prompts: Batch, memory: MemoryReader, cache: MSACache | None = None
+    model: MSAForCausalLM,
+    prompts: Batch,
+    memory: MemoryReader | None,
+    cache: MSACache | None = None,
 ) -> MSAOutput:
     """One forward over whole prompts: what they select, and their last logits.
 
     Args:
         model: in evaluation mode.
         prompts: of `prompt_batch`.
-        memory: selected from in every routing layer.
+        memory: selected from in every routing layer; None for none.
         cache: empty; filled, so that tokens can follow. None keeps nothing.
     """
     out: MSAOutput = model(
@@ -82,14 +85,14 @@ class Decoder:
     """
 
     def __init__(
-        self, model: MSAForCausalLM, prompts: Batch, memory: MemoryReader, pad_token: int
+        self, model: MSAForCausalLM, prompts: Batch, memory: MemoryReader | None, pad_token: int
     ) -> None:
         """Prefill.
 
         Args:
             model: in evaluation mode.
             prompts: of `prompt_batch`.
-            memory: selected from now, and not again.
+            memory: selected from now, and not again; None for none.
             pad_token: fills rows that have nothing to say; masked.
 
         Raises:

@@ -18,6 +18,7 @@ from msa.inference.library import Filter, Library, Shelf
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
+from msa.memory.lexical import LexicalQuery
 from msa.memory.budget import Plan
 from msa.memory.parallel import ParallelBank
 from msa.memory.pruning import PruningSettings
@@ -205,7 +206,8 @@ class MemoryEngine:
         batch = prompt_batch(contexts, visible, 0, self.model.device)
         reader = CandidateReader(library.reader, visible)
         out = prefill(self.model, batch, reader)
-        found = candidates(reader, library, self.options)
+        queries = [LexicalQuery(q) for q in questions]
+        found = candidates(reader, library, self.options, queries)
         check_logits(out.logits[:, -1])
         return [self._ranked(some, library, top_k) for some in found]
 

@@ -220,13 +220,20 @@ def merged_path(folder: Path, name: str) -> Path:
     return home() / "models" / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def merged_folder(folder: Path, name: str, *, progress: Progress) -> Path:
+def merged_folder(
+    folder: Path,
+    name: str,
+    *,
+    progress: Progress,
+    source: str | None = None,
+    given: Path | None = None,
+) -> Path:
     """A checkpoint folder with the adapter merged into its base; made at the first call.
 
     Args:
         folder: of the adapter.
         name: for the merged folder's own name.
-        progress: told what goes on.
+        progress, source, given: as in `msa.model.bases.fetch_base`.
 
     Raises:
         FetchError: the base cannot be fetched, or the merged weights cannot be kept.
@@ -236,7 +243,7 @@ def merged_folder(folder: Path, name: str, *, progress: Progress) -> Path:
     if (target / CONFIG_FILE).is_file():
         return target
     base = adapter_base(folder)
-    path = fetch_base(base, progress=progress)
+    path = fetch_base(base, progress=progress, source=source, given=given)
     waiting = f"Waiting for another process that prepares {name}"
     with exclusive(target.name, lambda: progress(waiting, 0, 0)):
         if (target / CONFIG_FILE).is_file():

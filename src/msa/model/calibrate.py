@@ -181,7 +181,7 @@ def whitening(states: Tensor, components: int, weights: Tensor | None = None) ->
     values, vectors = values.flip(0), vectors.flip(1)
     used = slice(1, min(components + 1, len(values)))
     values, vectors = values[used].clamp(min=0), vectors[:, used]
-    scaled = vectors / (values + EIGENVALUE_FLOOR * values.mean()).sqrt()
+    scaled: Tensor = vectors / (values + EIGENVALUE_FLOOR * values.mean()).sqrt()
     result = scaled.new_zeros(components, x.shape[1])
     result[: scaled.shape[1]] = scaled.T
     return result.float()

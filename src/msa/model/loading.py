@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ import torch
 
 from msa.errors import ConfigError, FetchError, ModelError
 from msa.inference.options import AskOptions
-from msa.model.adapters import CONFIG_FILE, MADE_ANEW, is_adapter, merged_folder
-from msa.model.bases import Progress
+from msa.model.adapters import (
+    CONFIG_FILE,
+    MADE_ANEW,
+    adapter_base,
+    is_adapter,
+    merged_folder,
+    merged_path,
+)
+from msa.model.bases import Base, Progress
 from msa.model.checkpoint import Checkpoint
 from msa.model.home import offline
 from msa.model.identity import set_origin
@@ -65,10 +73,7 @@ def load(
     name = default_name() if name_or_path is None else str(name_or_path)
     dtype = dtype or os.environ.get("MSA_DTYPE") or None
     wanted = None if dtype is None else named_dtype(dtype)
-    source = checkpoint_folder(name)
-    folder = source
-    if is_adapter(source):
-        folder = merged_folder(source, _file_name(name), progress=progress or _Stderr())
+    folder = ready_folder(name, progress=progress or _Stderr())
     kind = torch.device(device).type
     if wanted is None and kind == "cpu":
         wanted = cpu_dtype(sum(path.stat().st_size for path in _weight_files(folder)))
@@ -77,6 +82,64 @@ def load(
     set_origin(model, name, [folder / CONFIG_FILE, *_weight_files(folder)])
     _log.info("model %s (%s) in %s on %s", name, folder, model.dtype, device)
     return Checkpoint(model, tokenizer, PromptTemplate.load(folder), AskOptions.load(folder), name)
+
+
+def ready_folder(
+    name: str, *, progress: Progress, source: str | None = None, given: Path | None = None
+) -> Path:
+    """Folder of a whole checkpoint, with all that it needs fetched and prepared.
+
+    Args:
+        name: a registered name, a Hub id or a folder.
+        progress, source, given: as in `msa.model.bases.fetch_base`.
+
+    Raises:
+        ModelError, FetchError, ConfigError: as `load` does.
+    """
+    folder = checkpoint_folder(name)
+    if not is_adapter(folder):
+        return folder
+    return merged_folder(folder, _file_name(name), progress=progress, source=source, given=given)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is known of a model without loading it.
+
+    Attributes:
+        name: what `load` knows it by.
+        default: it is the model that is used when none is named.
+        folder: of the checkpoint or adapter.
+        base: the weights that an adapter needs; None for a whole checkpoint.
+        ready: nothing has to be fetched or prepared any more.
+        weights: folder of the weights that are loaded, when it is ready.
+        config: contents of its `config.json`.
+    """
+
+    name: str
+    default: bool
+    folder: Path
+    base: Base | None
+    ready: bool
+    weights: Path | None
+    config: dict[str, Any]
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known of a model; nothing is loaded, and only a Hub id is fetched.
+
+    Raises:
+        ModelError, FetchError, ConfigError: as `load` does.
+    """
+    folder = checkpoint_folder(name)
+    base, weights = None, folder
+    if is_adapter(folder):
+        base, weights = adapter_base(folder), merged_path(folder, _file_name(name))
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("base", None)
+    ready = (weights / CONFIG_FILE).is_file()
+    default = name == default_name()
+    return ModelInfo(name, default, folder, base, ready, weights if ready else None, config)
 
 
 def shipped_names() -> list[str]:

@@ -32,8 +32,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: it is damaged, or of a kind that transformers cannot read.
     """
-    if path.suffix == GGUF_SUFFIX:
-        return dict(read_model(path, {}, torch.float32).state_dict())
+    if is_gguf(path):
+        return dict(read_model(path, torch.float32).state_dict())
     try:
         weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -53,18 +53,18 @@ def read_config(source: str | Path) -> Any:
     """
     where, options = _place(source)
     with _reading(source):
-        return AutoConfig.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(where, **options)
+    return _unquantized(config) if is_gguf(source) else config
 
 
-def read_model(source: str | Path, settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+def read_model(source: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """A plain causal language model in evaluation mode, on the CPU; see `read_config`."""
     where, options = _place(source)
     with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **settings)
-    if "gguf_file" in options:  # the weights are plain ones now, and are to be saved as such
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    if is_gguf(source):
         model.hf_quantizer = None
-        with contextlib.suppress(AttributeError):
-            del model.config.quantization_config
+        _unquantized(model.config)
     return model.eval()
 
 
@@ -85,6 +85,11 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def is_gguf(source: str | Path) -> bool:
+    """True for a GGUF file, by its name."""
+    return Path(source).suffix == GGUF_SUFFIX
+
+
 def is_hub_id(text: str) -> bool:
     """True for what could be a Hub id, "OWNER/NAME" or "OWNER/NAME@REVISION"."""
     return HUB_ID.fullmatch(text) is not None
@@ -97,10 +102,17 @@ def hub_options(text: str) -> tuple[str, dict[str, Any]]:
     return repository, options | ({"revision": revision} if revision else {})
 
 
+def _unquantized(config: Any) -> Any:
+    """The configuration of weights that were unpacked, to be saved as the plain ones they are."""
+    with contextlib.suppress(AttributeError):
+        del config.quantization_config
+    return config
+
+
 def _place(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
     """What transformers wants to be told of a source."""
     path = Path(source)
-    if path.suffix == GGUF_SUFFIX:
+    if is_gguf(path):
         _check_gguf(path)
         return path.parent, {"gguf_file": path.name}
     if path.is_dir():
@@ -139,7 +151,7 @@ def _reading(source: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if Path(source).exists():
             kind = "GGUF file that is damaged or of a kind that transformers cannot read"
-            what = kind if Path(source).suffix == GGUF_SUFFIX else "model that cannot be read"
+            what = kind if is_gguf(source) else "model that cannot be read"
             raise ModelError(f"{source}: a {what} ({reason})") from error
         if name := offline():
             raise FetchError(

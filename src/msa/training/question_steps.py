@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from msa.errors import TrainingError
@@ -359,7 +361,5 @@ class _Step:
         return sample
 
 
-def _tensor(values: object) -> object:
-    import torch
-
+def _tensor(values: Sequence[object]) -> Tensor:
     return torch.tensor(values)

@@ -58,7 +58,7 @@ class MSATrainer(Trainer):
             settings = self.run_config.optimizer
             rate = self.stage.learning_rate
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 [
                     {"params": [p for n, p in named if not is_router(n)], "lr": rate},
                     {
