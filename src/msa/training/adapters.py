@@ -7,12 +7,14 @@ adapters and the routers are float32.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from msa.errors import InputError
+from msa.model.adapters import Update
 from msa.training.config import AdapterSettings
 
 ROUTER_PARTS = ("router_q_proj", "router_k_proj", "router_token_weight")
@@ -66,6 +68,30 @@ def freeze_below(model: nn.Module, layer: int) -> None:
         if "lora_" in name or is_router(name):
             index = re.search(r"\.layers\.(\d+)\.", name)
             parameter.requires_grad_(index is None or int(index[1]) >= layer)
+
+
+def adapter_updates(model: nn.Module, own_weights: Sequence[str] = ()) -> dict[str, Update]:
+    """What an adapter folder holds: low-rank updates of modules, and whole weights of routers.
+
+    Updates that are zero, as those of layers that were never trained, are left out.
+
+    Args:
+        model: with adapters in it.
+        own_weights: names of further weights to be kept whole.
+
+    Returns:
+        As `msa.model.adapters.save_adapter` takes it.
+    """
+    updates: dict[str, Update] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if bool(up.any()):
+                updates[name] = (down, up, float(layer.scaling["default"]))
+    weights = model.state_dict()
+    updates |= {n: weights[n] for n in weights if is_router(n) and "lora_" not in n}
+    return updates | {name: weights[name] for name in own_weights}
 
 
 @torch.no_grad()

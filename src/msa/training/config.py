@@ -14,6 +14,8 @@ import yaml
 from msa.errors import ConfigError
 
 T = TypeVar("T")
+RESERVED = ("model", "adapter", "tokenizer", "negatives", "states")
+"""Folders of a run that no stage may be called like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +253,9 @@ class AdapterSettings:
         rank: of the added matrices.
         alpha: they are scaled by alpha / rank.
         targets: names of the linear layers that get one.
+        base: fields of `msa.model.bases.Base` that take the place of those in the `base.json` of
+            `start_from`: where the base may be fetched from (`pypi`, `pypi_size`, `hub`), its
+            `name` and `license`.
     """
 
     rank: int = 16
@@ -259,6 +264,7 @@ class AdapterSettings:
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +367,7 @@ def _at_least_one(settings: Any, *names: str) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives"):
+    if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
         raise ConfigError(
             f"name={name!r}: expected letters, digits, '_' and '-', since it names a "
             "folder beside 'model' and 'tokenizer'"

@@ -1,148 +1,36 @@
 """`msa train`: tokenizer, then every stage on transformers' `Trainer`, then an exported checkpoint.
 
 Layout of the output folder: `tokenizer/`, `NAME/checkpoint-*` per stage, `metrics.jsonl` (a line
-per logged step), `config.yaml` (as given), `model/` (the exported checkpoint). A run that is
-started again goes on where it was.
+per logged step), `config.yaml` (as given), `model/` (the exported checkpoint) and, when adapters
+were trained, `adapter/` (the same model as what changed of its base). A run that is started again
+goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
-    set_seed,
-)
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from msa.errors import TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.training.adapters import add_adapter, freeze_below, is_router, merged_state, trained_state
+from msa.training.adapters import add_adapter, freeze_below, trained_state
 from msa.training.config import QuestionStage, Stage, TrainingConfig, load_config
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
+from msa.training.export import adapter_origin, export_adapter, export_model
 from msa.training.model import MSAForTraining
-from msa.training.optimizer import MuonWithAdamW
 from msa.training.question_steps import QuestionSteps, load_sources
 from msa.training.samples import SampleBuilder
 from msa.training.tokenizer import train_tokenizer
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
-
-
-class MSATrainer(Trainer):
-    """transformers' Trainer over whole training steps, with Muon and the parts of the loss."""
-
-    def __init__(
-        self, *, stage: Stage | QuestionStage, config: TrainingConfig, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.stage = stage
-        self.run_config = config
-        self._parts: dict[str, list[torch.Tensor]] = {}
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Muon and AdamW at the stage's rate; AdamW alone with an adapter."""
-        if getattr(self, "optimizer", None) is None and self.run_config.adapter is not None:
-            settings = self.run_config.optimizer
-            rate = self.stage.learning_rate
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                [
-                    {"params": [p for n, p in named if not is_router(n)], "lr": rate},
-                    {
-                        "params": [p for n, p in named if is_router(n)],
-                        "lr": rate * settings.router_learning_rate,
-                    },
-                ],
-                weight_decay=settings.weight_decay,
-            )
-        if getattr(self, "optimizer", None) is None:
-            self.optimizer = MuonWithAdamW(
-                self.model, self.stage.learning_rate, self.run_config.optimizer
-            )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up, then cosine down to the stage's share of the rate."""
-        if getattr(self, "lr_scheduler", None) is None:
-            self.lr_scheduler = get_scheduler(
-                "cosine_with_min_lr",
-                optimizer or self.optimizer,
-                num_warmup_steps=self.stage.warmup_steps,
-                num_training_steps=num_training_steps,
-                scheduler_specific_kwargs={"min_lr_rate": self.stage.final_learning_rate},
-            )
-        return self.lr_scheduler
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """With an adapter, what is trained and nothing else."""
-        if self.run_config.adapter is not None:
-            state_dict = trained_state(self.model)
-        super()._save(output_dir, state_dict)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Steps in order: step i is made from i."""
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """Loss of one step; its parts are kept for the log."""
-        outputs = model(**inputs)
-        for name, value in outputs["parts"].items():
-            self._parts.setdefault(name, []).append(value)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the parts since the last log."""
-        for name, values in self._parts.items():
-            logs[name] = round(torch.stack(values).float().mean().item(), 5)
-        self._parts = {}
-        super().log(logs, *args, **kwargs)
-
-
-class _Metrics(TrainerCallback):
-    """Writes `metrics.jsonl` and calls the progress function."""
-
-    def __init__(self, path: Path, stage: Stage | QuestionStage, progress: Progress | None) -> None:
-        self.path, self.stage, self.progress = path, stage, progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop the lines of steps that are done again, since they came after the checkpoint."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the run was killed while it wrote this line
-                continue
-            if row["stage"] != self.stage.name or row["step"] <= state.global_step:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        row = {"stage": self.stage.name, "step": state.global_step, **logs}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.progress is not None:
-            self.progress(self.stage.name, state.global_step, self.stage.steps, logs)
+from msa.training.trainer import MetricsFile, MSATrainer, Progress, compile_layers
 
 
 def train(
@@ -177,16 +65,15 @@ def train(
     set_seed(config.seed)
     template = PromptTemplate.load(config.start_from) if config.start_from else PromptTemplate()
     tokenizer = _tokenizer(config, folder, template)
+    origin = adapter_origin(config)
     model = _model(config, tokenizer)
     datasets = _datasets(config, folder, PromptEncoder(tokenizer, template), model)
     for stage, dataset in zip(config.stages, datasets, strict=True):
         model = _run_stage(config, stage, dataset, model, folder, progress)
     target = folder / "model"
-    model.export(str(target), merged_state(model))
-    if config.adapter is not None:
-        save_file(trained_state(model), target / "trained.safetensors")
-    tokenizer.save_pretrained(target)
-    template.save(target)
+    export_model(model, target, tokenizer, template, config.start_from)
+    if origin is not None:
+        export_adapter(model, origin, folder / "adapter", tokenizer, template, config.start_from)
     return target
 
 
@@ -231,9 +118,9 @@ def _tokenizer(
             raise TrainingError(f"{target} holds no tokenizer.json; name a tokenizer's folder")
         texts = tokenizer_texts(config.tokenizer, config.real_data, config.seed)
         trained = train_tokenizer(texts, config.tokenizer.vocab_size, template)
-        partial = folder / "tokenizer.partial"
-        trained.save_pretrained(partial)
-        partial.rename(target)
+        scratch = folder / "tokenizer.partial"
+        trained.save_pretrained(scratch)
+        scratch.rename(target)
     return PreTrainedTokenizerFast.from_pretrained(target)
 
 
@@ -302,17 +189,22 @@ def _run_stage(
         args=arguments,
         train_dataset=dataset,
         data_collator=lambda items: items[0],
-        callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
+        callbacks=[MetricsFile(folder / "metrics.jsonl", stage, progress)],
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
-    partial = output / "done.partial"
-    model.save_pretrained(
-        partial, state_dict=trained_state(model) if config.adapter is not None else None
-    )
-    partial.rename(done)
+    _keep(config, model, output)
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return model
+
+
+def _keep(config: TrainingConfig, model: MSAForTraining, output: Path) -> None:
+    """Write what a finished stage leaves: whole, or not at all."""
+    scratch = output / "done.partial"
+    model.save_pretrained(
+        scratch, state_dict=trained_state(model) if config.adapter is not None else None
+    )
+    scratch.rename(output / "done")
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -323,13 +215,3 @@ def _last_checkpoint(output: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(output)) if output.is_dir() else None
-
-
-def compile_layers(model: MSAForTraining) -> None:
-    """Fuse the pointwise work of every layer (feed-forward and norms) with torch.compile."""
-    for layer in model.model.layers:
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            module: Any = getattr(layer, name)
-            if not hasattr(module, "_msa_compiled"):
-                module.forward = torch.compile(module.forward, dynamic=True)
-                module._msa_compiled = True
