@@ -148,6 +148,18 @@ def shipped_names() -> list[str]:
     return sorted(path.name for path in found if (path / CONFIG_FILE).is_file())
 
 
+def loadable_name(model: str) -> str | None:
+    """What to give `load` for the model that a bank says made it; None if it is not to be had.
+
+    Args:
+        model: `Manifest.model`: a name, a Hub id or a folder.
+    """
+    if Path(model).parts[-2:] == ("default_model", "checkpoint"):  # where the first default lay
+        return "worlds"
+    there = model in shipped_names() or (Path(model) / CONFIG_FILE).is_file() or is_hub_id(model)
+    return model if there else None
+
+
 def default_name() -> str:
     """What is loaded when no model is named: $MSA_MODEL, else the first of `PREFERRED` there is.
 
