@@ -33,7 +33,7 @@ from msa.benchmarks.timing import machine
 from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.ops.kernels import route_documents
 from msa.ops.pruning import BlockScan, cluster_order
-from msa.ops.routing import routing_vectors, unit_key_norm
+from msa.ops.routing import unit_key_norm
 from msa.types import Selection
 
 KINDS = ("question, one hop", "question, two hops", "question and text read")
@@ -220,21 +220,21 @@ def cached(path: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     """Routing keys of a world, and routing vectors of its questions asked of that world."""
-    from msa.default_model import load_model
     from msa.memory.encoder import DocumentEncoder
     from msa.memory.latent import LatentMemory
+    from msa.model.loading import load
     from msa.text.prompts import Reading
     from msa.training.worlds import generate_world
     from msa.types import Document, LatentStates, LayerStates
 
     class Recorder(LatentMemory):
-        def route(self, layer, queries, mask):
-            groups = self.states.layers[layer].routing_keys.shape[1]
-            vectors[layer].append(routing_vectors(queries, groups, self.score)[mask])
-            return super().route(layer, queries, mask)
+        def route(self, layer, some, mask):
+            vectors[layer].append(some[mask])
+            return super().route(layer, some, mask)
 
     world = generate_world(args.seed, args.documents, breadth=args.breadth, split="test")
-    model, tokenizer, template = load_model(args.model)
+    loaded = load(args.model)
+    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.template
     encoder = DocumentEncoder(model, tokenizer, template)
     texts = [Document(d.key, d.text, title=d.title) for d in world.documents]
     tokens = [(n, encoder.tokens(n, d)) for n, d in enumerate(texts, start=1)]

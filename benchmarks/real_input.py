@@ -19,13 +19,13 @@ from pathlib import Path
 from quality import about
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
+from msa.model.loading import load
 from msa.text.loaders import LoadFailure, load_documents
 
 
 def main() -> None:
     args = arguments()
-    loaded = load_model(args.model)
+    loaded = load(args.model)
     results: dict[str, object] = {"about": about(args)}
     for path in args.files:
         results[Path(path).parent.name + "/" + Path(path).name] = measure(loaded, Path(path), args)
@@ -46,7 +46,7 @@ def measure(loaded, path: Path, args: argparse.Namespace) -> dict[str, object]:
                 yield item.document
 
     with tempfile.TemporaryDirectory() as folder:
-        bank = MemoryBank.create(Path(folder, "bank"), *loaded)
+        bank = MemoryBank.create(Path(folder, "bank"), loaded)
         report = bank.add(documents(), on_duplicate="skip")
         info = bank.info()
         start = time.perf_counter()

@@ -21,9 +21,9 @@ from quality import about
 from scaling import questions_of
 
 from msa import MemoryBank, MemoryEngine
-from msa.default_model import load_model
 from msa.memory import budget
 from msa.memory.keys import LayerKeys
+from msa.model.loading import load
 from msa.ops.kernels.screening import Screen
 from msa.types import Selection
 
@@ -32,8 +32,8 @@ READ = 60  # routing tokens from which on a text was read before
 
 def main() -> None:
     args = arguments()
-    loaded = load_model(None)
-    with MemoryBank.open(Path(args.bank, "bank"), *loaded, read_only=True) as bank:
+    loaded = load("worlds")
+    with MemoryBank.open(Path(args.bank, "bank"), loaded, read_only=True) as bank:
         searches = searches_of(bank, loaded, args)
         tokens = bank.info().num_tokens
     kinds: dict[int, dict[str, LayerKeys]] = {}

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from msa import Document, MemoryBank
-from msa.default_model import load_model
+from msa import Document, MemoryBank, load
 from msa.memory.bulk import BulkEncoder, Coordinator
 from msa.memory.reports import AddReport
 
@@ -35,12 +34,11 @@ from msa.memory.reports import AddReport
 class Writer:
     """Holds the bank. Its methods are those of `Coordinator`, which does the work."""
 
-    def __init__(self, path: str, model_folder: str | None) -> None:
+    def __init__(self, path: str, model: str | None) -> None:
         if (Path(path) / "bank.json").exists():
             self.bank = MemoryBank.open(path)
         else:
-            model, tokenizer, template = load_model(model_folder)
-            self.bank = MemoryBank.create(path, model, tokenizer, template)
+            self.bank = MemoryBank.create(path, load(model))
         self.coordinator = Coordinator(self.bank, on_duplicate="update")
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -69,11 +67,18 @@ class Desk:
 class Encode:
     """One actor of the pool: a model, and a folder for its segments."""
 
-    def __init__(self, path: str, model_folder: str | None, gpu: bool, writer: Any) -> None:
-        model, tokenizer, template = load_model(model_folder, device="cuda" if gpu else "cpu")
+    def __init__(self, path: str, model: str | None, gpu: bool, writer: Any) -> None:
+        checkpoint = load(model, device="cuda" if gpu else "cpu")
         # The same after a restart: what it had claimed and not stored is then free again.
         name = ray.get_runtime_context().get_actor_id() or "driver"
-        self.encoder = BulkEncoder(path, model, tokenizer, Desk(writer), name, template=template)
+        self.encoder = BulkEncoder(
+            path,
+            checkpoint.model,
+            checkpoint.tokenizer,
+            Desk(writer),
+            name,
+            template=checkpoint.template,
+        )
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode a block of lines; they are stored on return."""
@@ -112,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Encode JSONL files into a bank, on Ray.")
     parser.add_argument("files", nargs="+", type=lambda name: str(Path(name).absolute()))
     parser.add_argument("--bank", required=True, type=lambda name: str(Path(name).absolute()))
-    parser.add_argument("--model", help="folder of a model; the one that ships if not given")
+    parser.add_argument("--model", help="name, folder or Hub id; the default model if not given")
     parser.add_argument("--workers", type=int, default=2, help="actors that encode")
     parser.add_argument("--gpus-per-worker", type=float, default=0)
     given = parser.parse_args()

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test goes online or reads what its user has fetched; the default model is the small one.
+_HOME = tempfile.TemporaryDirectory(prefix="msa-home-")
+os.environ |= {"MSA_OFFLINE": "1", "MSA_HOME": _HOME.name, "MSA_MODEL": "worlds"}
+os.environ.pop("MSA_DTYPE", None)
 DATA = Path(__file__).parent / "data"
 # A backbone small enough to be made in every test.
 SMALL = {
@@ -50,6 +55,14 @@ def make_tiny_model(seed: int = 0, **overrides):
         "eos_token_id": 1,
     }
     return MSAForCausalLM(MSAConfig(**{**values, **overrides})).eval()
+
+
+def routing_vectors_of(batch: int, tokens: int, seed: int = 0):
+    """Routing vectors of random queries of the tiny model's heads, and a mask: all route."""
+    from msa.ops.routing import routing_vectors
+
+    queries = torch.randn(batch, tokens, 4, 16, generator=torch.Generator().manual_seed(seed))
+    return routing_vectors(queries, 2, "cosine"), torch.ones(batch, tokens, dtype=torch.bool)
 
 
 def make_tiny_tokenizer():
@@ -101,9 +114,8 @@ def bank(path, tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def queries():
-    """Routing queries and mask of three rows, for the tiny model's heads."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
+    """Routing vectors and mask of three rows, for the tiny model's heads."""
+    return routing_vectors_of(3, 5)
 
 
 @pytest.fixture(scope="session")

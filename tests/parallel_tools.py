@@ -21,7 +21,7 @@ from msa.memory.bank import MemoryBank
 from msa.memory.parallel import ParallelBank
 from msa.memory.resident import ResidentBank, ResidentView
 
-HEADS, DIM = 4, 16
+WIDTH = 2 * 16  # KV heads, head dim
 QUESTIONS = ["Which river?", "Whose lamp is it?", "Who wrote the letter?", "Where is the garden?"]
 # Seconds for which a test waits for its ranks: for a hang, not for a slow machine.
 PATIENCE = 600
@@ -32,9 +32,9 @@ def is_even(metadata):
 
 
 def queries(seed, batch, tokens=5, zero=False):
-    """Routing queries and mask; rows have 0 to `tokens` routing tokens."""
+    """Routing vectors and mask; rows have 0 to `tokens` routing tokens."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(batch, tokens, HEADS, DIM, generator=generator)
+    vectors = torch.randn(batch, tokens, WIDTH, generator=generator) / WIDTH**0.5
     mask = torch.arange(tokens) < torch.randint(0, tokens + 1, (batch, 1), generator=generator)
     mask[0, 0] = True
     return (vectors * 0 if zero else vectors), mask
@@ -128,17 +128,16 @@ def empty(rank, world, folder):
 
 
 def engine(rank, world, folder):
-    from msa import MemoryEngine
-    from msa.default_model import load_model
+    from msa import MemoryEngine, load
 
-    model, tokenizer, _ = load_model(folder / "model", device="cpu")
-    with MemoryEngine(model, tokenizer, folder / "bank", parallel=True) as engine:
+    loaded = load(folder / "model")
+    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank", parallel=True) as engine:
         return [] if rank == 0 else asked(engine, QUESTIONS[rank : rank + 2])
 
 
 def growing(rank, world, folder):
     """Rank 0 adds and deletes documents; a view from before stays as it was."""
-    from msa.default_model import load_model
+    from msa import load
 
     path = folder / f"growing{world}"
     with MemoryBank.open(path, read_only=True) as bank, ParallelBank(bank) as memory:
@@ -146,8 +145,8 @@ def growing(rank, world, folder):
         before = routed(old, 5, 2)
         dist.barrier()
         if rank == 0:
-            model, tokenizer, _ = load_model(folder / "model", device="cpu")
-            with MemoryBank.open(path, model, tokenizer) as writer:
+            loaded = load(folder / "model")
+            with MemoryBank.open(path, loaded.model, loaded.tokenizer) as writer:
                 writer.add(make_documents(15, "new"))
                 writer.delete(["doc3", "doc21"])
         dist.barrier()

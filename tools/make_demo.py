@@ -17,7 +17,7 @@ SEED = 2603_23516
 DOCUMENTS = 120
 BREADTH = 0.15
 QUESTIONS = {1: 5, 2: 5}
-FOLDER = Path(__file__).parents[1] / "src/msa/default_model/demo"
+FOLDER = Path(__file__).parents[1] / "src/msa/demo/worlds"
 
 
 def main() -> None:

@@ -1,24 +1,29 @@
-"""Put the result of a training run into the package as the default model.
+"""Put a model into the package, under a name that `msa.load` knows.
 
-    python tools/ship_model.py runs/default/model
+    python tools/ship_model.py runs/default/model worlds
+    python tools/ship_model.py runs/adapter smollm2-135m
 
-Weights are stored in bfloat16, which halves them; commands load them in float32. The card
-(README.md) is written by hand and kept.
+A checkpoint is stored in bfloat16, which halves it; an adapter (`msa.model.adapters.save_adapter`)
+is copied as it is, and must load. The card (README.md) that is there stays if the source has none.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
-from msa.default_model import WEIGHTS, load_model
 from msa.inference.options import AskOptions
+from msa.model.adapters import is_adapter
+from msa.model.loading import SHIPPED, load
+
+LARGEST = 25e6  # bytes
+CARD = "README.md"
 
 # Chosen on another generated world than those of the published figures.
-OPTIONS = AskOptions(
+WORLDS_OPTIONS = AskOptions(
     max_rounds=3,
     max_documents_per_round=1,
     max_new_tokens=32,
@@ -28,20 +33,34 @@ OPTIONS = AskOptions(
 
 
 def main() -> None:
-    source = Path(sys.argv[1])
-    loaded = load_model(source)
-    card = WEIGHTS / "README.md"
+    parser = argparse.ArgumentParser(description="Put a model into the package.")
+    parser.add_argument("source", type=Path, help="folder of a checkpoint or an adapter")
+    parser.add_argument("name", help="what msa.load will know it by")
+    given = parser.parse_args()
+    source, target = given.source, SHIPPED / given.name
+    loaded = load(source, dtype=None if is_adapter(source) else torch.float32)
+    card = target / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    shutil.rmtree(WEIGHTS, ignore_errors=True)
-    loaded.model.to(torch.bfloat16).save_pretrained(WEIGHTS)
-    loaded.tokenizer.save_pretrained(WEIGHTS)
-    loaded.template.save(WEIGHTS)
-    OPTIONS.save(WEIGHTS)
-    if text is not None:
+    shutil.rmtree(target, ignore_errors=True)
+    if is_adapter(source):
+        target.mkdir(parents=True)
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+    else:
+        loaded.model.to(torch.bfloat16).save_pretrained(target)
+        loaded.tokenizer.save_pretrained(target)
+        loaded.template.save(target)
+        (WORLDS_OPTIONS if given.name == "worlds" else loaded.ask_options).save(target)
+    if text is not None and not (source / CARD).is_file():
         card.write_text(text, encoding="utf-8")
-    for path in WEIGHTS.iterdir():
+    for path in sorted(target.iterdir()):
         path.chmod(0o644)
         print(path.name, path.stat().st_size)
+    total = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{total} bytes")
+    if total > LARGEST:
+        raise SystemExit(f"{target}: expected at most {LARGEST:.0f} bytes; use a smaller rank")
 
 
 if __name__ == "__main__":

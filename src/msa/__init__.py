@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msa.default_model import load_default_model as load_default_model
     from msa.inference.engine import MemoryEngine as MemoryEngine
     from msa.memory.bank import MemoryBank as MemoryBank
+    from msa.model.checkpoint import Checkpoint as Checkpoint
     from msa.model.configuration_msa import MSAConfig as MSAConfig
+    from msa.model.loading import load as load
     from msa.model.modeling_msa import MSAForCausalLM as MSAForCausalLM
     from msa.types import Answer as Answer
     from msa.types import Document as Document
@@ -21,12 +22,13 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Answer": "msa.types",
+    "Checkpoint": "msa.model.checkpoint",
     "Document": "msa.types",
     "MSAConfig": "msa.model.configuration_msa",
     "MSAForCausalLM": "msa.model.modeling_msa",
     "MemoryBank": "msa.memory.bank",
     "MemoryEngine": "msa.inference.engine",
-    "load_default_model": "msa.default_model",
+    "load": "msa.model.loading",
 }
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

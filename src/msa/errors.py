@@ -24,6 +24,10 @@ class ModelError(MSAError):
     """A model cannot be found, loaded or trusted (unknown path, missing or NaN weights)."""
 
 
+class FetchError(ModelError):
+    """What a model needs could not be fetched or kept (network, checksum, disk, offline)."""
+
+
 class BankError(MSAError):
     """A memory bank cannot be created, opened or used."""
 
@@ -42,6 +46,10 @@ class BankLockedError(BankError):
 
 class BankCorruptError(BankError):
     """A segment or the catalog is damaged; the message names it."""
+
+
+class LexicalIndexError(BankError):
+    """A bank cannot be searched by words; the message says why and what to type."""
 
 
 class EmptyBankError(BankError):

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from bank_tools import LAYERS, ids_of, make_document, states_of
+from conftest import routing_vectors_of
 from msa import Document
 from msa.errors import BankLockedError
 from msa.memory.bank import MemoryBank
@@ -270,7 +271,7 @@ def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[in
         counted = {name: counting(name) for name in ("write", "fsync", "rename", "unlink")}
         for name, function in counted.items():
             setattr(os, name, function)
-        bank.catalog._connection = KillingConnection(bank.catalog._connection, count)
+        bank.catalog._db.connection = KillingConnection(bank.catalog._db.connection, count)
         operation(bank, tell)
         os.write = saying
 
@@ -366,8 +367,7 @@ def test_a_writer_that_dies_frees_its_lock(new_bank, tiny_model, tiny_tokenizer)
 def test_a_reader_that_asks_while_documents_come_and_go_never_sees_half_a_document(
     new_bank, tiny_model, tiny_tokenizer
 ):
-    queries = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(2, 4, dtype=torch.bool)
+    vectors, mask = routing_vectors_of(2, 4, seed=1)
     encoder = DocumentEncoder(tiny_model, tiny_tokenizer)
     child = Child(restless_writer(new_bank, 7, tiny_model, tiny_tokenizer, {}))
     child.wait_for("ready")
@@ -382,7 +382,7 @@ def test_a_reader_that_asks_while_documents_come_and_go_never_sees_half_a_docume
                 if not len(view):
                     continue
                 _check_listing(bank)
-                selection = view.route(3, queries, mask)
+                selection = view.route(3, vectors, mask)
                 numbers = view.rows_to_numbers(selection.documents)
                 asked += 1
                 for row in range(2):

@@ -22,7 +22,7 @@ import torch
 
 import bank_tools
 from bank_tools import ids_of, make_document, make_documents, states_of
-from msa import Document, MemoryEngine, load_default_model
+from msa import Document, MemoryEngine, load
 from msa.cli import main
 from msa.errors import DuplicateDocumentError, RankError
 from msa.memory.bank import MemoryBank
@@ -31,7 +31,7 @@ from msa.memory.ranks import Follower, Lead, Place
 from msa.memory.resident import ResidentBank
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = resources.files("msa.default_model") / "demo"
+DEMO = resources.files("msa") / "demo" / "worlds"
 PATIENCE = 240  # seconds; the machine may be busy
 
 
@@ -123,7 +123,7 @@ def sound(path: Path, *, orphans: bool | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_default_model()
+    return load("worlds")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def questions() -> list[str]:
 @pytest.fixture(scope="module")
 def made_by_one(corpus, loaded, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("one") / "bank"
-    with MemoryBank.create(path, *loaded) as bank:
+    with MemoryBank.create(path, loaded) as bank:
         bank.add(documents_in(corpus))
     return path
 
@@ -195,7 +195,7 @@ def test_several_ranks_make_the_bank_that_one_process_makes(
     # the same numbers: the same states, the same scores
     by_id = {d.id: d for d in documents}
     again = tmp_path / "again"
-    with MemoryBank.create(again, *loaded) as bank:
+    with MemoryBank.create(again, loaded) as bank:
         bank.add([by_id[name] for name in order])
         assert ids_of(bank) == order
         monkeypatch.setattr(bank_tools, "LAYERS", bank.manifest.routing_layers)

@@ -15,7 +15,7 @@ import torch
 import parallel_tools as tools
 from bank_tools import make_documents
 from conftest import make_tiny_model
-from msa import Document, MemoryEngine
+from msa import Document, MemoryEngine, load
 from msa.errors import ConfigError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.parallel import ParallelBank
@@ -141,10 +141,8 @@ def test_an_empty_bank_is_said_to_be_empty(seen):
 
 
 def test_answers_and_hits_are_those_of_one_process(seen, folder, tiny_tokenizer, world):
-    from msa.default_model import load_model
-
-    model, tokenizer, _ = load_model(folder / "model", device="cpu")
-    with MemoryEngine(model, tokenizer, folder / "bank") as engine:
+    loaded = load(folder / "model")
+    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank") as engine:
         for rank, found in seen["engine"].items():
             questions = tools.QUESTIONS[rank : rank + 2]
             assert found == ([] if rank == 0 else tools.as_json(tools.asked(engine, questions)))
@@ -210,8 +208,6 @@ def test_a_timeout_must_be_above_zero(alone):
 
 
 def test_msa_search_under_torchrun_prints_once_what_one_process_finds(folder, tmp_path):
-    from msa.default_model import load_model
-
     script = tmp_path / "command.py"
     script.write_text("from msa.cli.main import main\nmain()\n")
     words = ["--standalone", "--nproc-per-node", 2, script, "search", "Whose lamp?", "--json"]
@@ -225,7 +221,7 @@ def test_msa_search_under_torchrun_prints_once_what_one_process_finds(folder, tm
     )
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    model, tokenizer, _ = load_model(folder / "model", device="cpu")
-    with MemoryEngine(model, tokenizer, folder / "bank") as engine:
+    loaded = load(folder / "model")
+    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank") as engine:
         hits = engine.retrieve("Whose lamp?", top_k=10)
     assert [(hit["id"], hit["score"]) for hit in found] == [(hit.id, hit.score) for hit in hits]

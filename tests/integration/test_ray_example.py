@@ -61,7 +61,7 @@ def run_example(folder: Path, *commands: list[object]) -> str:
 @pytest.mark.slow
 def test_the_example_makes_one_bank_and_goes_on_with_it(tmp_path_factory):
     folder = tmp_path_factory.mktemp("r")  # short: Ray's sockets lie below it
-    text = (resources.files("msa.default_model") / "demo" / "documents.jsonl").read_text("utf-8")
+    text = (resources.files("msa") / "demo" / "worlds" / "documents.jsonl").read_text("utf-8")
     lines = text.splitlines()[:60]
     files = [folder / "a.jsonl", folder / "b.jsonl"]
     files[0].write_text("\n".join(lines[:40]) + "\n", encoding="utf-8")

@@ -16,8 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from msa import Document, MemoryBank, MemoryEngine
-from msa.default_model import load_model
+from msa import Document, MemoryBank, MemoryEngine, load
 from msa.errors import ConfigError, TrainingError
 from msa.training.model import MSAForTraining
 from msa.training.run import train
@@ -146,7 +145,7 @@ def test_nothing_but_the_results_is_left(whole):
 
 
 def test_the_exported_model_answers_from_a_bank(whole, tmp_path):
-    loaded = load_model(whole / "model")
+    loaded = load(whole / "model")
     assert not any("number_head" in name for name in loaded.model.state_dict())
     assert type(loaded.model).__name__ == "MSAForCausalLM"
     documents = [Document(f"d{i}", f"Person {i} lives in town {i}.") for i in range(5)]

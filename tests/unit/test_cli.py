@@ -50,7 +50,8 @@ COMMANDS = dict(commands())
 
 def test_the_commands_are_there():
     names = {" ".join(path) for path in COMMANDS}
-    expected = {"demo", "index", "ask", "search", "train", "bank"}
+    expected = {"demo", "index", "ask", "search", "train", "bank", "convert"}
+    expected |= {f"model {name}".strip() for name in ("", "get", "list", "info")}
     bank = {"info", "list", "add", "delete", "compact", "verify", "repair"}
     bench = {f"bench {name}".strip() for name in ("", "routing", "encoding", "asking", "scale")}
     assert expected | {f"bank {name}" for name in bank} | bench | {""} == names

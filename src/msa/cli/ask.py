@@ -146,7 +146,7 @@ def search(
 
 @contextmanager
 def _asking(
-    bank: Path, model: Path | None, device: str | None, slack: float | None
+    bank: Path, model: str | None, device: str | None, slack: float | None
 ) -> Iterator[MemoryEngine | None]:
     """An engine over an existing bank.
 

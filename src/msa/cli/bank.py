@@ -284,11 +284,11 @@ def repair(
 ) -> None:
     """Encode the documents of damaged segments again, from the texts that the bank holds."""
     open_bank(bank).close()
-    loaded, tokenizer, template = load_model(model, device)
+    checkpoint = load_model(model, device)
     from msa.memory.bank import MemoryBank
 
     with (
-        MemoryBank.open(bank, loaded, tokenizer, template) as memory,
+        MemoryBank.open(bank, checkpoint) as memory,
         output.progress("Repairing"),
     ):
         count = memory.repair()

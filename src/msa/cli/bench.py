@@ -279,8 +279,8 @@ def _prepare(device: str | None, threads: int | None) -> str:
         return name
 
 
-def _name(model: Path | None) -> str:
-    return "default model" if model is None else model.name
+def _name(model: str | None) -> str:
+    return "default model" if model is None else Path(model).name
 
 
 def _show(

@@ -63,7 +63,7 @@ def load_material() -> Material:
     Raises:
         InputError: they are missing or damaged.
     """
-    folder = resources.files("msa.default_model") / "demo"
+    folder = resources.files("msa") / "demo" / "worlds"
     try:
         texts = {name: (folder / name).read_text(encoding="utf-8") for name in FILES}
         documents = [json_module.loads(line) for line in texts["documents.jsonl"].splitlines()]
@@ -110,20 +110,20 @@ def demo(
     lies in a temporary folder and is gone afterwards. With --json, an object per question.
     """
     material = load_material()
-    loaded, tokenizer, template = load_model(model, device)
+    checkpoint = load_model(model, device)
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
 
     with tempfile.TemporaryDirectory(prefix="msa-demo-") as folder:
         path = Path(folder, "bank")
-        with MemoryBank.create(path, loaded, tokenizer, template) as bank:
+        with MemoryBank.create(path, checkpoint) as bank:
             show = _Show(output.stdout(), json=json)
             with output.progress("Reading the documents"):
                 report = bank.add(material.documents)
             if report.failed:
                 raise InputError(f"demo document {report.failed[0][0]}: {report.failed[0][1]}")
             show.bank(report)
-            engine = MemoryEngine(loaded, tokenizer, bank, template=template)
+            engine = MemoryEngine(checkpoint.model, checkpoint.tokenizer, bank)
             _run(bank, engine, material, questions, show)
 
 

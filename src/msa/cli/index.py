@@ -50,7 +50,7 @@ class _Work:
     """What the command line says of an `add`."""
 
     bank: Path
-    model: Path | None
+    model: str | None
     device: str | None
     on_duplicate: Any
     batch_tokens: int
@@ -188,7 +188,7 @@ def index(
 
 
 def open_or_create(
-    path: Path, model_path: Path | None, device: str | None, precision: str | None = None
+    path: Path, model: str | None, device: str | None, precision: str | None = None
 ) -> MemoryBank:
     """A bank to write to; made, in this precision, if the folder is not there or empty."""
     if precision is not None and precision not in PRECISIONS:
@@ -205,20 +205,18 @@ def open_or_create(
             )
     except BankNotFoundError:
         exists = False
-    model, tokenizer, template = load_model(model_path, device)
+    checkpoint = load_model(model, device)
     from msa.memory.bank import MemoryBank
 
     if exists:
-        return MemoryBank.open(path, model, tokenizer, template=template)
+        return MemoryBank.open(path, checkpoint)
     import torch
 
     packed = None if precision in FLOATS else precision
     dtype = "bfloat16" if packed else precision
     return MemoryBank.create(
         path,
-        model,
-        tokenizer,
-        template=template,
+        checkpoint,
         dtype=None if dtype is None else getattr(torch, dtype),
         content_dtype=packed,
     )
@@ -228,10 +226,10 @@ def _agreement(work: _Work) -> Agreement:
     """What the bank's precision changes, measured on a sample of it."""
     from msa.evaluation.agreement import selection_agreement
 
-    model, tokenizer, template = load_model(work.model, work.device)
+    checkpoint = load_model(work.model, work.device)
     from msa.memory.bank import MemoryBank
 
-    with MemoryBank.open(work.bank, model, tokenizer, template, read_only=True) as memory:
+    with MemoryBank.open(work.bank, checkpoint, read_only=True) as memory:
         return selection_agreement(memory)
 
 
@@ -317,13 +315,13 @@ def _follow(ranks: Follower, intake: Intake, work: _Work, device: str) -> int:
     from msa.memory.ranks import StoppedError
 
     try:
-        model, tokenizer, template = load_model(work.model, device, quiet=True)
+        checkpoint = load_model(work.model, device, quiet=True)
         ranks.add(
             work.bank,
-            model,
-            tokenizer,
+            checkpoint.model,
+            checkpoint.tokenizer,
             intake.documents(),
-            template=template,
+            template=checkpoint.template,
             batch_tokens=work.batch_tokens,
         )
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ errors to stderr. The commands import what they need when they run: help needs n
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -13,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import msa
-from msa.cli import ask, bank, bench, demo, index, options, output, train
+from msa.cli import ask, bank, bench, convert, demo, index, model, options, output, train
 from msa.errors import MSAError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -42,13 +44,30 @@ def _show_version(wanted: bool) -> None:
 def _global_options(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")
+        bool,
+        typer.Option(
+            "--debug", help="Show tracebacks, the warnings of libraries and what a model runs in."
+        ),
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Fetch nothing from the network, as MSA_OFFLINE=1.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run the model in float32, bfloat16 or float16, as MSA_DTYPE=NAME; before the "
+            "command.",
+            show_default="on a CPU what is faster there, on a GPU as stored",
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
+    if dtype is not None:
+        os.environ["MSA_DTYPE"] = dtype
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(EXIT_USAGE)
@@ -59,6 +78,8 @@ options.register(app, index.index, "msa index notes/ papers.jsonl --bank bank/")
 options.register(app, ask.ask, 'msa ask "When was Ada born?" --bank bank/ --trace')
 options.register(app, ask.search, 'msa search "born in London" --bank bank/ --top-k 5')
 app.add_typer(bank.app, name="bank")
+app.add_typer(model.app, name="model")
+options.register(app, convert.convert, "msa convert Qwen/Qwen3-0.6B mine/ --texts notes/")
 options.register(app, train.train, "msa train configs/default_model.yaml --output runs/mine")
 app.add_typer(bench.app, name="bench")
 
@@ -68,9 +89,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if args is None else args)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]  # anywhere on the line, as people type it
-    words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
+    if "--offline" in words[:end]:
+        os.environ["MSA_OFFLINE"] = "1"
+    words = [w for i, w in enumerate(words) if w not in ("--debug", "--offline") or i > end]
     output.print_what_cannot_be_written()
-    if not debug:
+    if debug:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("msa").setLevel(logging.INFO)
+    else:
         options.quiet_warnings()
     sys.exit(_run(words, debug))
 

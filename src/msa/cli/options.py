@@ -20,10 +20,10 @@ from msa.errors import InputError
 from msa.types import JSON
 
 if TYPE_CHECKING:
-    from msa.default_model import LoadedModel
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
     from msa.memory.ranks import Place
+    from msa.model.checkpoint import Checkpoint
 
 BankOption = Annotated[
     Path,
@@ -32,12 +32,13 @@ BankOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--model",
         "-m",
-        metavar="DIR",
-        help="Folder of a model; the small one that ships with the package if not given.",
+        metavar="MODEL",
+        help="Name (see msa model list), folder or Hub id of a model; the default one if not "
+        "given.",
         show_default=False,
     ),
 ]
@@ -98,30 +99,64 @@ def metadata_filter(pairs: list[str] | None) -> dict[str, JSON] | None:
     return wanted
 
 
-def load_model(path: Path | None, device: str | None, *, quiet: bool = False) -> LoadedModel:
-    """Model (on its device), tokenizer and prompt template; no progress is shown when `quiet`.
+def load_model(name: str | None, device: str | None, *, quiet: bool = False) -> Checkpoint:
+    """A model on its device, with what belongs to it; no progress is shown when `quiet`.
 
     Raises:
-        ModelError: no such model, damaged weights.
+        ModelError: no such model, damaged weights, or it cannot be fetched.
         InputError: no such device.
     """
-    with contextlib.nullcontext() if quiet else output.progress("Loading the model"):
+    with LoadProgress(quiet=quiet) as progress:
         import torch
-        from transformers.utils import logging
 
-        # Ours says in one line what is wrong; theirs would stand between our lines.
-        logging.set_verbosity_error()
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        quiet_transformers()
+        from msa.model.loading import load
 
-        from msa.default_model import load_model as load
-
-        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(1, device=name)
+            torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"device {name!r} cannot be used: {reason}") from error
-        return load(path, device=name)
+            raise InputError(f"device {device!r} cannot be used: {reason}") from error
+        return load(name, device=device, progress=progress)
+
+
+def quiet_transformers() -> None:
+    """Let transformers say nothing: ours says in one line what is wrong."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class LoadProgress:
+    """A bar while a model is loaded; with a notice for each thing that is fetched or prepared."""
+
+    def __init__(self, what: str = "Loading the model", *, quiet: bool = False) -> None:
+        self._what = what
+        self._quiet = quiet
+        self._shown = contextlib.ExitStack()
+        self._bar: output.ProgressBar | None = None
+
+    def __enter__(self) -> LoadProgress:
+        if not self._quiet:
+            self._bar = self._shown.enter_context(output.progress(self._what))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """As `msa.model.bases.Progress`."""
+        if self._quiet:
+            return
+        if what != self._what or self._bar is None:
+            self._what = what
+            self._shown.close()
+            output.print_note(f"{what} ({output.size(total)})" if total else what)
+            self._bar = self._shown.enter_context(output.progress(what, total or None))
+        note = f"{output.size(done)} of {output.size(total)}" if total else None
+        self._bar.set(what, done, note)
 
 
 def stdin_lines() -> Iterator[str]:
@@ -144,7 +179,7 @@ def quiet_warnings() -> None:
 
 def open_engine(
     bank_path: Path,
-    model_path: Path | None,
+    model: str | None,
     device: str | None,
     slack: float | None = None,
     *,
@@ -153,16 +188,16 @@ def open_engine(
     """An engine over an existing bank, which it opens for reading; see `MemoryEngine`."""
     bank = open_bank(bank_path)  # a folder that is no bank is said before a model is loaded
     bank.close()
-    model, tokenizer, template = load_model(model_path, device)
+    checkpoint = load_model(model, device)
     with output.progress("Opening the bank"):
         from msa.inference.engine import MemoryEngine
         from msa.memory.bank import MemoryBank
         from msa.memory.pruning import PruningSettings
 
-        bank = MemoryBank.open(bank_path, model, tokenizer, read_only=True)
+        bank = MemoryBank.open(bank_path, checkpoint, read_only=True)
         pruning = None if slack is None else PruningSettings(slack=slack)
         return MemoryEngine(
-            model, tokenizer, bank, template=template, parallel=parallel, pruning=pruning
+            checkpoint.model, checkpoint.tokenizer, bank, parallel=parallel, pruning=pruning
         )
 
 

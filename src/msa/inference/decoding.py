@@ -25,15 +25,21 @@ from msa.types import MemoryReader
 
 @torch.no_grad()
 def prefill(
-    model: MSAForCausalLM, prompts: Batch, memory: MemoryReader, cache: MSACache | None = None
+    model: MSAForCausalLM,
+    prompts: Batch,
+    memory: MemoryReader | None,
+    cache: MSACache | None = None,
+    *,
+    routing_only: bool = False,
 ) -> MSAOutput:
     """One forward over whole prompts: what they select, and their last logits.
 
     Args:
         model: in evaluation mode.
         prompts: of `prompt_batch`.
-        memory: selected from in every routing layer.
+        memory: selected from in every routing layer; None for none.
         cache: empty; filled, so that tokens can follow. None keeps nothing.
+        routing_only: end with the last selection; there are no logits then.
     """
     out: MSAOutput = model(
         prompts.input_ids,
@@ -45,6 +51,7 @@ def prefill(
         memory_mask=prompts.memory_mask,
         logits_to_keep=1,
         use_cache=cache is not None,
+        routing_only=routing_only,
     )
     return out
 
@@ -82,14 +89,14 @@ class Decoder:
     """
 
     def __init__(
-        self, model: MSAForCausalLM, prompts: Batch, memory: MemoryReader, pad_token: int
+        self, model: MSAForCausalLM, prompts: Batch, memory: MemoryReader | None, pad_token: int
     ) -> None:
         """Prefill.
 
         Args:
             model: in evaluation mode.
             prompts: of `prompt_batch`.
-            memory: selected from now, and not again.
+            memory: selected from now, and not again; None for none.
             pad_token: fills rows that have nothing to say; masked.
 
         Raises:

@@ -32,6 +32,7 @@ from msa.inference.fusion import Fused
 from msa.inference.library import Library
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, candidates
+from msa.memory.lexical import LexicalQuery
 from msa.memory.reports import StoredDocument
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.types import (
@@ -223,7 +224,11 @@ class Interleave:
 
     def _routed(self, active: Sequence[_Question], reader: CandidateReader) -> list[_Routed]:
         """What every question of the batch was routed to, and which documents these are."""
-        found = candidates(reader, self._library, self._options)
+        queries = [
+            LexicalQuery(q.text, tuple(text for r in q.readings[-1:] for _, text in r.documents))
+            for q in active
+        ]
+        found = candidates(reader, self._library, self._options, queries)
         attended = [{i: some[: self._top_k] for i, some in c.layers.items()} for c in found]
         shown = []
         for question, layers, c in zip(active, attended, found, strict=True):

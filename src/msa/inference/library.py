@@ -11,6 +11,7 @@ import torch
 
 from msa.errors import EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
+from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank, ParallelView
 from msa.memory.reports import StoredDocument
 from msa.memory.resident import ResidentBank, ResidentView
@@ -42,13 +43,25 @@ class Library(Protocol):
         """Number -> the document, without those that were deleted meanwhile."""
         ...
 
+    def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
+        """Per query, number -> bm25 score of the documents that its words find.
+
+        Raises:
+            LexicalIndexError: the bank has no word index; the message says what to type.
+        """
+        ...
+
 
 class BankLibrary:
     """A `Library` over one view of a resident or parallel bank."""
 
-    def __init__(self, bank: MemoryBank, view: ResidentView | ParallelView) -> None:
+    def __init__(
+        self, bank: MemoryBank, view: ResidentView | ParallelView, where: Filter | None = None
+    ) -> None:
         self._bank = bank
         self._view = view
+        self._where = where
+        self._next_number = bank.catalog.counter("next_number")
 
     @property
     def reader(self) -> MemoryReader:
@@ -68,6 +81,11 @@ class BankLibrary:
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         """See `Library.texts`."""
         return self._bank.get_many(numbers)
+
+    def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
+        """See `Library.lexical`; documents that came after the view are left out."""
+        found = self._bank.lexical_search(queries, top_k, filter=self._where)
+        return [{n: s for n, s in some if n < self._next_number} for some in found]
 
 
 class Shelf:
@@ -108,7 +126,7 @@ class Shelf:
                 f"Bank '{self.bank.path}' holds no documents; add some with "
                 f"'msa index {self.bank.path} FILE...' or MemoryBank.add."
             )
-        return BankLibrary(self.bank, replace(view, top_k=top_k))
+        return BankLibrary(self.bank, replace(view, top_k=top_k), where)
 
     def _filtered_view(self, where: Filter) -> ResidentView | ParallelView:
         if callable(where):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from msa.errors import ModelError
 from msa.inference.fusion import Fused, fuse
 from msa.inference.library import Library
 from msa.inference.options import AskOptions
+from msa.memory.lexical import LexicalQuery
 from msa.types import Content, MemoryReader, Selection
 
 
@@ -106,7 +107,7 @@ def candidates(
     reader: CandidateReader,
     library: Library,
     options: AskOptions,
-    lexical: Sequence[Mapping[int, float]] | None = None,
+    queries: Sequence[LexicalQuery],
 ) -> list[Candidates]:
     """What every question of a batch was routed to.
 
@@ -114,14 +115,18 @@ def candidates(
         reader: through which the batch was prefilled.
         library: of the same memory.
         options: as asked.
-        lexical: per question, number -> bm25 score of the documents that its words find.
+        queries: per question, what words are looked for when `lexical_weight` is above 0.
 
     Raises:
         ModelError: it was routed by vectors that are not numbers.
+        LexicalIndexError: see `Library.lexical`.
     """
     batch = reader.rows()
     rows = sorted({row for layers in batch for found in layers.values() for row, _ in found})
     numbers = dict(zip(rows, library.numbers(rows), strict=True))
+    lexical = None
+    if options.lexical_weight > 0:
+        lexical = library.lexical(queries, options.candidates)
     all_candidates = []
     for i, layers in enumerate(batch):
         named = {layer: [(numbers[r], s) for r, s in found] for layer, found in layers.items()}

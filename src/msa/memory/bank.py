@@ -14,7 +14,9 @@ import torch
 from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
 from msa.memory.catalog import CATALOG_FILE, Catalog, CatalogRow
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.filters import Filter
 from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
+from msa.memory.lexical import LexicalIndex, LexicalQuery
 from msa.memory.lock import WriterLock
 from msa.memory.maintenance import Maintenance
 from msa.memory.manifest import BANK_FILE, Manifest
@@ -29,6 +31,7 @@ from msa.memory.reports import (
 )
 from msa.memory.segments import SegmentWriter
 from msa.memory.storage import storage_errors, sync_folder
+from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
@@ -76,6 +79,7 @@ class MemoryBank:
         self.tokenizer = tokenizer
         self._lock = lock
         self._closed = False
+        self._lexical = LexicalIndex(path / CATALOG_FILE)
         self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
         if lock is not None:
             self._writer = SegmentWriter(self.segments_folder, catalog.counter("next_segment"))
@@ -85,8 +89,8 @@ class MemoryBank:
     def create(
         cls,
         path: str | Path,
-        model: MSAForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
+        model: MSAForCausalLM | Checkpoint,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         template: PromptTemplate | None = None,
         *,
         dtype: torch.dtype | None = None,
@@ -97,7 +101,8 @@ class MemoryBank:
 
         Args:
             path: a folder that is not there yet, or empty.
-            model: encodes the documents; the bank can be used with no other.
+            model: encodes the documents; the bank can be used with no other. A `Checkpoint` brings
+                tokenizer and template along.
             tokenizer: the model's.
             template: text format; the released one by default.
             dtype: of the latent states on disk; the model's by default.
@@ -111,10 +116,14 @@ class MemoryBank:
             BankLockedError: another process is making a bank there.
             ConfigError: a dtype or max_document_tokens cannot be used.
             StorageError: the folder cannot be written.
+            InputError: no model, or one without its tokenizer.
         """
         path = Path(path)
+        encoding, tokenizer, template = parts_of(model, tokenizer, template)
+        if encoding is None or tokenizer is None:
+            raise InputError("a new bank needs the model that encodes its documents; give one")
         manifest = Manifest.for_model(
-            model,
+            encoding,
             tokenizer,
             template or PromptTemplate(),
             dtype,
@@ -138,13 +147,13 @@ class MemoryBank:
         except BaseException:
             lock.release()
             raise
-        return cls(path, manifest, catalog, lock, model, tokenizer)
+        return cls(path, manifest, catalog, lock, encoding, tokenizer)
 
     @classmethod
     def open(
         cls,
         path: str | Path,
-        model: MSAForCausalLM | None = None,
+        model: MSAForCausalLM | Checkpoint | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: PromptTemplate | None = None,
         *,
@@ -154,7 +163,8 @@ class MemoryBank:
 
         Args:
             path: its folder.
-            model, tokenizer: those it was made with; needed for adding and asking only.
+            model, tokenizer: those it was made with, or its `Checkpoint`; needed for adding and
+                asking only.
             template: compared with the bank's when given.
             read_only: take no writer's lock and change nothing; for asking beside a writer.
 
@@ -168,14 +178,13 @@ class MemoryBank:
         """
         path = Path(path)
         manifest = Manifest.load(path)
-        if (model is None) != (tokenizer is None):
-            raise InputError("a model and its tokenizer are needed, or neither; one was given")
-        if model is not None and tokenizer is not None:
-            manifest.check(path, model, tokenizer, template)
+        asking, tokenizer, template = parts_of(model, tokenizer, template)
+        if asking is not None and tokenizer is not None:
+            manifest.check(path, asking, tokenizer, template)
         lock = None if read_only else WriterLock(path / LOCK_FILE, path)
         try:
             catalog = Catalog(path, read_only=read_only)
-            return cls(path, manifest, catalog, lock, model, tokenizer)
+            return cls(path, manifest, catalog, lock, asking, tokenizer)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -207,6 +216,7 @@ class MemoryBank:
         """Close the bank and let the next writer in; calling it twice does nothing."""
         if not self._closed:
             self._closed = True
+            self._lexical.close()
             self.catalog.close()
             if self._lock is not None:
                 self._lock.release()
@@ -405,7 +415,7 @@ class MemoryBank:
     def repair(self) -> int:
         """Encode the documents of damaged segments again from their stored texts.
 
-        They keep their numbers, so nothing else changes.
+        They keep their numbers, so nothing else changes. A damaged word index is built again too.
 
         Returns:
             How many documents were encoded.
@@ -477,6 +487,57 @@ class MemoryBank:
         if offset < 0 or (limit is not None and limit < 0):
             raise InputError(f"limit={limit}, offset={offset}: expected whole numbers from 0")
         return self.catalog.page(-1 if limit is None else limit, offset)
+
+    # ---- lexical search
+
+    def lexical_missing(self) -> str | None:
+        """Why the bank cannot be searched by words, in one line; None when it can."""
+        return self._lexical.missing()
+
+    def lexical_search(
+        self,
+        queries: Sequence[str | LexicalQuery],
+        top_k: int,
+        *,
+        filter: Filter | None = None,
+        title_weight: float = 1.0,
+    ) -> list[list[tuple[int, float]]]:
+        """The documents that share the rarest words with each query, by BM25 (k1 1.2, b 0.75).
+
+        A query is plain text; nothing in it is an operator. It answers from the latest commit:
+        whoever asks an older state of the bank has to drop numbers that this state does not hold.
+
+        Args:
+            queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
+                (those texts themselves are found too).
+            top_k: documents per query, at most.
+            filter: metadata that documents must have, or a function of their metadata.
+            title_weight: how often a word of the title counts.
+
+        Returns:
+            For each query (document number, score), best first, equal scores by number; scores are
+            positive and grow with relevance. Fewer than `top_k` where no more documents share a
+            word.
+
+        Raises:
+            LexicalIndexError: there is no word index; the message says why and what to type.
+            InputError: a top_k, weight or filter that cannot be used.
+            BankCorruptError: the index is damaged.
+        """
+        return self._lexical.search(queries, top_k, filter=filter, title_weight=title_weight)
+
+    def lexical_scores(
+        self, query: str | LexicalQuery, numbers: Sequence[int], *, title_weight: float = 1.0
+    ) -> list[float]:
+        """The scores that `lexical_search` gives to some documents, however many are better.
+
+        Returns:
+            One score per number; 0.0 for a document that shares no word or does not exist.
+
+        Raises:
+            LexicalIndexError, InputError, BankCorruptError: see `lexical_search`.
+        """
+        return self._lexical.scores(query, numbers, title_weight=title_weight)
 
     def info(self) -> BankInfo:
         """Figures of the bank."""

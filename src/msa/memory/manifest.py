@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import msa
 from msa.errors import BankCorruptError, BankMismatchError, BankNotFoundError, ConfigError
 from msa.memory.storage import storage_errors, write_file
+from msa.model.identity import checkpoint_name, model_fingerprints
 from msa.ops.quantisation import PACKED
 from msa.text.prompts import PromptTemplate
 
@@ -31,63 +31,13 @@ DEFAULT_DOCUMENT_TOKENS = 512
 MIN_DOCUMENT_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What decides the latent states of given weights, besides the fields that bank.json names.
-_CONFIG_FIELDS = (
-    "attention_bias",
-    "backbone",
-    "head_dim",
-    "hidden_act",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-)
-
 # Text whose token ids tell tokenizers apart that share a vocabulary.
 _PROBE = (
     "<|im_start|>user\n [17]. The 1st   of MAY, 1984: naïve café — 北京, Привет!\t'quotes' "
     "e.g. don't; x=3.14e-10 \u200b🙂 ÅÅ\r\nEnd-of-Retrieve<End-of-Retrieve><|object_ref_end|>"
 )
 
-_model_hashes: WeakKeyDictionary[Any, tuple[Any, tuple[str, str]]] = WeakKeyDictionary()
 _tokenizer_hashes: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
-
-
-def _hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tuple(tensor.shape)};".encode())
-        rounded = tensor.detach().to(torch.bfloat16).cpu().contiguous().reshape(-1)
-        digest.update(rounded.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def model_fingerprints(model: MSAForCausalLM) -> tuple[str, str]:
-    """Hashes of the weights (the router's apart) and of the router.
-
-    Over names, shapes and values rounded to bfloat16, so that a checkpoint has one fingerprint
-    whether it is loaded in float32 or in bfloat16. Kept per model object until a weight changes.
-
-    Returns:
-        (weights, router), SHA-256 in hexadecimal.
-
-    Source: ours.
-    """
-    parameters = sorted(model.named_parameters())
-    version = tuple((p.data_ptr(), p._version, p.dtype) for _, p in parameters)
-    known = _model_hashes.get(model)
-    if known is not None and known[0] == version:
-        return known[1]
-    settings = {name: getattr(model.config, name, None) for name in _CONFIG_FIELDS}
-    weights = _hash_tensors((n, p) for n, p in parameters if "router" not in n)
-    weights += json.dumps(settings, sort_keys=True, default=str)
-    hashes = (
-        hashlib.sha256(weights.encode()).hexdigest(),
-        _hash_tensors((n, p) for n, p in parameters if "router" in n),
-    )
-    _model_hashes[model] = (version, hashes)
-    return hashes
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -196,7 +146,7 @@ class Manifest:
         return cls(
             created=datetime.now(UTC).isoformat(),  # to the microsecond: it tells banks apart
             msa_version=msa.__version__,
-            model=str(getattr(config, "name_or_path", "") or type(model).__name__),
+            model=checkpoint_name(model),
             weights=weights,
             router=router,
             tokenizer=tokenizer_fingerprint(tokenizer),

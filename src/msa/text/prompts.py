@@ -37,6 +37,7 @@ class PromptTemplate:
         end_of_retrieve: the model needs no more documents.
         restate: the question again, in front of the answer.
         answer: how the answer begins.
+        refusal: the answer when what was read does not hold one.
         end: ends the answer.
     """
 
@@ -54,6 +55,7 @@ class PromptTemplate:
     end_of_retrieve: str = "<End-of-Retrieve>"
     restate: str = "<|im_start|>The user's question is: {question}\n<|object_ref_end|>"
     answer: str = "The answer to the question is:"
+    refusal: str = "not in this memory"
     end: str = "<|im_end|>"
 
     def special_strings(self) -> tuple[str, ...]:

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from msa.errors import ConfigError
 
 
+def project(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, T, H, D], keys and values [B, T, G, D] of hidden states [B, T, E], projected.
+
+    What most families do; those that normalize queries and keys bring their own.
+    """
+    heads = (*hidden.shape[:-1], -1, attention.head_dim)
+    queries = attention.q_proj(hidden).view(heads)
+    return queries, attention.k_proj(hidden).view(heads), attention.v_proj(hidden).view(heads)
+
+
 @dataclass(frozen=True, slots=True)
 class Backbone:
     """What MSA needs of a decoder-only model.
@@ -35,7 +45,12 @@ class Backbone:
     norm: Callable[..., nn.Module]
     rotary_embedding: Callable[..., nn.Module]
     rotate: Callable[..., tuple[Tensor, Tensor]]
-    project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
+    project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]] = project
+
+
+def backbone_names() -> list[str]:
+    """Names of the backbones there are, which are `model_type`s of transformers."""
+    return sorted(module.name for module in iter_modules(__path__))
 
 
 def get_backbone(name: str) -> Backbone:
@@ -44,8 +59,7 @@ def get_backbone(name: str) -> Backbone:
     Raises:
         ConfigError: there is none; the message names those that exist.
     """
-    known = sorted(module.name for module in iter_modules(__path__))
-    if name not in known:
-        raise ConfigError(f"backbone={name!r}: expected one of {known}")
+    if name not in backbone_names():
+        raise ConfigError(f"backbone={name!r}: expected one of {backbone_names()}")
     backbone: Backbone = import_module(f"{__name__}.{name}").BACKBONE
     return backbone

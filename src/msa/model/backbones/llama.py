@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
@@ -13,13 +12,6 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from msa.model.backbones import Backbone
-
-
-def project(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, T, H, D], keys and values [B, T, G, D] of hidden states [B, T, E]."""
-    heads = (*hidden.shape[:-1], -1, attention.head_dim)
-    queries = attention.q_proj(hidden).view(heads)
-    return queries, attention.k_proj(hidden).view(heads), attention.v_proj(hidden).view(heads)
 
 
 def decoder_layer(config: Any, layer_index: int) -> LlamaDecoderLayer:
@@ -34,5 +26,4 @@ BACKBONE = Backbone(
     norm=LlamaRMSNorm,
     rotary_embedding=LlamaRotaryEmbedding,
     rotate=apply_rotary_pos_emb,
-    project=project,
 )
