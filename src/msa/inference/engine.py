@@ -18,8 +18,8 @@ from msa.inference.library import Filter, Library, Shelf
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
-from msa.memory.lexical import LexicalQuery
 from msa.memory.budget import Plan
+from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank
 from msa.memory.pruning import PruningSettings
 from msa.memory.resident import ResidentBank
