@@ -10,13 +10,15 @@ question, answers, gold}. The whole corpus of a set is searched. `--help` behind
 what it takes. Systems: `bm25-K`, `minilm-K`, `hybrid-K` (the model's reader, handed the K best
 documents of a retriever), `gold` (handed the gold documents), `closed` (handed none), each perhaps
 with `+memory` behind it (and the compressed memory to attend to); `msa` (a memory bank). Options of
-`MemoryEngine.ask` may stand behind `msa`, as in `msa:max_rounds=1,lexical_weight=0`.
+`MemoryEngine.ask` may stand behind `msa`, as in `msa:max_rounds=1,lexical_weight=0`. Ablations by
+group: `@documents`, `@interleave`, `@text`, `@layers`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ from msa import MemoryBank, MemoryEngine
 from msa.errors import InputError, MSAError
 from msa.evaluation.metrics import all_within, bootstrap, recall_at
 from msa.evaluation.provenance import provenance
-from msa.evaluation.question_sets import QuestionSet, read_question_set
+from msa.evaluation.question_sets import QuestionSet, read_question_set, with_fewer_documents
 from msa.evaluation.reader import TextReader
 from msa.evaluation.report import as_json, compared, markdown, read_runs
 from msa.evaluation.retrieval import (
@@ -52,9 +54,11 @@ from msa.evaluation.systems import (
     System,
     bank_documents,
 )
+from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
 from msa.model.identity import model_fingerprints
 from msa.model.loading import load as load_checkpoint
+from msa.ops.routing import QUERY_REDUCTIONS
 
 DEPTHS = (1, 5, 16)
 SYSTEMS = (
@@ -67,6 +71,15 @@ SYSTEMS = (
     "msa",
     "gold",
 )
+ABLATIONS = {
+    "@documents": tuple(
+        f"msa:max_rounds=1,min_documents_per_round={n},max_documents_per_round={n}"
+        for n in (1, 2, 4)
+    ),
+    "@interleave": ("msa", "msa:max_rounds=1"),
+    "@text": ("gold", "gold+memory", "closed+memory", "closed"),
+    "@layers": (),  # one per routing layer of the model
+}
 RETRIEVAL_AUGMENTED = ("bm25-1", "bm25-2", "bm25-4", "minilm-1", "minilm-4")
 Scores = np.ndarray
 
@@ -87,11 +100,17 @@ def main() -> None:
 def retrieval(args: argparse.Namespace) -> None:
     """R@1, 5, 16 of every way to rank documents, a table and a JSON file."""
     loaded, about = load(args) if args.model else (None, {})
+    pools = loaded and loaded.model.config.query_reduction == "pooled"
+    if not pools and "pooled" in (args.reductions or []):
+        raise InputError("--reductions pooled: expected a --model that was made to pool")
     encoder = SentenceEncoder(args.minilm) if args.minilm else None
     results: dict[str, object] = {"about": provenance(args.seed, **about)}
     for folder in args.sets:
         questions = read(folder, args)
         name = questions.name + (" + title hints" if args.title_hints else "")
+        if args.documents:
+            questions = with_fewer_documents(questions, args.documents, args.seed)
+            name += f", {len(questions.documents):,} documents only"
         ranks: dict[str, list[list[int]]] = {}
         began = time.perf_counter()
         for scores in rankings(questions, loaded, encoder, args):
@@ -137,18 +156,40 @@ def rankings(
             scores["MiniLM"] = dense.scores(block)
             scores["BM25 + MiniLM"] = z_scores(scores["BM25"]) + z_scores(scores["MiniLM"])
         if states is not None:
-            layers = layer_scores(*loaded, states, block)
-            scores |= {f"layer {layer}": found for layer, found in layers.items()}
-            scores["MSA, sum"] = fuse(layers, args.weights)
-            scores["MSA, sum of z-scores"] = fuse(layers, args.weights, normalized=True)
-            scores["MSA + BM25"] = z_scores(scores["MSA, sum"]) + z_scores(scores["BM25"])
+            for reduction in args.reductions or [loaded.model.config.query_reduction]:
+                loaded.model.config.query_reduction = reduction
+                name = f"MSA, {reduction}" if args.reductions else "MSA"
+                found = layer_scores(*loaded, states, block)
+                scores |= routings(name, found, scores["BM25"], args)
         rows = gold[start : start + QUESTION_BLOCK]
         yield {system: (found, rows) for system, found in scores.items()}
         asked(start + len(block), len(texts))
 
 
+def routings(
+    name: str, layers: dict[int, Scores], bm25: Scores, args: argparse.Namespace
+) -> dict[str, Scores]:
+    """Rankings by single layers, by all of them, and by all of them with the words."""
+    options = AskOptions.load(args.model)
+    weights = args.weights or options.layer_weights or dict.fromkeys(layers, 1 / len(layers))
+    fused = fuse(layers, weights)
+    found = {f"{name}, layer {layer}": scores for layer, scores in layers.items()}
+    found[f"{name}, fused"] = fused
+    found[f"{name}, z-scores"] = fuse(layers, normalized=True)
+    found[f"{name}, z-scores + BM25"] = z_scores(fused) + z_scores(bm25)
+    lexical = options.lexical_weight if args.lexical_weight is None else args.lexical_weight
+    if lexical > 0:
+        best = bm25.max(axis=1, keepdims=True).clip(min=1e-9)
+        found[f"{name}, words x {lexical:g}"] = fused + lexical * bm25 / best
+    return found
+
+
 def figures(ranks: Sequence[Sequence[int]], seed: int) -> dict[str, object]:
-    """Recall at every depth in percent: every gold document within k, and the share within k."""
+    """Recall at every depth in percent, of questions that have gold documents.
+
+    R: every gold document is within k; share: what share of them; first: the first of them is.
+    """
+    ranks = [r for r in ranks if r]
     found: dict[str, object] = {}
     for k in DEPTHS:
         interval = bootstrap([all_within(r, k) for r in ranks], seed=seed)
@@ -171,9 +212,9 @@ def show(name: str, row: dict) -> None:
         else ("R",)
     )
     heads = [f"{kind}@{k}" for kind in kinds for k in DEPTHS]
-    print(f"{'':24}" + "".join(f"{head:>10}" for head in heads))
+    print(f"{'':28}" + "".join(f"{head:>10}" for head in heads))
     for system, found in row["systems"].items():
-        print(f"{system:24}" + "".join(f"{found[head]:10.1f}" for head in heads), flush=True)
+        print(f"{system:28}" + "".join(f"{found[head]:10.1f}" for head in heads), flush=True)
 
 
 # Answers
@@ -185,7 +226,7 @@ def answers(args: argparse.Namespace) -> None:
     for folder in args.sets:
         questions = read(folder, args)
         bench = Bench(loaded, questions, args)
-        for spec in args.systems:
+        for spec in expanded(args.systems, loaded.model.config.routing_layers):
             parts = [questions.name, questions.split, spec, "hidden" if args.hide_gold else ""]
             name = ".".join("".join(c if c.isalnum() else "-" for c in p) for p in parts if p)
             done = run(
@@ -208,6 +249,17 @@ def answers(args: argparse.Namespace) -> None:
             scores = {key: sum(row[key] for row in done.rows) for key in ("em", "f1", "refused")}
             shares = ", ".join(f"{k} {100 * v / len(done.rows):.1f}" for k, v in scores.items())
             print(f"{name}: {len(done.rows)} questions, {shares}", flush=True)
+
+
+def expanded(systems: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Systems by name, groups of ablations spelt out, none twice."""
+    groups = ABLATIONS | {
+        "@layers": tuple(f'msa:layer_weights={{"{layer}": 1}},lexical_weight=0' for layer in layers)
+    }
+    unknown = [s for s in systems if s.startswith("@") and s not in groups]
+    if unknown:
+        raise InputError(f"no group {unknown[0]!r}; there are: {', '.join(groups)}")
+    return list(dict.fromkeys(one for s in systems for one in groups.get(s, (s,))))
 
 
 class Bench:
@@ -294,7 +346,7 @@ class Bench:
 def ask_options(text: str) -> dict[str, object]:
     """ "max_rounds=1,lexical_weight=0" -> options of `MemoryEngine.ask`."""
     found = {}
-    for part in text.split(",") if text else []:
+    for part in re.split(r",(?=\w+=)", text) if text else []:
         name, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"option {part!r}: expected NAME=VALUE")
@@ -410,7 +462,12 @@ def arguments() -> argparse.Namespace:
     common.add_argument("--batch-tokens", type=int, default=4096, help="encoded at once")
     common.add_argument("--threads", type=int, help="by default torch's own choice")
     command = commands.add_parser("retrieval", parents=[common], help=retrieval.__doc__)
-    command.add_argument("--weights", type=weights, help="of the layers in the sums: 2:1,6:0.5")
+    command.add_argument("--reductions", nargs="+", choices=QUERY_REDUCTIONS, help="compare these")
+    command.add_argument(
+        "--weights", type=weights, help="of the layers, as 2:1,6:0.5; by default the checkpoint's"
+    )
+    command.add_argument("--lexical-weight", type=float, help="by default the checkpoint's")
+    command.add_argument("--documents", type=int, help="of a smaller corpus, for a quick look")
     command.add_argument("--output", help="JSON file; results of other sets in it are kept")
     command.set_defaults(run=retrieval)
     command = commands.add_parser("answers", parents=[common], help=answers.__doc__)

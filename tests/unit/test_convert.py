@@ -303,7 +303,7 @@ def test_too_few_positions_are_refused(sources, tmp_path):
     shutil.copytree(sources / "llama", tmp_path / "short")
     path = tmp_path / "short" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 512}))
-    with pytest.raises(ConfigError, match="max_position_embeddings=512: .* at least 1024"):
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=512: .* at least 1024"):
         converted(tmp_path / "short", tmp_path / "out")
 
 

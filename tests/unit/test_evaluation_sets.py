@@ -6,7 +6,7 @@ import pytest
 
 from evaluation_tools import QUESTIONS, write_question_set, write_rows
 from msa.errors import InputError
-from msa.evaluation.question_sets import Question, read_question_set
+from msa.evaluation.question_sets import Question, read_question_set, with_fewer_documents
 from msa.types import Document
 
 
@@ -57,6 +57,18 @@ def test_title_hints_stand_in_front_when_asked_for(folder):
     assert read_question_set(folder).questions[0].text == "Which fjord has boats?"
     hinted = read_question_set(folder, title_hints=True).questions
     assert [q.text for q in hinted[:2]] == ["Oslo: Which fjord has boats?", "Where is Rome?"]
+
+
+def test_a_smaller_corpus_keeps_the_gold_documents(folder):
+    whole = read_question_set(folder, count=2, seed=1)
+    gold = {i for q in whole.questions for i in q.gold}
+    small = with_fewer_documents(whole, len(gold) + 1)
+    assert gold < {d.id for d in small.documents}
+    assert len(small.documents) == len(gold) + 1
+    assert len(small.gold_rows()) == len(whole.gold_rows())
+    assert small.data_hash != whole.data_hash
+    assert len(with_fewer_documents(whole, 0).documents) == len(gold)
+    assert with_fewer_documents(whole, 99).documents == whole.documents
 
 
 def test_a_faulty_set_is_one_clear_line(folder, tmp_path):

@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,24 @@ def read_question_set(
     documents = tuple(held.documents.values())
     digest = _hash([*documents, *held.questions])
     return QuestionSet(folder.resolve().name, split, documents, tuple(questions), digest)
+
+
+def with_fewer_documents(questions: QuestionSet, count: int, seed: int = 0) -> QuestionSet:
+    """The set over a smaller corpus: the gold documents of its questions, and others drawn.
+
+    For quick looks only; among fewer documents everything is easier to find.
+
+    Args:
+        questions: of `read_question_set`.
+        count: documents kept, or as many as are gold if these are more.
+        seed: of the draw.
+    """
+    gold = {i for question in questions.questions for i in question.gold}
+    others = [d.id for d in questions.documents if d.id not in gold]
+    drawn = random.Random(seed).sample(others, min(len(others), max(0, count - len(gold))))
+    kept = gold | set(drawn)
+    documents = tuple(d for d in questions.documents if d.id in kept)
+    return replace(questions, documents=documents, data_hash=f"{questions.data_hash}/{count}")
 
 
 def _hash(rows: Sequence[Any]) -> str:

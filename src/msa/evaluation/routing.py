@@ -9,7 +9,6 @@ Shapes: Q questions, N documents, C chunks, G KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ from msa.inference.decoding import prefill
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.types import Content, Document, LatentStates, LayerStates, Selection
+from msa.types import Document, LatentStates, LayerStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,19 +79,6 @@ def encode_corpus(
     return LatentStates(counts[order], layers)
 
 
-class _LastLayerError(Exception):
-    """Raised to stop a forward pass behind the last routing layer: nothing above is needed."""
-
-
-class _ScoringMemory(LatentMemory):
-    """A memory that ends the forward pass when its last layer has routed."""
-
-    def content(self, layer: int, selection: Selection) -> Content:
-        if layer == max(self.states.layers):
-            raise _LastLayerError
-        return super().content(layer, selection)
-
-
 @torch.no_grad()
 def layer_scores(
     model: MSAForCausalLM,
@@ -125,12 +111,11 @@ def layer_scores(
     found = {layer: np.empty(shape, dtype=np.float32) for layer in states.layers}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        memory = _ScoringMemory(states, model.config.top_k_documents)
+        memory = LatentMemory(states, model.config.top_k_documents)
         batch = prompt_batch(
             [contexts[i] for i in rows], model.config.top_k_documents, 0, model.device
         )
-        with suppress(_LastLayerError):
-            prefill(model, batch, memory)
+        prefill(model, batch, memory, routing_only=True)
         for layer, scores in memory.scores.items():
             found[layer][rows] = scores.numpy()
     return found
@@ -146,15 +131,15 @@ def fuse(
 
     Args:
         layers: routing layer -> [Q, N].
-        weights: layer -> weight; 1 for layers not named.
+        weights: layer -> weight, 0 for layers not named; all 1 by default.
         normalized: add z-scores per question instead of the scores themselves.
 
     Returns:
         [Q, N] float32.
     """
-    weights = weights or {}
+    weights = dict.fromkeys(layers, 1.0) if weights is None else weights
     total = sum(
-        weights.get(layer, 1.0) * (z_scores(scores) if normalized else scores)
+        weights.get(layer, 0.0) * (z_scores(scores) if normalized else scores)
         for layer, scores in layers.items()
     )
     return np.asarray(total, dtype=np.float32)

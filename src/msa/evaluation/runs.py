@@ -115,18 +115,20 @@ def figures(run_: Run, seed: int = 0) -> dict[str, float | Interval]:
     """Means over the questions of a run, from 0 to 1 where they are shares.
 
     `R@k`: every gold document is among the k best of the ranking (`share@k`: what share of them).
-    `named`: every gold document was read. Shares and scores of answers come with their intervals.
+    `named`: every gold document was read. Both are of the questions that have gold documents. A
+    question without an answer is answered right by a refusal.
     """
     rows = run_.rows
     if not rows:
         raise InputError("a run without answers has no figures; ask its questions first")
-    ranks = [_ranks(row) for row in rows]
+    with_gold = [row for row in rows if row["gold"]]
+    ranks = [_ranks(row) for row in with_gold]
     found: dict[str, float | Interval] = {"questions": float(len(rows))}
     for k in DEPTHS:
-        found[f"R@{k}"] = bootstrap([all_within(r, k) for r in ranks], seed=seed)
+        found[f"R@{k}"] = _interval([all_within(r, k) for r in ranks], seed)
         found[f"share@{k}"] = mean([recall_at(r, k) for r in ranks])
-    named = [float(bool(row["gold"]) and set(row["gold"]) <= set(row["named"])) for row in rows]
-    found["named"] = bootstrap(named, seed=seed)
+    named = [float(set(row["gold"]) <= set(row["named"])) for row in with_gold]
+    found["named"] = _interval(named, seed)
     for name in ("em", "f1", "refused"):
         found[name] = bootstrap([float(row[name]) for row in rows], seed=seed)
     seconds = sorted(float(row["seconds"]) for row in rows)
@@ -179,16 +181,21 @@ def _drop_torn_line(path: Path) -> None:
         path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
+def _interval(values: Sequence[float], seed: int) -> Interval:
+    return bootstrap(values, seed=seed) if values else Interval(0.0, 0.0, 0.0)
+
+
 def _row(question: Question, outcome: Outcome) -> dict[str, Any]:
     answers = list(question.answers)
+    right = float(outcome.refused)  # where there is no answer
     return {
         "id": question.id,
         "question": question.text,
         "answers": answers,
         "gold": list(question.gold),
         **asdict(outcome),
-        "em": exact_match(outcome.answer, answers),
-        "f1": round(token_f1(outcome.answer, answers), 6),
+        "em": exact_match(outcome.answer, answers) if answers else right,
+        "f1": round(token_f1(outcome.answer, answers), 6) if answers else right,
         "seconds": round(outcome.seconds, 4),
     }
 

@@ -29,6 +29,8 @@ def prefill(
     prompts: Batch,
     memory: MemoryReader | None,
     cache: MSACache | None = None,
+    *,
+    routing_only: bool = False,
 ) -> MSAOutput:
     """One forward over whole prompts: what they select, and their last logits.
 
@@ -37,6 +39,7 @@ def prefill(
         prompts: of `prompt_batch`.
         memory: selected from in every routing layer; None for none.
         cache: empty; filled, so that tokens can follow. None keeps nothing.
+        routing_only: end with the last selection; there are no logits then.
     """
     out: MSAOutput = model(
         prompts.input_ids,
@@ -48,6 +51,7 @@ def prefill(
         memory_mask=prompts.memory_mask,
         logits_to_keep=1,
         use_cache=cache is not None,
+        routing_only=routing_only,
     )
     return out
 

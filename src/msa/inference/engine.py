@@ -12,7 +12,7 @@ import torch
 
 from msa.errors import InputError, RankError
 from msa.inference.batch import prompt_batch
-from msa.inference.decoding import check_logits, prefill
+from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
 from msa.inference.library import Filter, Library, Shelf
 from msa.inference.options import AskOptions
@@ -205,10 +205,9 @@ class MemoryEngine:
         contexts = [self._encoder.context(q) for q in questions]
         batch = prompt_batch(contexts, visible, 0, self.model.device)
         reader = CandidateReader(library.reader, visible)
-        out = prefill(self.model, batch, reader)
+        prefill(self.model, batch, reader, routing_only=True)
         queries = [LexicalQuery(q) for q in questions]
         found = candidates(reader, library, self.options, queries)
-        check_logits(out.logits[:, -1])
         return [self._ranked(some, library, top_k) for some in found]
 
     @staticmethod

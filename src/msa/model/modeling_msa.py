@@ -236,14 +236,20 @@ class MSAModel(MSAPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, step: Step, num_layers: int | None = None
+        self, hidden: Tensor, position_ids: Tensor, step: Step, *, routing_only: bool = False
     ) -> Tensor:
         """Hidden states [B, T, E] after the final norm, for embedded tokens [B, T, E].
 
-        With `num_layers`, only so many layers are run: those that routing needs.
+        With `routing_only` the forward ends as soon as the last routing layer has selected; what
+        is returned has no meaning then.
         """
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        for layer in self.layers[:num_layers]:
+        last = max(self.config.routing_layers, default=-1) if routing_only else None
+        for index, layer in enumerate(self.layers):
+            if index == last:
+                normed = cast(nn.Module, layer.input_layernorm)(hidden)
+                cast(MSAAttention, layer.self_attn).recall(normed, step)
+                break
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
         return cast(Tensor, self.norm(hidden))
 
@@ -326,6 +332,7 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         memory: MemoryReader | None = None,
         routing_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        routing_only: bool = False,
         past_key_values: Any = None,
         **_: Any,
     ) -> MSAOutput:
@@ -343,6 +350,7 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
             memory: asked for documents in every routing layer, unless the cache holds some.
             routing_mask: [B, T] bool, tokens that route; by default all but the padding.
             memory_mask: [B, T] bool, tokens that see the memory; by default all.
+            routing_only: end with the last routing layer's selection; there are no logits then.
             past_key_values: the name of `cache` in transformers before 5.24.
 
         Raises:
@@ -373,7 +381,9 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
                 else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             )
         step = Step(mask, cache, memory, routing_mask, memory_mask)
-        hidden = self.model(hidden, position_ids, step)
+        hidden = self.model(hidden, position_ids, step, routing_only=routing_only)
+        if routing_only:
+            return MSAOutput(selections=step.selections)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:

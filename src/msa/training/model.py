@@ -117,8 +117,7 @@ class MSAForTraining(MSAForCausalLM):
             )
             embedded = self.model.embed_tokens(group["input_ids"])
             if bool(group.get("route_only", False)):
-                last = max(self.config.routing_layers)
-                self.model(embedded, group["position_ids"], step, num_layers=last + 1)
+                self.model(embedded, group["position_ids"], step, routing_only=True)
             else:
                 hidden = self.model(embedded, group["position_ids"], step)
                 share = group["weights"][:, 1:].sum()
