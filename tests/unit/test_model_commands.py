@@ -62,7 +62,7 @@ def test_models_are_listed_with_what_they_still_need(run, parts):
             "use",
         ]
         or "to be fetched at the first use" in result.out
-    )  # noqa: E501
+    )
     (listed,) = run("model", "list", "--json").json
     assert (listed["name"], listed["ready"], listed["default"]) == ("smollm2-135m", False, True)
     assert listed["base"]["sha256"] == parts.base.sha256
