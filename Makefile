@@ -2,6 +2,9 @@
 #
 #   make demo     ask the small model that ships with the package, and watch it read
 #   make test     all tests (CPU, offline)
+#   make test-lowest, make test-newest
+#                 the core tests with the lowest versions that pyproject.toml allows, and with the
+#                 newest that there are, each in an environment of its own
 #   make lint     ruff (rules, format) and types
 #   make docs     write docs/cli.md anew from `msa --help`
 #
@@ -19,10 +22,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL_TORCH = $(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help demo test lint types format docs clean
+.PHONY: help demo test test-lowest test-newest lint types format docs clean
 
 help:
-	@sed -n '3,6s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -46,6 +49,27 @@ demo: $(VENV)/.core
 test: $(VENV)/.full
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
+# torch is the pinned one in both: other wheels are gigabytes of CUDA.
+CORE_TESTS = tests/unit tests/integration/test_asking.py \
+  tests/integration/test_training.py::test_a_run_logs_every_step_and_its_parts \
+  tests/integration/test_training.py::test_the_exported_model_answers_from_a_bank
+CORE_EXTRAS = '.[dev,train]'
+
+test-lowest:
+	test -e $(VENV)-lowest/bin/pip || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(VENV)-lowest/bin/python tools/lowest_versions.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet --constraint $(VENV)-lowest/constraints.txt \
+	  --editable $(CORE_EXTRAS)
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/pytest $(CORE_TESTS) $(PYTEST_ARGS)
+
+test-newest:
+	test -e $(VENV)-newest/bin/pip || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) \
+	  --editable $(CORE_EXTRAS)
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/pytest $(CORE_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +86,4 @@ docs: $(VENV)/.full
 	$(BIN)/python tools/cli_docs.py docs/cli.md
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -33,7 +33,7 @@ from msa.benchmarks.timing import machine
 from msa.memory.pruning import PrunedKeys, PruningSettings
 from msa.ops.kernels import route_documents
 from msa.ops.pruning import BlockScan, cluster_order
-from msa.ops.routing import routing_vectors, unit_key_norm
+from msa.ops.routing import unit_key_norm
 from msa.types import Selection
 
 KINDS = ("question, one hop", "question, two hops", "question and text read")
@@ -228,10 +228,9 @@ def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     from msa.types import Document, LatentStates, LayerStates
 
     class Recorder(LatentMemory):
-        def route(self, layer, queries, mask):
-            groups = self.states.layers[layer].routing_keys.shape[1]
-            vectors[layer].append(routing_vectors(queries, groups, self.score)[mask])
-            return super().route(layer, queries, mask)
+        def route(self, layer, some, mask):
+            vectors[layer].append(some[mask])
+            return super().route(layer, some, mask)
 
     world = generate_world(args.seed, args.documents, breadth=args.breadth, split="test")
     loaded = load(args.model)

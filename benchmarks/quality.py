@@ -1,8 +1,8 @@
-"""How well a model routes, names and answers: generated worlds it has never seen, and real sets.
+"""How well a model routes, names and answers in generated worlds that it has never seen.
 
-    python benchmarks/quality.py [--model FOLDER] [--real FOLDER_OF_SETS] [--output docs/results]
+    python benchmarks/quality.py [--model FOLDER] [--output docs/results]
 
-Writes quality.json with the commit, the machine and the seed.
+Writes quality.json with the commit, the machine and the seed. Real documents: real_documents.py.
 """
 
 from __future__ import annotations
@@ -20,16 +20,9 @@ import torch
 
 from msa import MemoryBank, MemoryEngine
 from msa.evaluation.metrics import mean, recall
-from msa.evaluation.question_answering import (
-    ask_all,
-    bm25_rankings,
-    real_questions,
-    world_questions,
-)
+from msa.evaluation.question_answering import ask_all, world_questions
 from msa.model.loading import load
 from msa.types import Document
-
-REAL_SETS = ("squad", "2wikimultihopqa")
 
 
 def main() -> None:
@@ -44,18 +37,6 @@ def main() -> None:
         sets = {"one_hop": one, "two_hop": two}
         results[f"world_{size}"] = run(loaded, documents, sets, options)
         show(f"world_{size}", results[f"world_{size}"])
-        write(results, args.output)
-    for name in REAL_SETS if args.real else ():
-        documents, questions = real_questions(
-            Path(args.real, name), "dev", args.questions, args.seed
-        )
-        row = run(loaded, documents, {"questions": questions}, options)
-        ranked = bm25_rankings(documents, questions, 16)
-        row["bm25_recall_at_16"] = mean(
-            [recall(r, q.gold) for r, q in zip(ranked, questions, strict=True)]
-        )
-        results[name] = row
-        show(name, row)
         write(results, args.output)
 
 
@@ -128,7 +109,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 10000])
     parser.add_argument("--questions", type=int, default=200, help="questions of each kind")
     parser.add_argument("--breadth", type=float, default=1.0)
-    parser.add_argument("--real", default=None, help="folder that holds squad/, 2wikimultihopqa/")
     parser.add_argument("--options", default="{}", help="JSON of AskOptions")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", default=None)

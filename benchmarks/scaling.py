@@ -1,12 +1,16 @@
 """One bank that grows from 16K to 100M tokens, asked the same questions at every size.
 
     python benchmarks/scaling.py BANK [--sizes 16K 128K 1M 10M 100M] [--texts FILE...]
-        [--scans full 1 0.8] [--output docs/results]
+        [--scans full 1 0.8] [--set FOLDER] [--output docs/results]
 
 The bank begins with a generated world of held-out names, about which the questions are; real text
-(FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. Kept in
-the folder BANK: run the command again to go on where it was stopped, also in the middle of a size.
-Writes scaling.json; each size is asked in a process of its own, whose peak memory is noted.
+(FILEs, whatever `msa index` reads) and generated documents in turns are added behind it. With
+`--set` all of it is real: the bank begins with the gold documents of questions drawn from a
+question set, behind which the rest of its corpus and then the FILEs are added. Kept in the folder
+BANK: run the command again to go on where it was stopped, also in the middle of a size. Writes
+scaling.json (scaling_SET.json); each size is asked in a process of its own, whose peak memory is
+noted. `reading_keys_seconds` is what it takes to read all routing keys from memory once: what no
+full scan can beat.
 """
 
 from __future__ import annotations
@@ -26,16 +30,20 @@ import torch
 from quality import about
 
 from msa import Document, MemoryBank, MemoryEngine
+from msa.benchmarks.timing import bandwidth
 from msa.evaluation.metrics import mean, recall
-from msa.evaluation.question_answering import Question, score, world_questions
+from msa.evaluation.question_answering import score, world_questions
+from msa.evaluation.question_sets import Question, read_question_set
 from msa.memory.pruning import PruningSettings
-from msa.model.loading import load
+from msa.memory.reports import BankInfo
+from msa.model.loading import load as load_checkpoint
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents
 
 WORLD_DOCUMENTS = 200  # about 16K tokens
 BLOCK = 2000  # documents added between looks at the size, at most
 TOKENS = 150  # of a document, roughly
+LARGER_THAN_CACHES = 1 << 28  # bytes
 UNITS = {"K": 10**3, "M": 10**6}
 
 
@@ -44,7 +52,7 @@ def main() -> None:
     if args.ask:
         print(json.dumps(ask(args)))
         return
-    loaded = load(args.model)
+    loaded = load(args)
     state = Path(args.bank, "scaling_state.json")  # beside the bank, so that it outlives a stop
     folder = Path(args.bank, "bank")
     rows = json.loads(state.read_text())["rows"] if state.is_file() else {}
@@ -55,14 +63,15 @@ def main() -> None:
         if args.output:
             asked = {name: row for name, row in rows.items() if row["asked"]}
             text = json.dumps({"about": about(args), **asked}, indent=2) + "\n"
-            Path(args.output, "scaling.json").write_text(text, encoding="utf-8")
+            name = f"scaling_{Path(args.set).name}.json" if args.set else "scaling.json"
+            Path(args.output, name).write_text(text, encoding="utf-8")
 
     for name in args.sizes:
         row = rows.setdefault(
             name, {"failed": 0, "tokens_added": 0, "seconds_to_add_them": 0.0, "asked": []}
         )
         exists = (folder / "bank.json").is_file()
-        with MemoryBank.open(folder, loaded) if exists else create(folder, loaded) as bank:
+        with MemoryBank.open(folder, *loaded) if exists else create(folder, loaded) as bank:
             if bank.info().num_tokens > 1.1 * size_of(name):  # it has grown beyond this size
                 continue
             whole = grow(bank, args, size_of(name), row, save)
@@ -105,7 +114,7 @@ def grow(bank: MemoryBank, args: argparse.Namespace, size: int, row: dict, save)
 
 def create(folder: Path, loaded) -> MemoryBank:
     """In bfloat16, which halves the disk."""
-    return MemoryBank.create(folder, loaded, dtype=torch.bfloat16)
+    return MemoryBank.create(folder, *loaded, dtype=torch.bfloat16)
 
 
 def size_of(text: str) -> int:
@@ -115,9 +124,12 @@ def size_of(text: str) -> int:
 
 
 def documents(args: argparse.Namespace) -> Iterator[Document]:
-    """The world that is asked about, then the rest in an order that is always the same."""
-    world, _, _ = questions_of(args)
+    """What is asked about, then the rest in an order that is always the same."""
+    world, _ = questions_of(args)
     yield from world
+    if args.set:
+        yield from real_texts(args.texts)
+        return
     titles = {d.title for d in world if d.title}
     real = real_texts(args.texts)
     made = (
@@ -147,8 +159,17 @@ def real_texts(files: list[str]) -> Iterator[Document]:
 
 def questions_of(
     args: argparse.Namespace,
-) -> tuple[list[Document], list[Question], list[Question]]:
-    return world_questions(args.seed, WORLD_DOCUMENTS, args.questions // 2, breadth=args.breadth)
+) -> tuple[list[Document], dict[str, list[Question]]]:
+    """The documents that the bank begins with, and the questions by kind."""
+    if not args.set:
+        documents, one, two = world_questions(
+            args.seed, WORLD_DOCUMENTS, args.questions // 2, breadth=args.breadth
+        )
+        return documents, {"one_hop": one, "two_hop": two}
+    drawn = read_question_set(args.set, count=args.questions, seed=args.seed)
+    gold = {i for question in drawn.questions for i in question.gold}
+    first = sorted(drawn.documents, key=lambda d: d.id not in gold)  # the rest keeps its order
+    return first, {"questions": list(drawn.questions)}
 
 
 def asked_elsewhere(args: argparse.Namespace, scan: str) -> dict[str, object]:
@@ -156,6 +177,8 @@ def asked_elsewhere(args: argparse.Namespace, scan: str) -> dict[str, object]:
     command = [sys.executable, __file__, args.bank, "--ask", "--questions", str(args.questions)]
     command += ["--seed", str(args.seed), "--breadth", str(args.breadth), "--scans", scan]
     command += ["--model", args.model] if args.model else []
+    command += ["--set", args.set] if args.set else []
+    command += ["--dtype", args.dtype]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, object] = json.loads(out.stdout.splitlines()[-1])
     return found
@@ -163,9 +186,9 @@ def asked_elsewhere(args: argparse.Namespace, scan: str) -> dict[str, object]:
 
 def ask(args: argparse.Namespace) -> dict[str, object]:
     """Every question by itself, as users come; times are per question."""
-    loaded = load(args.model)
+    loaded = load(args)
     (scan,) = args.scans
-    _, one, two = questions_of(args)
+    _, kinds = questions_of(args)
     start = time.perf_counter()
     engine = MemoryEngine(
         loaded.model,
@@ -176,9 +199,9 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
     )
     found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
     with engine:
-        engine.ask(one[0].text)  # the first touches what is mapped
+        engine.ask(next(iter(kinds.values()))[0].text)  # the first touches what is mapped
         usages, per_round = [], []
-        for name, questions in (("one_hop", one), ("two_hop", two)):
+        for name, questions in kinds.items():
             answers = [engine.ask(q.text) for q in questions]
             usages += [a.usage for a in answers]
             per_round += [a.usage.routing_seconds / len(a.rounds) for a in answers]
@@ -188,14 +211,33 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
             figures["recall_at_16"] = mean(
                 [recall(h, q.gold[:1]) for h, q in zip(hits, questions, strict=True)]
             )
+            figures["recall_at_16_of_all"] = mean(
+                [float(recall(h, q.gold) == 1) for h, q in zip(hits, questions, strict=True)]
+            )
             found[name] = {k: round(v, 4) for k, v in figures.items()}
-    rounds = mean([len(a.rounds) for a in answers])
-    found["rounds_of_two_hop_questions"] = round(rounds, 2)
+            rounds = mean([len(a.rounds) for a in answers])
+            found[name]["rounds"] = round(rounds, 2)
+        found["reading_keys_seconds"] = round(reading_keys(engine.bank.info(), loaded.model), 6)
     found["routing_seconds"] = spread([u.routing_seconds for u in usages])
     found["routing_seconds_per_round"] = spread(per_round)
     found["total_seconds"] = spread([u.total_seconds for u in usages])
     found["peak_memory_of_asking"] = peak_memory()
     return found
+
+
+def load(args: argparse.Namespace):
+    """The checkpoint, in the dtype asked for."""
+    loaded = load_checkpoint(args.model)
+    loaded.model.to(getattr(torch, args.dtype))
+    return loaded
+
+
+def reading_keys(info: BankInfo, model) -> float:
+    """Seconds to read the routing keys of all layers from memory once, in the bank's dtype."""
+    config = model.config
+    width = config.num_key_value_heads * config.head_dim * getattr(torch, info.dtype).itemsize
+    size = info.num_chunks * width * len(info.routing_layers)
+    return size / bandwidth([torch.ones(max(size, LARGER_THAN_CACHES) // 4)])
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -219,7 +261,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("bank", help="folder for the bank and for what was measured so far")
     parser.add_argument("--sizes", nargs="+", default=["16K", "128K", "1M", "10M", "100M"])
     parser.add_argument("--texts", nargs="*", default=[])
-    parser.add_argument("--questions", type=int, default=200, help="half of them two-hop")
+    parser.add_argument("--set", help="folder of a question set: all of the bank is real text")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--questions", type=int, default=200, help="of a world, half are two-hop")
     parser.add_argument("--breadth", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default=None)

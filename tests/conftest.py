@@ -57,6 +57,14 @@ def make_tiny_model(seed: int = 0, **overrides):
     return MSAForCausalLM(MSAConfig(**{**values, **overrides})).eval()
 
 
+def routing_vectors_of(batch: int, tokens: int, seed: int = 0):
+    """Routing vectors of random queries of the tiny model's heads, and a mask: all route."""
+    from msa.ops.routing import routing_vectors
+
+    queries = torch.randn(batch, tokens, 4, 16, generator=torch.Generator().manual_seed(seed))
+    return routing_vectors(queries, 2, "cosine"), torch.ones(batch, tokens, dtype=torch.bool)
+
+
 def make_tiny_tokenizer():
     """Byte-level, no merges: every byte a token, every special string a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -106,9 +114,8 @@ def bank(path, tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def queries():
-    """Routing queries and mask of three rows, for the tiny model's heads."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
+    """Routing vectors and mask of three rows, for the tiny model's heads."""
+    return routing_vectors_of(3, 5)
 
 
 @pytest.fixture(scope="session")

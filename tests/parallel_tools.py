@@ -21,7 +21,7 @@ from msa.memory.bank import MemoryBank
 from msa.memory.parallel import ParallelBank
 from msa.memory.resident import ResidentBank, ResidentView
 
-HEADS, DIM = 4, 16
+WIDTH = 2 * 16  # KV heads, head dim
 QUESTIONS = ["Which river?", "Whose lamp is it?", "Who wrote the letter?", "Where is the garden?"]
 # Seconds for which a test waits for its ranks: for a hang, not for a slow machine.
 PATIENCE = 600
@@ -32,9 +32,9 @@ def is_even(metadata):
 
 
 def queries(seed, batch, tokens=5, zero=False):
-    """Routing queries and mask; rows have 0 to `tokens` routing tokens."""
+    """Routing vectors and mask; rows have 0 to `tokens` routing tokens."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(batch, tokens, HEADS, DIM, generator=generator)
+    vectors = torch.randn(batch, tokens, WIDTH, generator=generator) / WIDTH**0.5
     mask = torch.arange(tokens) < torch.randint(0, tokens + 1, (batch, 1), generator=generator)
     mask[0, 0] = True
     return (vectors * 0 if zero else vectors), mask

@@ -48,6 +48,10 @@ class BankCorruptError(BankError):
     """A segment or the catalog is damaged; the message names it."""
 
 
+class LexicalIndexError(BankError):
+    """A bank cannot be searched by words; the message says why and what to type."""
+
+
 class EmptyBankError(BankError):
     """A question was asked of a bank without documents."""
 

@@ -165,18 +165,42 @@ class RoutedDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """One entry of the ranking that is fused from all routing layers and from the words.
+
+    Attributes:
+        id: the document's id.
+        number: the integer by which the model knows it.
+        score: fused score.
+        prior: softmax of the scores over all candidates.
+        layers: routing layers among whose candidates it was.
+        lexical: its bm25 score over the best one's; None if it was not found by words.
+    """
+
+    id: str
+    number: int
+    score: float
+    prior: float
+    layers: tuple[int, ...]
+    lexical: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """One turn of Memory Interleave: what was routed to, what was named and read.
 
     Attributes:
         index: 1 for the first round.
-        routed: routing layer -> its documents, best first.
+        routed: routing layer -> the documents that the model attended to there, best first.
         read: documents that the model named and was handed, in the order written.
+        ranked: documents that some layer attended to or that could be named, best first by fused
+            score.
     """
 
     index: int
     routed: Mapping[int, tuple[RoutedDocument, ...]]
     read: tuple[Citation, ...]
+    ranked: tuple[RankedDocument, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,18 +58,20 @@ def routed_ids(answer: Answer) -> set[str]:
     return {d.id for r in answer.rounds for layer in r.routed.values() for d in layer}
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, bank: MemoryBank, act: Callable[[], None]) -> None:
-    """Do something to the bank just before texts are looked up, as another process might."""
-    get_many = bank.get_many
+def watched(
+    monkeypatch: pytest.MonkeyPatch, bank: MemoryBank, name: str, act: Callable[[], None]
+) -> None:
+    """Do something to the bank just before it is asked, as another process might."""
+    method = getattr(bank, name)
     done: list[bool] = []
 
     def late(numbers: Any) -> Any:
         if not done:
             done.append(True)
             act()
-        return get_many(numbers)
+        return method(numbers)
 
-    monkeypatch.setattr(bank, "get_many", late)
+    monkeypatch.setattr(bank, name, late)
 
 
 def test_every_citation_was_routed_to_and_stands_in_the_bank(
@@ -162,12 +164,13 @@ def test_a_question_sees_what_was_added_and_deleted_before_it(
     assert [h.id for h in engine.retrieve(QUESTION)] == ["ada"]
 
 
+@pytest.mark.parametrize("moment", ["ids", "get_many"])  # routed, not named; named, not read
 def test_a_document_deleted_while_it_is_asked_for_is_not_read(
-    bank: MemoryBank, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    bank: MemoryBank, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     engine = MemoryEngine(model, tokenizer, bank, **FEW)
     read = [c.id for c in engine.ask(QUESTION).citations]
-    watched(monkeypatch, bank, lambda: (bank.delete(read), bank.compact()))
+    watched(monkeypatch, bank, moment, lambda: (bank.delete(read), bank.compact()))
     answer = engine.ask(QUESTION)
     assert answer.citations
     assert not {c.id for c in answer.citations} & set(read)
@@ -209,6 +212,26 @@ def test_a_filter_keeps_tenants_apart(bank: MemoryBank, model: Any, tokenizer: A
         engine.ask(QUESTION, filter="user=a")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no JSON value"):
         engine.ask(QUESTION, filter={"user": object()})  # type: ignore[dict-item]
+
+
+def test_a_filter_compares_as_json_does(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
+    kinds = {"one": 1, "true": True, "text": "1", "list": [1, 2], "none": None, "big": 1.5}
+    bank.add([Document(name, f"{name} it is.", metadata={"is": v}) for name, v in kinds.items()])
+    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+
+    def found(value: Any) -> set[str]:
+        return {h.id for h in engine.retrieve(QUESTION, filter={"is": value})}
+
+    assert found(1) == found(1.0) == {"one"}
+    assert found(True) == {"true"}
+    assert found("1") == {"text"}
+    assert found((1, 2)) == found([1, 2]) == {"list"}  # a tuple is JSON's list, now and later
+    assert found(None) == {"none"}
+    for value in (False, [True, 2], [1], {}, 1.25):
+        with pytest.raises(EmptyBankError, match="passes the filter"):
+            found(value)
+    with pytest.raises(InputError, match="no JSON value"):
+        found(math.nan)
 
 
 def test_a_long_document_is_asked_in_parts(bank: MemoryBank, model: Any, tokenizer: Any) -> None:

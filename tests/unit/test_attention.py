@@ -71,6 +71,24 @@ def test_attention_equals_a_naive_softmax(heads, groups, rows):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_single_token_sees_all_that_its_mask_lets_it(dtype, masked):
+    torch.manual_seed(0)
+    queries = torch.randn(3, 1, 6, 4, dtype=dtype)
+    keys, values = (torch.randn(3, 9, 2, 4, dtype=dtype) for _ in range(2))
+    mask = torch.rand(3, 1, 9) < 0.5
+    mask[:, :, 4] = True
+    everything = torch.ones_like(mask)
+    out = attend(queries, keys, values, mask if masked else None, 0.7)
+    assert out.dtype == dtype
+    expected = naive_attention(
+        queries.float(), keys.float(), values.float(), mask if masked else everything, 0.7
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(out.double(), expected, atol=tolerance)
+
+
 def test_no_mask_is_causal_attention():
     torch.manual_seed(0)
     queries, keys, values = (torch.randn(1, 6, n, 4) for n in (4, 2, 2))

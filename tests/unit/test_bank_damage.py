@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_bank_as_it_was_and_usable(bank, path, monkeypatc
 
 def test_a_full_disk_in_the_catalog_keeps_the_old_state(bank, path):
     bank.add(make_documents(3))
-    db = bank.catalog._connection
+    db = bank.catalog._db.connection
     db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.raises(StorageError, match="full"):
         bank.add([Document("x", "text", metadata={"large": "x" * 100_000})])

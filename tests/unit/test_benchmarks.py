@@ -17,6 +17,7 @@ from msa.benchmarks.report import Report
 from msa.benchmarks.sizes import parse_size
 from msa.benchmarks.synthetic import SHAPE_4B, Shape, SyntheticMemory
 from msa.errors import InputError
+from msa.ops.routing import routing_vectors
 from msa.types import MemoryReader, Selection
 
 CPU = torch.device("cpu")
@@ -133,12 +134,16 @@ def memory(tokens=320, **changes) -> SyntheticMemory:
     return SyntheticMemory(SMALL, [2, 3], tokens, **values)
 
 
+def asked(tokens):
+    queries = synthetic.random_queries(SMALL, tokens, CPU, 0)
+    return routing_vectors(queries, SMALL.groups, "cosine"), torch.ones(1, tokens) > 0
+
+
 def test_a_synthetic_memory_is_what_the_model_asks_for():
     reader = memory()
     assert isinstance(reader, MemoryReader)
-    queries = synthetic.random_queries(SMALL, 5, CPU, 0)
-    mask = torch.ones(1, 5, dtype=torch.bool)
-    first, second = (reader.route(layer, queries, mask) for layer in (2, 3))
+    vectors, mask = asked(5)
+    first, second = (reader.route(layer, vectors, mask) for layer in (2, 3))
     assert first.documents.shape == (1, 3)
     assert not torch.equal(first.scores, second.scores)  # layers have keys of their own
     assert reader.routing_seconds > 0
@@ -155,10 +160,9 @@ def test_content_of_no_document_is_masked():
 
 def test_layers_share_keys_if_fewer_are_held():
     reader = memory(held_layers=1)
-    queries = synthetic.random_queries(SMALL, 5, CPU, 0)
-    mask = torch.ones(1, 5, dtype=torch.bool)
+    vectors, mask = asked(5)
     assert len(reader.keys) == 1
-    assert torch.equal(reader.route(2, queries, mask).scores, reader.route(3, queries, mask).scores)
+    assert torch.equal(reader.route(2, vectors, mask).scores, reader.route(3, vectors, mask).scores)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):

@@ -124,9 +124,7 @@ def test_shorter_keys_are_widened_where_the_processor_lacks_them(half, monkeypat
     assert plan(half, memory=8 * GB).keys_dtype == "bfloat16"
 
 
-def test_widened_keys_give_the_same_selection(half, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
+def test_widened_keys_give_the_same_selection(half, queries):
     stored = ResidentBank(half, dtype=torch.bfloat16).route(2, *queries)
     wide = ResidentBank(half, dtype=torch.float32).route(2, *queries)
     assert torch.equal(stored.documents, wide.documents)
@@ -410,8 +408,8 @@ def ask(resident, generator):
         for layer in (2, 3):
             resident.content(layer, Selection(rows, torch.zeros(rows.shape)))
         if start % 20_000 == 0:
-            queries = torch.randn(1, 4, 4, 16, generator=generator)
-            resident.route(2, queries, torch.ones(1, 4, dtype=torch.bool))
+            vectors = torch.randn(1, 4, 32, generator=generator)
+            resident.route(2, vectors, torch.ones(1, 4, dtype=torch.bool))
 
 
 generator = torch.Generator().manual_seed(1)

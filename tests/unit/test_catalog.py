@@ -29,8 +29,8 @@ def catalog(tmp_path):
 
 
 def test_it_syncs_every_commit_in_wal_mode(catalog, tmp_path):
-    assert catalog._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert catalog._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert catalog._db.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert catalog._db.connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def test_a_commit_is_seen_by_a_reader_at_once_and_whole(catalog, tmp_path):
@@ -67,8 +67,8 @@ def test_ctrl_c_after_any_statement_leaves_a_catalog_that_works(
     catalog, tmp_path, doing, statement
 ):
     catalog.commit([(entry(1), (1,))], [row(1)])
-    whole = catalog._connection
-    catalog._connection = InterruptedConnection(whole, statement)
+    whole = catalog._db.connection
+    catalog._db.connection = InterruptedConnection(whole, statement)
     try:
         for _ in range(6):  # a reading has three statements, the last of which ends it
             catalog.count() if doing == "count" else catalog.commit([(entry(2), (2,))], [row(2)])
@@ -76,7 +76,7 @@ def test_ctrl_c_after_any_statement_leaves_a_catalog_that_works(
         interrupted = True
     else:
         interrupted = False
-    catalog._connection = whole
+    catalog._db.connection = whole
     assert interrupted
     stored = catalog.count()
     assert stored == catalog.counter("generation")  # the interrupted commit is there whole, or not
@@ -159,8 +159,8 @@ def test_known_tells_documents_from_parts(catalog):
 def test_problems_names_what_does_not_fit_together(catalog):
     catalog.commit([(entry(1, 2), (1, 2))], [row(1), row(2)])
     assert catalog.problems() == []
-    catalog._connection.execute("DELETE FROM texts WHERE number = 1")
-    catalog._connection.execute("UPDATE documents SET segment = 9 WHERE number = 2")
+    catalog._db.connection.execute("DELETE FROM texts WHERE number = 1")
+    catalog._db.connection.execute("UPDATE documents SET segment = 9 WHERE number = 2")
     found = "\n".join(catalog.problems())
     assert "1 documents without text" in found
     assert "1 documents in a segment that does not exist" in found
@@ -168,11 +168,11 @@ def test_problems_names_what_does_not_fit_together(catalog):
 
 def test_a_full_disk_is_a_storage_error_and_changes_nothing(catalog):
     catalog.commit([(entry(1), (1,))], [row(1)])
-    pages = catalog._connection.execute("PRAGMA page_count").fetchone()[0]
-    catalog._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = catalog._db.connection.execute("PRAGMA page_count").fetchone()[0]
+    catalog._db.connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageError, match="full"):
         catalog.commit([(entry(2), (2,))], [row(2, text="x" * 100_000)])
-    catalog._connection.execute("PRAGMA max_page_count = 1000000")
+    catalog._db.connection.execute("PRAGMA max_page_count = 1000000")
     assert catalog.count() == 1
     catalog.commit([(entry(2), (2,))], [row(2, text="x" * 100_000)])
     assert catalog.count() == 2

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
-import torch
 
 from msa.errors import ModelError
-from msa.inference.constraints import (
-    CheckLogits,
-    Grammars,
-    RetrievalConstraint,
-    RoundComplete,
-    RoundGrammar,
-    Written,
-)
+from msa.inference.constraints import RoundGrammar, RoundWriter, Written
 
 # A tokenizer that splits digits: 0-9 are the digits, "[" is 10, "]" is 11.
 OPEN, CLOSE, READ, END, PAD = 10, 11, 12, 13, 14
-VOCABULARY = 16
 
 
 def tokens(number: int) -> list[int]:
@@ -31,6 +23,7 @@ def grammar(
     numbers: list[int],
     *,
     max_documents: int = 2,
+    min_documents: int = 1,
     may_end: bool = False,
     prior: dict[int, float] | None = None,
 ) -> RoundGrammar:
@@ -39,9 +32,21 @@ def grammar(
         [READ],
         [END],
         max_documents=max_documents,
+        min_documents=min_documents,
         may_end=may_end,
         prior=prior,
     )
+
+
+def write(rules: RoundGrammar, written: Sequence[int]) -> RoundWriter:
+    writer = rules.begin()
+    for token in written:
+        writer.push(token)
+    return writer
+
+
+def legal(rules: RoundGrammar, written: Sequence[int] = ()) -> dict[int, float]:
+    return write(rules, written).legal()
 
 
 def language(rules: RoundGrammar, limit: int = 30) -> dict[tuple[int, ...], Written]:
@@ -51,12 +56,12 @@ def language(rules: RoundGrammar, limit: int = 30) -> dict[tuple[int, ...], Writ
     while open_rounds:
         written = open_rounds.pop()
         assert len(written) < limit
-        legal = rules.legal(written)
-        parsed = rules.parse(written)
-        assert (parsed is not None) == (not legal)  # complete, or something may follow
+        writer = write(rules, written)
+        parsed = writer.complete
+        assert (parsed is not None) == (not writer.legal())  # complete, or something may follow
         if parsed is not None:
             found[written] = parsed
-        open_rounds += [(*written, token) for token in legal]
+        open_rounds += [(*written, token) for token in writer.legal()]
     return found
 
 
@@ -75,30 +80,55 @@ def test_the_language_is_every_choice_of_routed_numbers_in_every_order() -> None
 
 
 def test_the_end_of_retrieval_stands_only_at_the_start_and_only_when_allowed() -> None:
-    assert set(grammar([5]).legal([])) == {OPEN}
+    assert set(legal(grammar([5]))) == {OPEN}
     ending = grammar([5, 6], may_end=True)
-    assert set(ending.legal([])) == {OPEN, END}
-    assert END not in ending.legal(tokens(5))
-    assert ending.parse([END]) == Written((), True, 1)
+    assert set(legal(ending)) == {OPEN, END}
+    assert END not in legal(ending, tokens(5))
+    assert write(ending, [END]).complete == Written((), True, 1)
 
 
 def test_a_number_is_not_written_twice_and_the_last_one_must_be_followed_by_the_end() -> None:
     rules = grammar([5, 57], max_documents=5)
-    assert set(rules.legal([*tokens(5), OPEN, 5])) == {7}  # 5 is read: only 57 is left
-    assert set(rules.legal([*tokens(5), *tokens(57)])) == {READ}
-    assert set(grammar([5, 57], max_documents=1).legal(tokens(5))) == {READ}
+    assert set(legal(rules, [*tokens(5), OPEN, 5])) == {7}  # 5 is read: only 57 is left
+    assert set(legal(rules, [*tokens(5), *tokens(57)])) == {READ}
+    assert set(legal(grammar([5, 57], max_documents=1), tokens(5))) == {READ}
 
 
 def test_without_documents_only_the_end_is_legal() -> None:
     rules = grammar([])
-    assert set(rules.legal([])) == {END}
+    assert set(legal(rules)) == {END}
     assert language(rules) == {(END,): Written((), True, 1)}
 
 
-def test_what_stands_behind_a_complete_round_does_not_count() -> None:
-    rules = grammar([5], may_end=True)
-    assert rules.parse([*tokens(5), READ, PAD, PAD]) == Written((5,), False, 4)
-    assert rules.legal([*tokens(5), READ, PAD]) == {}
+def test_nothing_follows_a_complete_round_and_nothing_illegal_is_written() -> None:
+    writer = write(grammar([5], may_end=True), [*tokens(5), READ])
+    assert writer.complete == Written((5,), False, 4)
+    assert writer.legal() == {}
+    assert writer.push_forced() == []
+    with pytest.raises(ValueError, match="not legal"):
+        writer.push(READ)
+    with pytest.raises(ValueError, match="not legal"):
+        write(grammar([5]), [OPEN, 7])
+
+
+@pytest.mark.parametrize(("numbers", "least"), [([1, 17, 170], 2), ([1, 17, 170], 3), ([4], 3)])
+def test_a_round_names_as_many_documents_as_it_must_if_there_are_so_many(
+    numbers: list[int], least: int
+) -> None:
+    rules = grammar(numbers, max_documents=3, min_documents=least, may_end=True)
+    rounds = language(rules).values()
+    lengths = {len(w.numbers) for w in rounds if not w.ended}
+    assert lengths == set(range(min(least, len(numbers)), min(3, len(numbers)) + 1))
+    assert any(w.ended for w in rounds)  # the retrieval may end all the same
+
+
+def test_tokens_that_alone_are_legal_are_written_in_one_go() -> None:
+    writer = grammar([170, 173], max_documents=1).begin()
+    assert writer.push_forced() == [OPEN, 1, 7]
+    writer.push(0)
+    assert writer.push_forced() == [CLOSE, READ]
+    assert writer.complete == Written((170,), False, 6)
+    assert grammar([]).begin().push_forced() == [END]
 
 
 def test_marks_and_numbers_of_several_tokens_with_common_beginnings() -> None:
@@ -124,9 +154,9 @@ def test_random_walks_always_end_in_a_legal_round() -> None:
     for _ in range(50):
         numbers = rng.sample(range(1, 3000), rng.randint(1, 20))
         rules = grammar(numbers, max_documents=rng.randint(1, 4), may_end=rng.random() < 0.5)
-        written: list[int] = []
-        while (parsed := rules.parse(written)) is None:
-            written.append(rng.choice(sorted(rules.legal(written))))
+        writer = rules.begin()
+        while (parsed := writer.complete) is None:
+            writer.push(rng.choice(sorted(writer.legal())))
         assert set(parsed.numbers) <= set(numbers)
         assert len(set(parsed.numbers)) == len(parsed.numbers)
         assert parsed.ended == (not parsed.numbers)
@@ -139,95 +169,31 @@ def test_the_prior_of_a_document_is_what_its_number_adds_up_to() -> None:
         total = 0.0
         written: list[int] = []
         for token in tokens(number):
-            total += rules.legal(written)[token]
+            total += legal(rules, written)[token]
             written.append(token)
         assert math.exp(total) == pytest.approx(own / 0.5)
-    assert rules.legal(tokens(1)) == {OPEN: 0.0, READ: 0.0}
+    assert legal(rules, tokens(1)) == {OPEN: 0.0, READ: 0.0}
 
 
 def test_the_best_document_wins_against_many_poor_ones_that_share_a_digit() -> None:
     crowd = list(range(20, 30))
     rules = grammar([1, *crowd], prior={1: 0.3, **dict.fromkeys(crowd, 0.07)})
-    legal = rules.legal([OPEN])
-    assert legal[1] == 0.0
-    assert math.exp(legal[2]) == pytest.approx(0.07 / 0.3)
+    choices = legal(rules, [OPEN])
+    assert choices[1] == 0.0
+    assert math.exp(choices[2]) == pytest.approx(0.07 / 0.3)
 
 
 def test_documents_that_are_written_count_no_more() -> None:
     rules = grammar([1, 2, 3], prior={1: 0.8, 2: 0.15, 3: 0.05})
-    legal = rules.legal([*tokens(1), OPEN])
-    assert legal[2] == 0.0
-    assert math.exp(legal[3]) == pytest.approx(1 / 3)
+    choices = legal(rules, [*tokens(1), OPEN])
+    assert choices[2] == 0.0
+    assert math.exp(choices[3]) == pytest.approx(1 / 3)
 
 
 def test_a_prior_that_underflows_leaves_its_document_possible() -> None:
     rules = grammar([1, 2], prior={1: 1.0, 2: 0.0})
-    assert set(rules.legal([OPEN])) == {1, 2}
-    assert math.isfinite(rules.legal([OPEN])[2])
-
-
-def test_a_batch_is_constrained_row_by_row_behind_its_padded_prompt() -> None:
-    grammars = Grammars(lambda: [grammar([5]), grammar([67], may_end=True)])
-    constraint = RetrievalConstraint(grammars, prompt_length=3, pad_token=PAD)
-    complete = RoundComplete(grammars, prompt_length=3)
-    ids = torch.tensor([[PAD, 1, 2], [3, 1, 2]])
-    scores = torch.zeros(2, VOCABULARY)
-    first = constraint(ids, scores)
-    assert [set(torch.isfinite(row).nonzero().flatten().tolist()) for row in first] == [
-        {OPEN},
-        {OPEN, END},
-    ]
-    ids = torch.cat([ids, torch.tensor([[OPEN, 5], [END, PAD]])], dim=1)
-    second = constraint(ids, scores)
-    assert second.argmax(dim=-1).tolist() == [CLOSE, PAD]
-    assert complete(ids, None).tolist() == [False, True]
-
-
-def test_weight_zero_leaves_the_models_own_probabilities() -> None:
-    prior = {1: 0.99, 2: 0.01}
-    scores = torch.randn(1, VOCABULARY)
-    ids = torch.tensor([[OPEN]])
-    for weight in (0.0, 1.0, 3.0):
-        grammars = Grammars(lambda: [grammar([1, 2], prior=prior)])
-        out = RetrievalConstraint(grammars, 0, PAD, weight)(ids, scores)[0]
-        expected = scores[0, 1] - scores[0, 2] + weight * math.log(99)
-        torch.testing.assert_close(out[1] - out[2], expected)
-
-
-def test_illegal_tokens_lose_even_against_legal_ones_that_the_model_holds_impossible() -> None:
-    scores = torch.full((1, VOCABULARY), 50.0)
-    scores[0, OPEN] = -math.inf
-    out = RetrievalConstraint(Grammars(lambda: [grammar([5])]), 0, PAD)(
-        torch.empty(1, 0, dtype=torch.long), scores
-    )
-    assert int(out.argmax()) == OPEN
-    assert torch.isfinite(torch.softmax(out, -1)).all()
-
-
-def test_grammars_are_made_once_and_late() -> None:
-    calls: list[int] = []
-
-    def make() -> list[RoundGrammar]:
-        calls.append(1)
-        return [grammar([1])]
-
-    grammars = Grammars(make)
-    assert calls == []
-    assert grammars.rows is grammars.rows
-    assert calls == [1]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
-    scores = torch.zeros(2, VOCABULARY)
-    scores[1, 3] = bad
-    ids = torch.zeros(2, 1, dtype=torch.long)
-    with pytest.raises(ModelError, match="not finite"):
-        CheckLogits()(ids, scores)
-    with pytest.raises(ModelError, match="not finite"):
-        RetrievalConstraint(Grammars(list), 1, PAD)(ids, scores)
-    with pytest.raises(ModelError, match="not finite"):
-        CheckLogits()(ids, torch.full((2, 4), -math.inf))
+    assert set(legal(rules, [OPEN])) == {1, 2}
+    assert math.isfinite(legal(rules, [OPEN])[2])
 
 
 def test_a_tokenizer_that_drops_numbers_is_refused() -> None:

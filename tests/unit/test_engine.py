@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_tiny_tokenizer
 from msa.errors import ConfigError, InputError, ModelError
-from msa.inference.answers import AnswerPieces, AnswerText, EndsWith
-from msa.inference.batch import continued, prompt_batch
+from msa.inference.answers import AnswerPieces, AnswerText
+from msa.inference.batch import prompt_batch
 from msa.inference.engine import _checked
 from msa.inference.options import ASK_OPTIONS_FILE, AskOptions
-from msa.inference.trace import TracingReader, fuse_layers
+from msa.inference.trace import CandidateReader
 from msa.text.prompts import LocalContext, PromptTemplate
 from msa.types import Content, Selection
 
@@ -35,6 +35,15 @@ from msa.types import Content, Selection
         ("max_documents_per_round", -1),
         ("max_new_tokens", "64"),
         ("batch_size", 0),
+        ("candidates", 0),
+        ("min_documents_per_round", 0),
+        ("min_documents_per_round", 5),
+        ("lexical_weight", -1),
+        ("layer_weights", {}),
+        ("layer_weights", {2: 0}),
+        ("layer_weights", {2: -1.0}),
+        ("layer_weights", {"two": 1}),
+        ("layer_weights", [1, 2]),
         ("prior_weight", -0.1),
         ("prior_weight", float("nan")),
         ("prior_temperature", 0.0),
@@ -63,8 +72,9 @@ def test_unknown_options_are_refused_and_the_known_ones_named() -> None:
 
 def test_options_are_kept_beside_a_checkpoint(tmp_path: Any) -> None:
     assert AskOptions.load(tmp_path) == AskOptions()
-    AskOptions(max_rounds=2, prior_weight=0.5, seed=7).save(tmp_path)
-    assert AskOptions.load(tmp_path) == AskOptions(max_rounds=2, prior_weight=0.5, seed=7)
+    options = AskOptions(max_rounds=2, prior_weight=0.5, seed=7, layer_weights={2: 1, 10: 0.5})
+    options.save(tmp_path)
+    assert AskOptions.load(tmp_path) == options
 
 
 @pytest.mark.parametrize(
@@ -109,40 +119,7 @@ def test_what_is_no_question_is_refused(question: Any, message: str) -> None:
         _checked(question)
 
 
-# ---- fusion
-
-selections = st.dictionaries(
-    st.integers(0, 5),
-    st.lists(
-        st.tuples(st.integers(0, 20), st.floats(-1, 1)), unique_by=lambda pair: pair[0], max_size=6
-    ),
-    max_size=4,
-)
-
-
-@settings(deadline=None)
-@given(selections, st.floats(0.01, 2))
-def test_fused_scores_are_a_distribution_over_all_selected_documents(
-    layers: dict[int, list[tuple[int, float]]], temperature: float
-) -> None:
-    fused = fuse_layers(layers, temperature)
-    assert set(fused) == {d for selected in layers.values() for d, _ in selected}
-    assert list(fused.values()) == sorted(fused.values(), reverse=True)
-    if fused:
-        assert sum(fused.values()) == pytest.approx(1)
-
-
-def test_fusion_is_the_mean_of_the_layers_softmaxes() -> None:
-    layers = {2: [(7, 0.5), (8, 0.3)], 3: [(8, 0.9)], 4: []}
-    one = torch.softmax(torch.tensor([5.0, 3.0]), 0).tolist()
-    fused = fuse_layers(layers, 0.1)
-    assert fused == pytest.approx({8: (one[1] + 1) / 2, 7: one[0] / 2}, abs=1e-6)
-    assert list(fused) == [8, 7]
-
-
-def test_equal_scores_are_ordered_by_document() -> None:
-    assert list(fuse_layers({0: [(9, 0.1), (4, 0.1), (6, 0.1)]})) == [4, 6, 9]
-    assert fuse_layers({}) == {}
+# ---- routing
 
 
 class Memory:
@@ -161,12 +138,12 @@ class Memory:
         return Content(empty, empty, torch.zeros(2, 0, dtype=torch.bool))
 
 
-def test_a_trace_keeps_all_that_was_routed_and_shows_the_model_its_share() -> None:
+def test_all_candidates_are_kept_and_the_model_is_shown_its_share() -> None:
     inf = float("inf")
     documents = torch.tensor([[5, 2, 9], [4, -1, -1]])
     memory = Memory(Selection(documents, torch.tensor([[0.5, 0.25, 0.125], [0.5, -inf, -inf]])))
-    reader = TracingReader(memory, visible=2)
-    shown = reader.route(3, torch.zeros(2, 1, 1, 4), torch.ones(2, 1, dtype=torch.bool))
+    reader = CandidateReader(memory, visible=2)
+    shown = reader.route(3, torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
     reader.content(3, shown)
     assert shown.documents.tolist() == memory.asked[0].documents.tolist() == [[5, 2], [4, -1]]
     assert reader.rows() == [{3: [(5, 0.5), (2, 0.25), (9, 0.125)]}, {3: [(4, 0.5)]}]
@@ -175,13 +152,18 @@ def test_a_trace_keeps_all_that_was_routed_and_shows_the_model_its_share() -> No
 
 def test_queries_that_are_not_numbers_are_refused() -> None:
     memory = Memory(Selection(torch.tensor([[1]]), torch.tensor([[0.5]])))
-    queries, mask = torch.zeros(1, 2, 1, 4), torch.tensor([[False, True]])
-    queries[0, 0] = torch.nan  # does not route
-    TracingReader(memory).route(7, queries, mask)
+    vectors, mask = torch.zeros(1, 2, 4), torch.tensor([[False, True]])
+    vectors[0, 0] = torch.nan  # does not route
+    reader = CandidateReader(memory, 1)
+    reader.route(7, vectors, mask)
+    assert reader.rows() == [{7: [(1, 0.5)]}]
     for value in (torch.nan, torch.inf):
-        queries[0, 1, 0, 2] = value
+        vectors[0, 1, 2] = value
+        reader = CandidateReader(memory, 1)
+        reader.route(6, torch.zeros(1, 2, 4), mask)
+        reader.route(7, vectors, mask)
         with pytest.raises(ModelError, match="layer 7 are NaN or infinite"):
-            TracingReader(memory).route(7, queries, mask)
+            reader.rows()
 
 
 # ---- batches
@@ -202,16 +184,10 @@ def test_prompts_are_padded_on_the_left_with_the_first_position_repeated() -> No
     assert batch.position_ids.tolist() == [[0, 1, 10, 11, 12, 13], [0, 0, 0, 1, 10, 11]]
     assert batch.routing_mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]]
     assert batch.memory_mask.int().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
-
-
-def test_continuations_end_in_one_column_and_their_positions_go_on() -> None:
-    prompts = prompt_batch([context(2, 4), context(2, 2)], 8, 0, torch.device("cpu"))
-    batch = continued(prompts, torch.tensor([1, 0]), [[7], [5, 6]], 0)
-    assert batch.input_ids[:, 6:].tolist() == [[0, 7], [5, 6]]
-    assert batch.attention_mask.tolist() == [[0, 0, 1, 1, 1, 1, 0, 1], [1] * 8]
-    assert batch.position_ids[:, 6:].tolist() == [[12, 12], [14, 15]]
-    assert not batch.routing_mask[:, 6:].any()
-    assert batch.length == 8
+    assert batch.next_positions == (14, 12)
+    alike = prompt_batch([context(2, 4), context(2, 4)], 8, 0, torch.device("cpu"))
+    assert alike.attention_mask is None
+    assert alike.length == 6
 
 
 # ---- answers
@@ -252,10 +228,3 @@ def test_the_pieces_of_any_answer_are_its_text(written: str, ended: bool) -> Non
     given_ = [pieces.push(token) for token in tokens] + [pieces.finish()]
     assert "".join(given_) == reader.text(tokens)
     assert not any("\ufffd" in piece for piece in given_)
-
-
-def test_an_end_mark_of_several_tokens_is_seen_only_behind_the_prompt() -> None:
-    ends = EndsWith([[5, 6], [9]], prompt_length=2)
-    rows = torch.tensor([[0, 5, 6, 1], [0, 0, 5, 6], [0, 5, 5, 9]])
-    assert ends(rows, None).tolist() == [False, True, True]
-    assert ends(rows[:, :3], None).tolist() == [False, False, False]

@@ -46,7 +46,18 @@ WITHIN = {
         "loading",
     ],
     "text": ["prompts", "loaders", "splitting"],
-    "memory": ["encoder", "catalog", "segments", "bank", "budget", "resident", "parallel"],
+    "memory": [
+        "encoder",
+        "database",
+        "filters",
+        "lexical",
+        "catalog",
+        "segments",
+        "bank",
+        "budget",
+        "resident",
+        "parallel",
+    ],
     "inference": ["engine", "interleave"],
 }
 # Values that need nothing but errors, and so stand with `types` wherever their file lies.

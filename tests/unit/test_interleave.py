@@ -7,16 +7,17 @@ a plan that is not legal does not come to pass.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import InputError, ModelError
+from msa.inference import interleave
+from msa.inference.decoding import Decoder
 from msa.inference.interleave import Interleave
 from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
@@ -49,16 +50,25 @@ class FakeLibrary:
         with torch.no_grad():
             states = model.encode_documents(padded, lengths)
         self.reader = LatentMemory(states, top_k)
+        self.of_row = list(texts)
         self.stored = {
-            row: StoredDocument(Document(f"doc-{n}", t), n, len(t), 1)
-            for row, (n, t) in enumerate(texts.items())
+            n: StoredDocument(Document(f"doc-{n}", t), n, len(t), 1) for n, t in texts.items()
         }
+        self.read: list[int] = []  # numbers whose texts were asked for
 
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        return {row: self.stored[row] for row in rows if row in self.stored}
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        return [self.of_row[row] for row in rows]
+
+    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
+        return {n: self.stored[n].document.id for n in numbers if n in self.stored}
+
+    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
+        numbers = list(numbers)
+        self.read += numbers
+        return {n: self.stored[n] for n in numbers if n in self.stored}
 
 
-class Script(LogitsProcessor):
+class Script:
     """Wants what a question's plan says next: its rounds, then its answer."""
 
     def __init__(self, tokenizer: Any, plans: Mapping[str, Sequence[str]]) -> None:
@@ -88,19 +98,18 @@ class Script(LogitsProcessor):
                     rest = rest.removeprefix(self.lead_in)
         return ""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, ids in enumerate(input_ids.tolist()):
-            tokens = self.tokenizer.convert_ids_to_tokens([i for i in ids if i != 0])
-            text = "".join(t or "?" for t in tokens)  # the model has more ids than the tokenizer
-            if wish := self.wish(text):
-                special = next((m for m in (READ, END, STOP) if wish.startswith(m)), wish[0])
-                scores[row, self.tokenizer.convert_tokens_to_ids(special)] += 1000
-        return scores
+    def token(self, ids: Sequence[int]) -> int | None:
+        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
+        text = "".join(t or "?" for t in tokens)  # the model has more ids than the tokenizer
+        if not (wish := self.wish(text)):
+            return None
+        special = next((m for m in (READ, END, STOP) if wish.startswith(m)), wish[0])
+        return int(self.tokenizer.convert_tokens_to_ids(special))
 
 
 @pytest.fixture
 def model() -> Any:
-    return make_tiny_model()
+    return make_tiny_model(top_k_documents=8)
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +117,55 @@ def encoder() -> PromptEncoder:
     return PromptEncoder(make_tiny_tokenizer())
 
 
-def script(model: Any, encoder: PromptEncoder, plans: Mapping[str, Sequence[str]]) -> list[Any]:
-    """Let `model.generate` follow the plans; the inputs of every call are noted."""
-    calls: list[Any] = []
-    generate = type(model).generate
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
+    """`script(plans)`: from then on what is decoded follows the plans.
 
-    def scripted(inputs: Any, **kwargs: Any) -> Any:
-        calls.append(inputs)
-        processors = [Script(encoder.tokenizer, plans), *kwargs.pop("logits_processor")]
-        processors = LogitsProcessorList(processors)
-        return generate(model, inputs, logits_processor=processors, **kwargs)
+    Returns the token ids, row by row, of every prefill, and of every prompt with what the engine
+    put behind it for the answer.
+    """
 
-    model.generate = scripted
-    return calls
+    def start(plans: Mapping[str, Sequence[str]]) -> list[list[list[int]]]:
+        plan = Script(encoder.tokenizer, plans)
+        calls: list[list[list[int]]] = []
+
+        class Scripted(Decoder):
+            def __init__(self, model: Any, prompts: Any, *rest: Any) -> None:
+                super().__init__(model, prompts, *rest)
+                mask = prompts.attention_mask
+                keep = torch.ones_like(prompts.input_ids) if mask is None else mask
+                self.prompts = [
+                    ids[kept.bool()].tolist()
+                    for ids, kept in zip(prompts.input_ids, keep, strict=True)
+                ]
+                self.answers = False
+                self.note(self.prompts)
+                calls.append(self.prompts)
+
+            def note(self, rows: list[list[int]]) -> None:
+                self.rows = rows
+                wanted = [plan.token(row) for row in rows]
+                self.logits = self.logits.clone()
+                for logits, token in zip(self.logits, wanted, strict=True):
+                    if token is not None:
+                        logits[token] += 1000
+
+            def rewind(self, rows: Sequence[int] | None = None) -> None:
+                super().rewind(rows)
+                self.answers = rows is not None
+                self.note(self.prompts if rows is None else [self.prompts[i] for i in rows])
+
+            def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+                super().feed(tokens)
+                self.note([[*r, *t] for r, t in zip(self.rows, tokens, strict=True)])
+                if self.answers:
+                    calls.append(self.rows)
+                    self.answers = False
+
+        monkeypatch.setattr(interleave, "Decoder", Scripted)
+        return calls
+
+    return start
 
 
 def run(
@@ -145,8 +190,8 @@ def read(answer: Answer) -> list[list[int]]:
     return [[c.number for c in r.read] for r in answer.rounds]
 
 
-def test_one_hop(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Where?": [f"[3]{READ}", END, f" Rome{STOP}"]})
+def test_one_hop(model: Any, encoder: PromptEncoder, script: Any) -> None:
+    script({"Where?": [f"[3]{READ}", END, f" Rome{STOP}"]})
     (answer,), events = run(model, encoder, ["Where?"])
     assert answer.text == "Rome"
     assert answer.stopped == "answered"
@@ -164,15 +209,15 @@ def test_one_hop(model: Any, encoder: PromptEncoder) -> None:
 
 
 def test_two_hops_and_several_numbers_in_the_order_written(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     plan = [f"[170][3]{READ}", f"[17]{READ}", END, f" yes, a baker {STOP}"]
-    calls = script(model, encoder, {"Q?": plan})
+    calls = script({"Q?": plan})
     (answer,), _ = run(model, encoder, ["Q?"])
     assert read(answer) == [[170, 3], [17], []]
     assert answer.text == "yes, a baker"
     # The last round's context, as the text format says (everything is prefilled afresh).
-    text = encoder.tokenizer.decode(calls[-1][0].tolist())
+    text = encoder.tokenizer.decode(calls[-1][0])
     assert text.endswith(
         f"<|im_start|>[170][3]{READ}[170]. {TEXTS[170]}\n[3]. {TEXTS[3]}\n{READ}"
         f"[17]{READ}[17]. {TEXTS[17]}\n{READ}{END}"
@@ -181,9 +226,9 @@ def test_two_hops_and_several_numbers_in_the_order_written(
 
 
 def test_a_document_is_not_read_twice_nor_one_that_is_not_there(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
-    script(model, encoder, {"Q?": [f"[999]{READ}"], "R?": [f"[3]{READ}", f"[3]{READ}"]})
+    script({"Q?": [f"[999]{READ}"], "R?": [f"[3]{READ}", f"[3]{READ}"]})
     answers, _ = run(model, encoder, ["Q?", "R?"], max_rounds=2, max_new_tokens=2)
     for answer in answers:
         numbers = [c.number for c in answer.citations]
@@ -192,10 +237,10 @@ def test_a_document_is_not_read_twice_nor_one_that_is_not_there(
 
 
 def test_rounds_are_bounded_and_the_engine_ends_the_retrieval(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     plan = [f"[3]{READ}", f"[5]{READ}", END, f" x{STOP}"]
-    calls = script(model, encoder, {"Q?": plan})
+    calls = script({"Q?": plan})
     (answer,), _ = run(model, encoder, ["Q?"], max_rounds=2)
     assert answer.stopped == "max_rounds"
     assert answer.text == "x"
@@ -203,21 +248,25 @@ def test_rounds_are_bounded_and_the_engine_ends_the_retrieval(
     assert f"\n{READ}{END}<|im_start|>The user" in encoder.tokenizer.decode(calls[-1][0])
 
 
-def test_once_everything_is_read_only_the_end_is_left(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Q?": [f"[3]{READ}", f"[5]{READ}"]})
+def test_once_everything_is_read_only_the_end_is_left(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [f"[3]{READ}", f"[5]{READ}"]})
     (answer,), _ = run(model, encoder, ["Q?"], texts={3: "one", 5: "two"}, max_new_tokens=2)
     assert read(answer) == [[3], [5], []]
     assert answer.stopped == "max_tokens"
 
 
-def test_one_document_in_the_memory(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Q?": [END, f"[24]{READ}"]})  # must read something first
+def test_one_document_in_the_memory(model: Any, encoder: PromptEncoder, script: Any) -> None:
+    script({"Q?": [END, f"[24]{READ}"]})  # must read something first
     (answer,), _ = run(model, encoder, ["Q?"], texts={24: TEXTS[24]}, max_new_tokens=2)
     assert read(answer) == [[24], []]
 
 
-def test_answering_without_reading_needs_permission(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Q?": [END, f" no{STOP}"]})
+def test_answering_without_reading_needs_permission(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [END, f" no{STOP}"]})
     (answer,), _ = run(model, encoder, ["Q?"], allow_unread=True)
     assert (answer.text, answer.citations, read(answer)) == ("no", (), [[]])
     (answer,), _ = run(model, encoder, ["Q?"], max_new_tokens=2)
@@ -235,9 +284,9 @@ PLANS = {
 
 
 def test_rows_of_a_batch_end_in_different_rounds_with_their_own_answers(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
-    script(model, encoder, PLANS)
+    script(PLANS)
     answers, events = run(model, encoder, list(PLANS), max_rounds=3)
     assert [a.text for a in answers] == ["Rome", "in the city of Rome", "406", "Cid"]
     assert [a.stopped for a in answers] == ["answered", "answered", "max_rounds", "answered"]
@@ -248,11 +297,11 @@ def test_rows_of_a_batch_end_in_different_rounds_with_their_own_answers(
 
 @pytest.mark.parametrize("scripted", [True, False])
 def test_a_batch_gives_the_answers_of_its_questions_one_by_one(
-    model: Any, encoder: PromptEncoder, scripted: bool
+    model: Any, encoder: PromptEncoder, script: Any, scripted: bool
 ) -> None:
     """Scripted rounds with free answers (no plan for them); then nothing scripted at all."""
     if scripted:
-        script(model, encoder, {q: plan[:-1] for q, plan in PLANS.items()})
+        script({q: plan[:-1] for q, plan in PLANS.items()})
     options = {"max_new_tokens": 12, "max_rounds": 3, "max_documents_per_round": 2}
     together, _ = run(model, encoder, list(PLANS), **options)
     for question, answer in zip(PLANS, together, strict=True):
@@ -271,12 +320,12 @@ def test_a_batch_gives_the_answers_of_its_questions_one_by_one(
 
 
 def test_the_answer_is_what_the_model_writes_behind_the_whole_text(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     """The cache is cropped and continued: the same as a prefill of all of it, from nothing."""
-    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END]})
+    calls = script({"Q?": [f"[3]{READ}", END]})
     (answer,), _ = run(model, encoder, ["Q?"], max_new_tokens=8)
-    ids = calls[-1]
+    ids = torch.tensor(calls[-1])
     context = encoder.context("Q?", [])
     prefix, k = context.prefix_length, model.config.top_k_documents
     positions = torch.tensor([[i if i < prefix else i + k for i in range(ids.shape[1])]])
@@ -301,35 +350,106 @@ def test_the_answer_is_what_the_model_writes_behind_the_whole_text(
 
 
 def test_a_document_deleted_between_rounds_is_neither_routed_nor_read(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     plan = [f"[3]{READ}", f"[17]{READ}", END, f" x{STOP}"]
-    script(model, encoder, {"Q?": plan})
+    script({"Q?": plan})
     library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
     rounds = Interleave(model, encoder, library, AskOptions(max_rounds=2, max_new_tokens=2))
     answer = None
     for _, event in rounds.run(["Q?"]):
         if event.kind == "reading" and event.round == 1:
-            del library.stored[1]  # number 17
+            del library.stored[17]
         answer = event.data
     assert [d.number for d in answer.rounds[0].routed[2] if d.number == 17] == [17]
     assert all(d.number != 17 for r in answer.rounds[1:] for d in r.routed[2])
     assert all(c.number != 17 for c in answer.citations)
 
 
-def test_usage_counts_every_prefilled_and_every_written_token(
+def test_a_document_deleted_between_naming_and_reading_is_named_no_more(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [f"[3][17]{READ}", END, f" x{STOP}"]})
+    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    del library.stored[17]
+    library.ids = lambda numbers: {n: f"doc-{n}" for n in numbers}  # as if deleted just now
+    (answer,), _ = run(model, encoder, ["Q?"], library=library, max_rounds=1, max_new_tokens=2)
+    assert 3 in [c.number for c in answer.citations]
+    assert 17 not in [c.number for c in answer.citations]
+    assert 17 not in [d.number for d in answer.rounds[0].ranked]
+    for number in [n for n in TEXTS if n != 17]:
+        del library.stored[number]
+    (answer,), _ = run(model, encoder, ["Q?"], library=library, max_rounds=1, max_new_tokens=2)
+    assert answer.citations == ()
+
+
+def test_only_texts_of_named_documents_are_read(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [f"[3][17]{READ}", END, f" x{STOP}"], "R?": [f"[5]{READ}", END, f" y{STOP}"]})
+    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    run(model, encoder, ["Q?", "R?"], library=library)
+    assert sorted(library.read) == [3, 5, 17]
+
+
+def test_the_trace_ranks_what_can_be_named_and_says_which_layers_found_it(
     model: Any, encoder: PromptEncoder
 ) -> None:
-    calls = script(model, encoder, {"Q?": [f"[3][24]{READ}", END, f" Rome{STOP}"]})
+    model.config.top_k_documents = 2
+    (answer,), _ = run(model, encoder, ["Q?"], max_rounds=1, max_new_tokens=2)
+    turn = answer.rounds[0]
+    assert [len(found) for found in turn.routed.values()] == [2, 2]
+    scores = [d.score for d in turn.ranked]
+    assert scores == sorted(scores, reverse=True)
+    attended = {d.number for found in turn.routed.values() for d in found}
+    assert attended <= {d.number for d in turn.ranked}
+    assert {c.number for c in turn.read} <= {d.number for d in turn.ranked}
+    assert all(d.layers == (2, 3) and d.lexical is None for d in turn.ranked)  # deep enough lists
+    assert 0 < sum(d.prior for d in turn.ranked) <= 1 + 1e-9
+
+
+def test_a_round_reads_at_least_as_many_documents_as_it_must(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [f"[3]{READ}", END, f" x{STOP}"]})  # wants to stop after one
+    (answer,), _ = run(
+        model, encoder, ["Q?"], min_documents_per_round=2, max_rounds=1, max_new_tokens=2
+    )
+    assert len(answer.rounds[0].read) >= 2
+    assert answer.rounds[0].read[0].number == 3
+
+
+def test_forced_tokens_are_fed_together(model: Any, encoder: PromptEncoder, script: Any) -> None:
+    steps: list[tuple[int, bool]] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        steps.append((args[0].shape[1], "memory" in kwargs))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    library = FakeLibrary(model, encoder, {170: "one"}, top_k=1)
+    script({"Q?": [f"[170]{READ}", END, f" x{STOP}"]})
+    run(model, encoder, ["Q?"], library=library)
+    # Nothing but the answer is left to the model: two prefills, what is handed for the answer, and
+    # the first of the answer's tokens behind that (" x" and the end mark are three).
+    assert [prefill for _, prefill in steps] == [True, True, False, False, False]
+    assert [tokens for tokens, _ in steps[-2:]] == [1, 1]
+
+
+def test_usage_counts_every_prefilled_and_every_written_token(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    calls = script({"Q?": [f"[3][24]{READ}", END, f" Rome{STOP}"]})
     (answer,), _ = run(model, encoder, ["Q?"])
-    handed = calls[2].shape[1] - calls[1].shape[1] - 1  # all but End-of-Retrieve, its own word
-    assert answer.usage.prompt_tokens == calls[0].shape[1] + calls[1].shape[1] + handed
+    handed = len(calls[2][0]) - len(calls[1][0]) - 1  # all but End-of-Retrieve, its own word
+    assert answer.usage.prompt_tokens == len(calls[0][0]) + len(calls[1][0]) + handed
     assert answer.usage.generated_tokens == len("[3][24]") + 1 + 1 + len(" Rome") + 1
     assert 0 < answer.usage.routing_seconds < answer.usage.total_seconds
 
 
-def test_the_lead_in_may_be_left_to_the_model(model: Any, encoder: PromptEncoder) -> None:
-    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END, f"{LEAD_IN} Rome{STOP}"]})
+def test_the_lead_in_may_be_left_to_the_model(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    calls = script({"Q?": [f"[3]{READ}", END, f"{LEAD_IN} Rome{STOP}"]})
     (answer,), events = run(
         model, encoder, ["Q?"], force_answer_prefix=False, stream=True, max_new_tokens=99
     )
@@ -339,10 +459,10 @@ def test_the_lead_in_may_be_left_to_the_model(model: Any, encoder: PromptEncoder
 
 
 def test_the_streamed_tokens_are_the_answer_and_come_before_it(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     text = " caf\u00e9 \U0001f600 - two  words\n"
-    script(model, encoder, {"Q?": [f"[3]{READ}", END, text + STOP]})
+    script({"Q?": [f"[3]{READ}", END, text + STOP]})
     (answer,), events = run(model, encoder, ["Q?"], stream=True)
     assert answer.text == text.strip()
     pieces = [e.data for e in events if e.kind == "token"]
@@ -353,8 +473,10 @@ def test_the_streamed_tokens_are_the_answer_and_come_before_it(
     assert events[-1].kind == "answer"
 
 
-def test_closing_a_stream_stops_the_generation(model: Any, encoder: PromptEncoder) -> None:
-    script(model, encoder, {"Q?": [f"[3]{READ}", END, " a" * 900]})
+def test_closing_a_stream_stops_the_generation(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    script({"Q?": [f"[3]{READ}", END, " a" * 900]})
     steps: list[int] = []
     model.register_forward_hook(lambda *_: steps.append(1))
     library = FakeLibrary(model, encoder, TEXTS)
@@ -362,24 +484,24 @@ def test_closing_a_stream_stops_the_generation(model: Any, encoder: PromptEncode
     events: Iterator[Any] = rounds.run(["Q?"], stream=True)
     next(e for _, e in events if e.kind == "token")
     events.close()
-    assert not [t for t in threading.enumerate() if t.name == "msa-answer"]
     assert len(steps) < 500
 
 
 def test_an_error_while_an_answer_streams_reaches_the_caller(
-    model: Any, encoder: PromptEncoder
+    model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
-    calls = script(model, encoder, {"Q?": [f"[3]{READ}", END, " abc"]})
-    scripted = model.generate
+    script({"Q?": [f"[3]{READ}", END, " abc"]})
 
-    def failing(inputs: Any, **kwargs: Any) -> Any:
-        if len(calls) == 2:
-            raise RuntimeError("device lost")
-        return scripted(inputs, **kwargs)
+    def failing(*_: Any) -> None:
+        raise RuntimeError("device lost")
 
-    model.generate = failing
+    library = FakeLibrary(model, encoder, TEXTS)
+    rounds = Interleave(model, encoder, library, AskOptions())
+    events = rounds.run(["Q?"], stream=True)
+    next(e for _, e in events if e.kind == "token")
+    model.register_forward_hook(failing)
     with pytest.raises(RuntimeError, match="device lost"):
-        run(model, encoder, ["Q?"], stream=True)
+        list(events)
 
 
 def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(
@@ -391,6 +513,23 @@ def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(
     texts = [run(model, encoder, ["Q?"], seed=s, **options)[0][0].text for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_seed_repeats_the_answer_among_other_callers(
+    model: Any, encoder: PromptEncoder, seed: int
+) -> None:
+    options = {"temperature": 5.0, "max_new_tokens": 12, "max_rounds": 2, "seed": seed}
+    library = FakeLibrary(model, encoder, TEXTS)
+
+    def ask(_: int) -> str:
+        return run(model, encoder, ["Q?"], library=library, **options)[0][0].text
+
+    alone = ask(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(8))) == [alone] * 8
+    batch, _ = run(model, encoder, ["Another?", "Q?"], library=library, **options)
+    assert batch[1].text == alone
 
 
 def test_generation_defaults_of_the_checkpoint_do_not_leak_in(
@@ -408,25 +547,13 @@ def test_the_prior_decides_where_the_model_has_no_opinion(
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(torch.zeros(512, 64))  # all tokens alike
     texts = {17: "four", 3: TEXTS[3], 4: TEXTS[17], 24: TEXTS[24]}  # no common first digits
-    (answer,), _ = run(
-        model, encoder, ["Q?"], texts=texts, max_rounds=1, max_documents_per_round=1,
-        prior_weight=1.0, max_new_tokens=2,
-    )  # fmt: skip
-    layers = answer.rounds[0].routed
-    best = max(
-        texts,
-        key=lambda n: sum(
-            math.exp(d.score / 0.1) / sum(math.exp(o.score / 0.1) for o in routed)
-            for routed in layers.values()
-            for d in routed
-            if d.number == n
-        ),
-    )
+    options = {"max_rounds": 1, "max_documents_per_round": 1, "max_new_tokens": 2}
+    options["layer_weights"] = {2: 1.0}
+    (answer,), _ = run(model, encoder, ["Q?"], texts=texts, prior_weight=1.0, **options)
+    best = answer.rounds[0].ranked[0].number
+    assert best == answer.rounds[0].routed[2][0].number
     assert read(answer)[0] == [best]
-    (other,), _ = run(
-        model, encoder, ["Q?"], texts=texts, max_rounds=1, max_documents_per_round=1,
-        max_new_tokens=2,
-    )  # fmt: skip
+    (other,), _ = run(model, encoder, ["Q?"], texts=texts, **options)
     assert read(other)[0] == [17] != [best]  # the lowest token wins without the prior
 
 
@@ -438,9 +565,11 @@ def test_a_question_too_long_for_the_positions_is_refused_with_both_numbers(
         run(model, encoder, ["why " * 100])
 
 
-def test_documents_that_no_longer_fit_end_the_retrieval(encoder: PromptEncoder) -> None:
+def test_documents_that_no_longer_fit_end_the_retrieval(
+    encoder: PromptEncoder, script: Any
+) -> None:
     model = make_tiny_model(max_position_embeddings=400)
-    script(model, encoder, {"Q?": [f"[3][7]{READ}", f"[9]{READ}"]})
+    script({"Q?": [f"[3][7]{READ}", f"[9]{READ}"]})
     texts = {3: "fits", 7: "long " * 60, 9: "long " * 50}
     (answer,), _ = run(model, encoder, ["Q?"], texts=texts, max_new_tokens=8)
     assert read(answer) == [[3], []]
@@ -464,12 +593,12 @@ def test_a_model_with_nan_weights_is_refused(
         run(model, encoder, ["Q?"], library=library, stream=stream)
 
 
-def test_marks_that_the_tokenizer_splits_work_like_single_tokens(model: Any) -> None:
+def test_marks_that_the_tokenizer_splits_work_like_single_tokens(model: Any, script: Any) -> None:
     template = PromptTemplate(
         number="#{number}", end_of_read="#;", end_of_retrieve="#.", end="~~", answer="So:"
     )
     encoder = PromptEncoder(make_tiny_tokenizer(), template)
-    calls = script(model, encoder, {})  # no plan for any question: nothing is scripted
+    calls = script({})  # no plan for any question: nothing is scripted
     options = {"max_new_tokens": 6, "max_rounds": 2, "max_documents_per_round": 2}
     together, _ = run(model, encoder, ["Q?", "A longer one?"], **options)
     text = encoder.tokenizer.decode(calls[-1][0])

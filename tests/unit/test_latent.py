@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from conftest import make_tiny_model
+from conftest import make_tiny_model, routing_vectors_of
 from msa.memory.latent import LatentMemory
 from msa.types import MemoryReader
 
@@ -15,8 +15,7 @@ def encoded(lengths=(20, 9, 30, 4), seed=0):
 
 
 def queries(batch=2, tokens=3, seed=1):
-    torch.manual_seed(seed)
-    return torch.randn(batch, tokens, 4, 16), torch.ones(batch, tokens, dtype=torch.bool)
+    return routing_vectors_of(batch, tokens, seed)
 
 
 def test_latent_memory_is_a_memory_reader():

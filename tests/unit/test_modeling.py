@@ -177,11 +177,11 @@ def test_cache_rows_move_together_with_their_memory(tiny_model):
     question = torch.randint(2, 400, (3, 6))
     cache = MSACache()
     with torch.no_grad():
-        whole = tiny_model(question, memory=LatentMemory(states, 1), past_key_values=cache).logits
+        whole = tiny_model(question, memory=LatentMemory(states, 1), cache=cache).logits
         cache.truncate(4)
         cache.batch_select_indices(torch.tensor([2, 0]))
         tail = tiny_model(
-            question[[2, 0], 4:], past_key_values=cache, position_ids=torch.tensor([[4, 5]])
+            question[[2, 0], 4:], cache=cache, position_ids=torch.tensor([[4, 5]])
         ).logits
     assert torch.allclose(tail, whole[[2, 0], 4:], atol=1e-5)
     cache.batch_repeat_interleave(2)
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_hold_memory_is_refused(tiny_model):
     from transformers import DynamicCache
 
     with pytest.raises(InputError, match="expected MSACache"):
-        tiny_model(torch.tensor([[3, 4]]), past_key_values=DynamicCache())
+        tiny_model(torch.tensor([[3, 4]]), cache=DynamicCache())
 
 
 def test_transformers_sampling_streaming_and_stopping(tiny_model):

@@ -44,7 +44,7 @@ def make_memory(model, folder, suffix):
     golden = load_file(folder / f"stage1{suffix}.safetensors")
     with torch.no_grad():
         states = model.encode_documents(*documents_of(golden))
-    memory = LatentMemory(states, model.config.top_k_documents, model.config.routing_score)
+    memory = LatentMemory(states, model.config.top_k_documents)
     return memory, golden
 
 
@@ -97,7 +97,7 @@ def test_stage1(golden_folder, variant):
         close(states.routing_keys, golden[f"layer{layer}.pooled_router_k"][0].transpose(0, 1))
     cache = MSACache()
     with torch.no_grad():
-        model(input_ids=golden["template_prefix_ids"][None], past_key_values=cache)
+        model(input_ids=golden["template_prefix_ids"][None], cache=cache)
     for layer in range(4):
         close(cache.layers[layer].keys, golden[f"layer{layer}.template_prefix_k"])
         close(cache.layers[layer].values, golden[f"layer{layer}.template_prefix_v"])
@@ -107,7 +107,7 @@ def run_stage2(model, memory, stage1, golden):
     inputs, true = rows_with_prefix(golden, stage1["template_prefix_ids"])
     cache = MSACache()
     with torch.no_grad():
-        out = model(**inputs, memory=memory, past_key_values=cache)
+        out = model(**inputs, memory=memory, cache=cache)
     return out, inputs, true, cache
 
 
@@ -147,7 +147,7 @@ def test_decode(golden_folder, variant):
                 input_ids=golden["input_ids"][:, t : t + 1],
                 position_ids=golden["position_ids"][:, t : t + 1],
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 memory=memory,
             )
         assert step.selections is None  # nothing is routed while decoding
@@ -197,12 +197,12 @@ def test_text_injected_in_the_middle_is_causal(golden_folder):
         model(
             input_ids=golden["decode_input_ids"],
             position_ids=golden["decode_position_ids"],
-            past_key_values=cache,
+            cache=cache,
         )
         out = model(
             input_ids=golden["block_input_ids"],
             position_ids=golden["block_position_ids"],
-            past_key_values=cache,
+            cache=cache,
         )
     close(out.logits, golden["block_logits_token_by_token"])
 

@@ -275,10 +275,8 @@ def test_what_cannot_be_used_is_refused(what, message):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
-def test_a_resident_bank_may_be_pruned(tmp_path, tiny_model, tiny_tokenizer, dtype):
+def test_a_resident_bank_may_be_pruned(tmp_path, tiny_model, tiny_tokenizer, queries, dtype):
     """What is added, deleted, filtered and compacted is selected as without pruning."""
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(3, 5, 4, 16, generator=generator), torch.ones(3, 5, dtype=torch.bool)
     with MemoryBank.create(tmp_path / "bank", tiny_model, tiny_tokenizer) as bank:
         bank.add(make_documents(60))
         plain = ResidentBank(bank, dtype=dtype)

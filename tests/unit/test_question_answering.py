@@ -1,22 +1,14 @@
 from __future__ import annotations
 
-import gzip
 import json
-import sys
 
 import pytest
 
 from msa.errors import InputError
-from msa.evaluation.question_answering import (
-    Question,
-    ask_all,
-    bm25_rankings,
-    real_questions,
-    score,
-    world_questions,
-)
+from msa.evaluation.question_answering import ask_all, score, world_questions
+from msa.evaluation.question_sets import Question
 from msa.training.worlds import generate_world
-from msa.types import Answer, Citation, Document, Round, RoutedDocument, Usage
+from msa.types import Answer, Citation, Round, RoutedDocument, Usage
 
 ONE = Question("Where was Ada born?", ("Rome", "Roma"), ("ada",))
 TWO = Question("Where does Ada's son paint?", ("Oslo",), ("ada", "bob"))
@@ -119,71 +111,3 @@ def test_a_world_to_test_on_has_names_that_training_never_saw():
     trained = {d.title for s in range(5) for d in generate_world(s, 40).documents}
     assert not trained & {d.title for d in documents}
     assert world_questions(3, 40, 5) == (documents, one, two)
-
-
-def write(path, rows):
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write(
-        tmp_path / "corpus.jsonl.gz",
-        [{"id": "a", "title": "", "text": "A."}, {"id": "b", "title": "B", "text": "Bee."}],
-    )
-    rows = [{"question": f"Q{i}?", "answers": ["x", "y"], "gold": ["b", "a"]} for i in range(9)]
-    rows += [
-        {"question": "unanswered", "answers": [], "gold": ["a"]},
-        {"question": "no gold", "answers": ["x"], "gold": []},
-        {"question": "gold elsewhere", "answers": ["x"], "gold": ["a", "zz"]},
-    ]
-    write(tmp_path / "questions.dev.jsonl.gz", rows)
-    return tmp_path
-
-
-def test_real_questions_have_answers_and_gold_in_the_corpus(folder):
-    documents, questions = real_questions(folder, "dev", 99, 0)
-    assert documents == [Document("a", "A."), Document("b", "Bee.", title="B")]
-    assert sorted(q.text for q in questions) == [f"Q{i}?" for i in range(9)]
-    assert {(q.answers, q.gold) for q in questions} == {(("x", "y"), ("b", "a"))}
-
-
-def test_so_many_real_questions_are_drawn_by_the_seed(folder):
-    draws = [real_questions(folder, "dev", 4, seed)[1] for seed in (0, 0, 1)]
-    assert len(draws[0]) == 4
-    assert draws[0] == draws[1] != draws[2]
-
-
-def test_a_missing_or_damaged_set_is_one_clear_line(folder):
-    with pytest.raises(InputError, match=r"questions.test.jsonl.gz: cannot be read"):
-        real_questions(folder, "test", 1, 0)
-    whole = (folder / "questions.dev.jsonl.gz").read_bytes()
-    (folder / "questions.dev.jsonl.gz").write_bytes(whole[:-12])
-    with pytest.raises(InputError, match=r"questions.dev.jsonl.gz: cannot be read") as caught:
-        real_questions(folder, "dev", 1, 0)
-    assert "\n" not in str(caught.value)
-
-
-def test_bm25_finds_the_obvious_document_by_title_or_text():
-    documents = [
-        Document("rome", "It lies on the Tiber.", title="Rome"),
-        Document("oslo", "The capital of Norway, full of fjord boats."),
-        Document("cake", "Flour, butter and sugar are mixed."),
-    ]
-    questions = [
-        Question("Which fjord has boats?", ("x",), ("oslo",)),
-        Question("Where is Rome?", ("x",), ("rome",)),
-        Question("How much sugar and butter?", ("x",), ("cake",)),
-    ]
-    rankings = bm25_rankings(documents, questions, 2)
-    assert [r[0] for r in rankings] == ["oslo", "rome", "cake"]
-    assert all(len(r) == 2 for r in rankings)
-    for ranking in bm25_rankings(documents, questions, 9):
-        assert sorted(ranking) == ["cake", "oslo", "rome"]
-
-
-def test_without_bm25s_the_next_step_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(InputError, match=r"pip install 'msa-memory\[evaluate\]'"):
-        bm25_rankings([Document("a", "A.")], [ONE], 1)

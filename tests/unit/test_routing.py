@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa.ops import routing
-from msa.ops.routing import document_scores, normalise, routing_vectors, select_documents
+from msa.ops.routing import (
+    document_scores,
+    normalise,
+    reduce_queries,
+    routing_vectors,
+    select_documents,
+)
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 few = settings(max_examples=25, deadline=None)
@@ -48,6 +54,12 @@ def case(heads=4, groups=2, counts=(3, 1, 4), batch=2, tokens=3, dim=5, seed=0, 
     return queries, mask, normalise(keys) if score == "cosine" else keys, torch.tensor(counts)
 
 
+def scores_of(queries, mask, keys, counts, score="cosine", document_mask=None):
+    """Document scores by every token's vector, as "max" has it."""
+    vectors, mask = reduce_queries(queries, mask, keys.shape[1], score)
+    return document_scores(vectors, mask, keys, counts, document_mask)
+
+
 def same(scores, expected):
     assert torch.equal(torch.isneginf(scores), torch.isneginf(expected))
     assert torch.allclose(scores.double(), expected, atol=1e-6, rtol=0)
@@ -68,8 +80,8 @@ def test_scores_equal_equation_2_written_out(score, heads, groups, counts, seed,
     expected = naive(queries, mask, keys, counts.tolist(), score, document_mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "CHUNK_BLOCK", block)
-        same(document_scores(queries, mask, keys, counts, score, document_mask), expected)
-        with_gradient = document_scores(
+        same(scores_of(queries, mask, keys, counts, score, document_mask), expected)
+        with_gradient = scores_of(
             queries.requires_grad_(), mask, keys, counts, score, document_mask
         )
     assert with_gradient.requires_grad
@@ -78,10 +90,8 @@ def test_scores_equal_equation_2_written_out(score, heads, groups, counts, seed,
 
 def test_masked_documents_take_no_part_and_leave_the_others_alone():
     queries, mask, keys, counts = case()
-    free = document_scores(queries, mask, keys, counts)
-    masked = document_scores(
-        queries, mask, keys, counts, document_mask=torch.tensor([True, False, True])
-    )
+    free = scores_of(queries, mask, keys, counts)
+    masked = scores_of(queries, mask, keys, counts, document_mask=torch.tensor([True, False, True]))
     assert torch.isneginf(masked[:, 1]).all()
     assert torch.equal(masked[:, ::2], free[:, ::2])
 
@@ -90,7 +100,7 @@ def test_gradient_of_a_score_reaches_only_its_best_chunk():
     queries, _, keys, counts = case()
     mask = torch.ones(2, 3, dtype=torch.bool)
     keys = keys.clone().requires_grad_()
-    document_scores(queries[:1], mask[:1], keys, counts)[0, 2].backward()
+    scores_of(queries[:1], mask[:1], keys, counts)[0, 2].backward()
     touched = keys.grad.flatten(1).any(1)
     assert touched.sum() == 1
     assert touched[4:].any()  # the third document's chunks are the last four
@@ -100,7 +110,7 @@ def test_gradients_stay_finite_when_a_row_routes_by_nothing():
     queries, mask, keys, counts = case()
     mask[0], mask[1] = False, True
     queries.requires_grad_()
-    scores = document_scores(queries, mask, keys, counts)
+    scores = scores_of(queries, mask, keys, counts)
     scores[1].sum().backward()
     assert torch.isfinite(queries.grad).all()
     assert (queries.grad[0] == 0).all()
@@ -110,7 +120,7 @@ def test_bfloat16_is_scored_in_float32_even_under_autocast():
     queries, mask, keys, counts = case(seed=3)
     queries, keys = queries.bfloat16(), keys.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = document_scores(queries, mask, keys, counts, "dot")
+        scores = scores_of(queries, mask, keys, counts, "dot")
     assert scores.dtype == torch.float32
     same(scores, naive(queries, mask, keys, counts.tolist(), "dot"))
 
@@ -133,7 +143,7 @@ def test_no_tensor_over_heads_tokens_and_chunks_is_built(gradient):
     heads, tokens, chunks = 8, 5, 600
     queries, mask, keys, counts = case(heads, 2, [2] * (chunks // 2), 1, tokens, dim=4)
     with Largest() as largest:
-        document_scores(queries.requires_grad_(gradient), mask, keys, counts)
+        scores_of(queries.requires_grad_(gradient), mask, keys, counts)
     assert largest.elements < heads * tokens * chunks / 2
 
 
@@ -171,7 +181,7 @@ def test_equal_scores_are_decided_in_favour_of_the_lower_row(documents, top_k):
 def test_a_row_without_routing_tokens_selects_nothing():
     queries, mask, keys, counts = case()
     mask[0], mask[1] = True, False
-    selection = select_documents(document_scores(queries, mask, keys, counts), 2)
+    selection = select_documents(scores_of(queries, mask, keys, counts), 2)
     assert (selection.documents[0] >= 0).all()
     assert selection.documents[1].tolist() == [-1, -1]
     assert torch.isneginf(selection.scores[1]).all()
@@ -188,8 +198,8 @@ def test_the_order_of_the_documents_only_permutes_the_scores(order, seed):
     queries, mask, keys, counts = case(counts=(3, 1, 4, 2), seed=seed)
     mask[:, 0] = True
     parts = keys.split(counts.tolist())
-    scores = document_scores(queries, mask, keys, counts)
-    moved = document_scores(
+    scores = scores_of(queries, mask, keys, counts)
+    moved = scores_of(
         queries, mask, torch.cat([parts[i] for i in order]), counts[torch.tensor(order)]
     )
     assert torch.allclose(moved, scores[:, torch.tensor(order)], atol=1e-6)

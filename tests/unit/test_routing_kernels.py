@@ -119,10 +119,8 @@ def test_the_reference_follows_equation_2(score):
     queries, mask = torch.randn(2, 5, 4, 8), torch.rand(2, 5) < 0.7
     keys, counts = normalise(torch.randn(60, 2, 8)), torch.tensor([7, 1, 30, 20, 2])
     document_mask = torch.tensor([True, True, True, False, True])
-    expected = select_documents(
-        document_scores(queries, mask, keys, counts, score, document_mask), 3
-    )
     vectors = routing_vectors(queries, 2, score)
+    expected = select_documents(document_scores(vectors, mask, keys, counts, document_mask), 3)
     found = route_documents(vectors, mask, keys, counts, 3, document_mask)
     assert found.documents.tolist() == expected.documents.tolist()
     assert torch.allclose(found.scores, expected.scores, atol=1e-6)

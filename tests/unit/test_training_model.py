@@ -116,9 +116,9 @@ class _RoutesElsewhere:
     def __init__(self, noted, mask, memory):
         self.noted, self.mask, self.memory = noted, mask, memory
 
-    def route(self, layer, routing_queries, routing_mask):
-        self.noted.route(layer, routing_queries, self.mask)
-        return self.memory.route(layer, routing_queries, routing_mask)
+    def route(self, layer, vectors, routing_mask):
+        self.noted.route(layer, vectors, self.mask)
+        return self.memory.route(layer, vectors, routing_mask)
 
     def content(self, layer, selection):
         return self.memory.content(layer, selection)

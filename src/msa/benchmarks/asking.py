@@ -14,6 +14,7 @@ import torch
 from msa.benchmarks.report import Report, Row
 from msa.benchmarks.synthetic import DTYPES, SyntheticMemory, shape_of
 from msa.benchmarks.timing import REPEATS, Note, machine, seconds
+from msa.model.cache import MSACache
 
 if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
@@ -39,16 +40,16 @@ def ask_once(
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
     ids = ids.to(model.device)
     state: dict[str, object] = {}
+    cache = MSACache()
 
     def feed(ids: torch.Tensor) -> None:
         out = model(
             ids,
             memory=memory,
-            past_key_values=state.get("cache"),
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        state["cache"] = out.past_key_values
         state["next"] = out.logits[:, -1:].argmax(-1)
 
     memory.routing_seconds = 0.0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msa.inference.batch import prompt_batch, read_prompts
+from msa.inference.batch import prompt_batch
+from msa.inference.decoding import prefill
 from msa.memory.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.ops.quantisation import unpack
@@ -137,6 +138,6 @@ def _selected(
     for text in questions:
         memory = LatentMemory(moved, top_k)
         batch = prompt_batch([encoder.context(text)], top_k, 0, device)
-        selections = read_prompts(model, batch, memory).selections
+        selections = prefill(model, batch, memory).selections
         assert selections is not None
         yield {layer: set(s.documents[0].tolist()) - {-1} for layer, s in selections.items()}

@@ -6,15 +6,18 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Values that are drawn at once.
+BOOTSTRAP_BLOCK = 1 << 20
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra white space (as SQuAD scores).
 
-    >>> normalise_answer("The  Eiffel-Tower.")
+    >>> normalize_answer("The  Eiffel-Tower.")
     'eiffeltower'
     """
     text = text.lower().translate(_PUNCTUATION)
@@ -22,13 +25,13 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
-    """1.0 if the answer equals an accepted one after normalisation, else 0.0."""
-    return float(normalise_answer(answer) in {normalise_answer(a) for a in accepted})
+    """1.0 if the answer equals an accepted one after normalization, else 0.0."""
+    return float(normalize_answer(answer) in {normalize_answer(a) for a in accepted})
 
 
 def token_f1(answer: str, accepted: Sequence[str]) -> float:
     """Best F1 over words with any accepted answer, from 0 to 1 (as SQuAD scores)."""
-    return max((_f1(normalise_answer(answer), normalise_answer(a)) for a in accepted), default=0.0)
+    return max((_f1(normalize_answer(answer), normalize_answer(a)) for a in accepted), default=0.0)
 
 
 def _f1(answer: str, accepted: str) -> float:
@@ -50,3 +53,61 @@ def recall(found: Sequence[str], gold: Sequence[str]) -> float:
 def mean(values: Sequence[float]) -> float:
     """Mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
+
+
+def recall_at(ranks: Sequence[int], k: int) -> float:
+    """Share of the gold documents within the first k, from 0 to 1.
+
+    Args:
+        ranks: of every gold document, from 0.
+        k: at least 1.
+    """
+    return mean([float(rank < k) for rank in ranks])
+
+
+def all_within(ranks: Sequence[int], k: int) -> float:
+    """1.0 if every gold document is within the first k, else 0.0; 0.0 without any.
+
+    Args:
+        ranks: of every gold document, from 0.
+        k: at least 1.
+    """
+    return float(bool(ranks) and max(ranks) < k)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its bootstrap interval.
+
+    Attributes:
+        mean: of the values.
+        low, high: percentile bounds of the resampled means.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: Sequence[float], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> Interval:
+    """Mean of the values with the percentile bootstrap interval over questions.
+
+    Args:
+        values: one per question, at least one.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: how many means are drawn.
+        level: share of them that lies within the interval.
+    """
+    import numpy as np
+
+    data = np.asarray(values, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    block = max(1, BOOTSTRAP_BLOCK // len(data))
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    drawn = (random.integers(0, len(data), (size, len(data))) for size in sizes)
+    means = np.concatenate([data[rows].mean(axis=1) for rows in drawn])
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(data.mean()), float(low), float(high))

@@ -1,38 +1,20 @@
-"""Questions asked of a bank, and how many are routed, named and answered right."""
+"""Questions about generated worlds, and how many are routed, named and answered right."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msa.errors import InputError
 from msa.evaluation.metrics import exact_match, mean, recall, token_f1
+from msa.evaluation.question_sets import Question
 from msa.types import Answer, Document
 
 if TYPE_CHECKING:
     from msa.inference.engine import MemoryEngine
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question with what is right.
-
-    Attributes:
-        text: the question.
-        answers: accepted answers.
-        gold: ids of the documents needed, in reading order.
-    """
-
-    text: str
-    answers: tuple[str, ...]
-    gold: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,63 +132,3 @@ def world_questions(
         by_hops[len(q.gold)].append(Question(q.question, (q.answer, *q.aliases), q.gold))
     one, two = (rng.sample(qs, min(per_kind, len(qs))) for qs in by_hops.values())
     return documents, one, two
-
-
-def real_questions(
-    folder: Path, split: str, count: int, seed: int
-) -> tuple[list[Document], list[Question]]:
-    """A question-answering set: `corpus.jsonl.gz` and `questions.SPLIT.jsonl.gz`.
-
-    Args:
-        folder: of the set.
-        split: such as "dev".
-        count: questions drawn, at most.
-        seed: of the draw.
-
-    Returns:
-        All documents of the corpus, and the questions that have an answer and gold documents.
-    """
-    documents = [
-        Document(id=row["id"], text=row["text"], title=row.get("title") or None)
-        for row in _rows(folder / "corpus.jsonl.gz")
-    ]
-    known = {d.id for d in documents}
-    questions = [
-        Question(row["question"], tuple(row["answers"]), tuple(row["gold"]))
-        for row in _rows(folder / f"questions.{split}.jsonl.gz")
-        if row.get("answers") and row.get("gold") and known.issuperset(row["gold"])
-    ]
-    return documents, random.Random(seed).sample(questions, min(count, len(questions)))
-
-
-def bm25_rankings(
-    documents: Sequence[Document], questions: Sequence[Question], top_k: int
-) -> list[list[str]]:
-    """Ids of the best documents of every question by BM25 (the `bm25s` library).
-
-    Raises:
-        InputError: `bm25s` is not installed.
-    """
-    try:
-        import bm25s
-    except ImportError as error:
-        raise InputError("bm25s is not installed; pip install 'msa-memory[evaluate]'") from error
-    retriever = bm25s.BM25()
-    corpus = [d.content for d in documents]
-    retriever.index(
-        bm25s.tokenize(corpus, stopwords="en", show_progress=False), show_progress=False
-    )
-    found, _ = retriever.retrieve(
-        bm25s.tokenize([q.text for q in questions], stopwords="en", show_progress=False),
-        k=min(top_k, len(documents)),
-        show_progress=False,
-    )
-    return [[documents[int(i)].id for i in row] for row in found]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file)
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as gzipped JSONL ({error})") from error

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Sequence
-from queue import SimpleQueue
-from typing import TypeVar
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from msa.text.prompts import PromptTemplate
 
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class AnswerText:
@@ -96,84 +90,3 @@ class AnswerPieces:
         piece = text[len(self._given) :]
         self._given = text
         return piece
-
-
-class EndsWith(StoppingCriteria):
-    """Stops a row when one of some token sequences stands at its end, behind the prompt."""
-
-    def __init__(self, ends: Sequence[Sequence[int]], prompt_length: int) -> None:
-        self._ends = [list(end) for end in ends]
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
-        """[B] bool."""
-        written = input_ids[:, self._prompt_length :]
-        done = torch.zeros(len(written), dtype=torch.bool, device=written.device)
-        for end in self._ends:
-            if written.shape[1] >= len(end):
-                tail = written[:, -len(end) :]
-                done |= (tail == torch.tensor(end, device=written.device)).all(dim=1)
-        return done
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-class _Streamer(BaseStreamer):
-    """Hands on every token but the prompt's, which transformers puts first."""
-
-    def __init__(self, queue: SimpleQueue[int | None]) -> None:
-        self._queue = queue
-        self._prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_seen:
-            for token in value.flatten().tolist():
-                self._queue.put(token)
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
-
-
-def stream_tokens(
-    generate: Callable[[BaseStreamer, StoppingCriteria], Result],
-) -> Generator[int, None, Result]:
-    """Tokens while `generate` writes them in a thread of its own; its result is returned.
-
-    An error in the thread is raised here; closing the iterator stops the generation before this
-    returns, so that no model runs on unseen.
-
-    Args:
-        generate: calls transformers' `generate()` for one row with this streamer and, among
-            others, this stopping criterion.
-    """
-    queue: SimpleQueue[int | None] = SimpleQueue()
-    cancelled = _Cancelled()
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(generate(_Streamer(queue), cancelled))
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            queue.put(None)
-
-    thread = threading.Thread(target=work, name="msa-answer", daemon=True)
-    thread.start()
-    try:
-        while (token := queue.get()) is not None:
-            yield token
-    finally:
-        cancelled.event.set()
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]

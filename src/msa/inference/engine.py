@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from msa.errors import InputError, RankError
-from msa.inference.batch import prompt_batch, read_prompts
-from msa.inference.constraints import check_logits
+from msa.inference.batch import prompt_batch
+from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
 from msa.inference.library import Filter, Library, Shelf
 from msa.inference.options import AskOptions
-from msa.inference.trace import TracingReader, fuse_layers
+from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import Plan
+from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank
 from msa.memory.pruning import PruningSettings
 from msa.memory.resident import ResidentBank
@@ -189,7 +190,7 @@ class MemoryEngine:
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1.")
         visible = self.model.config.top_k_documents
-        library = self._shelf.library(max(top_k, visible), filter)
+        library = self._shelf.library(max(top_k, visible, self.options.candidates), filter)
         rounds = Interleave(self.model, self._encoder, library, self.options)
         for text in questions:
             rounds.check_length(text)
@@ -203,30 +204,33 @@ class MemoryEngine:
         visible = self.model.config.top_k_documents
         contexts = [self._encoder.context(q) for q in questions]
         batch = prompt_batch(contexts, visible, 0, self.model.device)
-        reader = TracingReader(library.reader, visible)
-        out = read_prompts(self.model, batch, reader)
-        check_logits(out.logits[:, -1])
-        hits = []
-        for layers in reader.rows():
-            fused = list(fuse_layers(layers, self.options.prior_temperature).items())
-            stored = library.lookup([row for row, _ in fused])
-            found = [(row, score) for row, score in fused if row in stored][:top_k]
-            by_layer = {layer: dict(selected) for layer, selected in layers.items()}
-            hits.append(
-                [
-                    Hit(
-                        id=stored[row].document.id,
-                        number=stored[row].number,
-                        score=score,
-                        layer_scores={i: s[row] for i, s in by_layer.items() if row in s},
-                        title=stored[row].document.title,
-                        text=stored[row].document.text,
-                        metadata=stored[row].document.metadata,
-                    )
-                    for row, score in found
-                ]
+        reader = CandidateReader(library.reader, visible)
+        prefill(self.model, batch, reader, routing_only=True)
+        queries = [LexicalQuery(q) for q in questions]
+        found = candidates(reader, library, self.options, queries)
+        return [self._ranked(some, library, top_k) for some in found]
+
+    @staticmethod
+    def _ranked(found: Candidates, library: Library, top_k: int) -> list[Hit]:
+        """The best of one question's candidates."""
+        fused = found.fused
+        layers = {layer: dict(scores) for layer, scores in found.layers.items()}
+        there = library.ids(fused)
+        best = [number for number in fused if number in there][:top_k]
+        stored = library.texts(best)
+        return [
+            Hit(
+                id=stored[number].document.id,
+                number=number,
+                score=fused[number].prior,
+                layer_scores={i: some[number] for i, some in layers.items() if number in some},
+                title=stored[number].document.title,
+                text=stored[number].document.text,
+                metadata=stored[number].document.metadata,
             )
-        return hits
+            for number in best
+            if number in stored
+        ]
 
     @overload
     def ask(
@@ -293,7 +297,8 @@ class MemoryEngine:
                 f"A list of {len(questions)} questions cannot be streamed; ask them one by one, or "
                 "without stream=True."
             )
-        library = self._shelf.library(self.model.config.top_k_documents, filter)
+        top_k = max(self.model.config.top_k_documents, options.candidates)
+        library = self._shelf.library(top_k, filter)
         rounds = Interleave(self.model, self._encoder, library, options)
         for text in questions:
             rounds.check_length(text)

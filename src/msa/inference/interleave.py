@@ -11,47 +11,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from msa.errors import InputError
-from msa.inference.answers import AnswerPieces, AnswerText, EndsWith, stream_tokens
-from msa.inference.batch import Batch, continued, prompt_batch
-from msa.inference.constraints import (
-    CheckLogits,
-    Grammars,
-    RetrievalConstraint,
-    RoundComplete,
-    RoundGrammar,
-    Written,
+from msa.inference.answers import AnswerPieces, AnswerText
+from msa.inference.batch import prompt_batch
+from msa.inference.constraints import RoundGrammar, Written
+from msa.inference.decoding import (
+    Decoder,
+    Sampler,
+    Text,
     check_logits,
+    write_rounds,
+    write_texts,
 )
+from msa.inference.fusion import Fused
 from msa.inference.library import Library
 from msa.inference.options import AskOptions
-from msa.inference.trace import TracingReader, fuse_layers
+from msa.inference.trace import CandidateReader, candidates
+from msa.memory.lexical import LexicalQuery
 from msa.memory.reports import StoredDocument
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.types import (
     Answer,
     Citation,
     Event,
+    RankedDocument,
     Round,
     RoutedDocument,
     Usage,
 )
 
 if TYPE_CHECKING:
-    from msa.model.cache import MSACache
     from msa.model.modeling_msa import MSAForCausalLM
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
-# Far above any round: the grammar ends every one of them.
-_ROUND_TOKENS = 4096
 
 
 @dataclass(slots=True)
@@ -61,6 +59,7 @@ class _Question:
     row: int  # in the list that was asked
     text: str
     started: float
+    sampler: Sampler
     readings: list[Reading] = field(default_factory=list)
     citations: list[Citation] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
@@ -74,13 +73,37 @@ class _Question:
         return {citation.number for citation in self.citations}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Routed:
-    """What a prefill routed to, for one question."""
+    """What a prefill routed to, for one question, by document number.
 
-    layers: dict[int, tuple[RoutedDocument, ...]]
-    documents: dict[int, StoredDocument]  # by number
-    fused: dict[int, float]  # number -> score
+    Attributes:
+        layers: routing layer -> (number, score) of the documents attended to, best first.
+        fused: all candidates, best first.
+        ids: number -> id, of those that were attended to or stand first among the unread ones:
+            these can be named.
+    """
+
+    layers: dict[int, list[tuple[int, float]]]
+    fused: dict[int, Fused]
+    ids: dict[int, str]
+
+    def without(self, gone: set[int]) -> _Routed:
+        """The same, when some documents are no longer there."""
+        return replace(self, ids={n: name for n, name in self.ids.items() if n not in gone})
+
+    def round(self, index: int, read: tuple[Citation, ...] = ()) -> Round:
+        """For the trace."""
+        routed = {
+            layer: tuple(RoutedDocument(self.ids[n], n, s) for n, s in found if n in self.ids)
+            for layer, found in self.layers.items()
+        }
+        ranked = tuple(
+            RankedDocument(self.ids[n], n, f.score, f.prior, f.layers, f.lexical)
+            for n, f in self.fused.items()
+            if n in self.ids
+        )
+        return Round(index, routed, read, ranked)
 
 
 class Interleave:
@@ -108,7 +131,6 @@ class Interleave:
         self._device: torch.device = model.device
         self._top_k: int = model.config.top_k_documents
         self._max_positions: int = model.config.max_position_embeddings
-        self._draws = 0
         self._numbers: dict[int, list[int]] = {}
         template, tokenizer = encoder.template, encoder.tokenizer
         self._end_of_read = encoder.tokenize(template.end_of_read)
@@ -132,117 +154,104 @@ class Interleave:
             ModelError: the model computes what is not a number.
         """
         started = time.perf_counter()
-        active = [_Question(i, text, started) for i, text in enumerate(questions)]
+        options = self._options
+        active = [
+            _Question(i, text, started, Sampler(options.temperature, options.top_p, options.seed))
+            for i, text in enumerate(questions)
+        ]
         for question in active:
             self.check_length(question.text)
         index = 0
         while active:
             index += 1
             contexts = [self._encoder.context(q.text, q.readings) for q in active]
-            prompts = prompt_batch(contexts, self._top_k, self._pad, self._device)
-            may_read = index <= self._options.max_rounds
-            routed, written, cache = self._round(active, contexts, prompts, may_read)
+            decoder, routed = self._prefill(active, contexts)
+            written, routed, texts = self._write(active, decoder, routed, index)
             reading = []
             for question, found, wrote in zip(active, routed, written, strict=True):
-                yield question.row, Event("routing", index, Round(index, found.layers, ()))
-                read = self._read(question, index, found, wrote)
-                question.rounds.append(Round(index, found.layers, read))
+                yield question.row, Event("routing", index, found.round(index))
+                read = self._read(question, index, texts, wrote)
+                question.rounds.append(found.round(index, read))
                 for citation in read:
                     yield question.row, Event("reading", index, citation)
                 reading.append(bool(read))
             ending = [i for i, reads in enumerate(reading) if not reads]
             if ending:
-                rows = [active[i] for i in ending]
-                yield from self._answer(rows, ending, prompts, cache, stream)
+                decoder.rewind(ending)
+                yield from self._answer([active[i] for i in ending], decoder, stream)
             active = [q for q, reads in zip(active, reading, strict=True) if reads]
 
-    def _round(
-        self,
-        active: Sequence[_Question],
-        contexts: Sequence[LocalContext],
-        prompts: Batch,
-        may_read: bool,
-    ) -> tuple[list[_Routed], list[Written | None], MSACache]:
-        """Prefill and let the model name documents; `None` where it was not let."""
-        reader = TracingReader(self._library.reader)
-        inputs: dict[str, Any] = {
-            "attention_mask": prompts.attention_mask,
-            "position_ids": prompts.position_ids,
-            "memory": reader,
-            "routing_mask": prompts.routing_mask,
-            "memory_mask": prompts.memory_mask,
-        }
+    def _prefill(
+        self, active: Sequence[_Question], contexts: Sequence[LocalContext]
+    ) -> tuple[Decoder, list[_Routed]]:
+        """Run the model on the whole local contexts, routing included."""
+        prompts = prompt_batch(contexts, self._top_k, self._pad, self._device)
+        reader = CandidateReader(self._library.reader, self._top_k)
+        decoder = Decoder(self._model, prompts, reader, self._pad)
+        routed = self._routed(active, reader)
+        check_logits(decoder.logits)
         for question, context in zip(active, contexts, strict=True):
             question.prompt_tokens += len(context.input_ids)
-        if may_read:
-            routed: list[_Routed] = []
-
-            def grammars() -> list[RoundGrammar]:
-                routed.extend(self._routed(reader))
-                return [self._grammar(q, r) for q, r in zip(active, routed, strict=True)]
-
-            written, cache = self._write_round(prompts, Grammars(grammars), inputs)
-        else:
-            with torch.no_grad():
-                out = self._model(prompts.input_ids, use_cache=True, logits_to_keep=1, **inputs)
-            check_logits(out.logits[:, -1])
-            routed, cache = self._routed(reader), out.past_key_values
-            written = [None] * len(active)
-        for question, wrote in zip(active, written, strict=True):
             question.routing_seconds += reader.seconds
-            question.generated_tokens += wrote.length if wrote else 0
-            question.forced = None if may_read else "max_rounds"
-        return routed, written, cache
+        return decoder, routed
 
-    def _write_round(
-        self, prompts: Batch, grammars: Grammars, inputs: Mapping[str, Any]
-    ) -> tuple[list[Written | None], MSACache]:
-        constraint = RetrievalConstraint(
-            grammars, prompts.length, self._pad, self._options.prior_weight
-        )
-        with self._drawing():
-            out = self._model.generate(
-                prompts.input_ids,
-                generation_config=self._generation_config(_ROUND_TOKENS),
-                logits_processor=LogitsProcessorList([constraint]),
-                stopping_criteria=StoppingCriteriaList([RoundComplete(grammars, prompts.length)]),
-                **inputs,
+    def _write(
+        self, active: Sequence[_Question], decoder: Decoder, routed: list[_Routed], index: int
+    ) -> tuple[list[Written | None], list[_Routed], dict[int, StoredDocument]]:
+        """Let the model name documents and get their texts; None where the rounds are used up.
+
+        Documents that were deleted since they were routed to are no longer there to be named: the
+        round is written again without them.
+        """
+        if index > self._options.max_rounds:
+            for question in active:
+                question.forced = "max_rounds"
+            return [None] * len(active), routed, {}
+        samplers = [question.sampler for question in active]
+        while True:
+            grammars = [self._grammar(q, r) for q, r in zip(active, routed, strict=True)]
+            written = write_rounds(decoder, grammars, samplers, self._options.prior_weight)
+            named = {number for wrote in written for number in wrote.numbers}
+            texts = dict(self._library.texts(named)) if named else {}
+            gone = named - texts.keys()
+            if not gone:
+                break
+            routed = [found.without(gone) for found in routed]
+            decoder.rewind()
+        for question, wrote in zip(active, written, strict=True):
+            question.generated_tokens += wrote.length
+        return [*written], routed, texts
+
+    def _routed(self, active: Sequence[_Question], reader: CandidateReader) -> list[_Routed]:
+        """What every question of the batch was routed to, and which documents these are."""
+        queries = [
+            LexicalQuery(q.text, tuple(text for r in q.readings[-1:] for _, text in r.documents))
+            for q in active
+        ]
+        found = candidates(reader, self._library, self._options, queries)
+        attended = [{i: some[: self._top_k] for i, some in c.layers.items()} for c in found]
+        shown = []
+        for question, layers, c in zip(active, attended, found, strict=True):
+            unread = [n for n in c.fused if n not in question.read]
+            shown.append(
+                {n for some in layers.values() for n, _ in some}.union(unread[: self._top_k])
             )
-        tokens = out.sequences[:, prompts.length :].tolist()
-        written = [g.parse(row) for g, row in zip(grammars.rows, tokens, strict=True)]
-        assert None not in written, "a round did not end: the grammar has no end"
-        return written, out.past_key_values
-
-    def _routed(self, reader: TracingReader) -> list[_Routed]:
-        """Documents behind the routed rows of the memory, for every question."""
-        batch = reader.rows()
-        rows = {row for layers in batch for found in layers.values() for row, _ in found}
-        stored = self._library.lookup(sorted(rows))
-        routed = []
-        for layers in batch:
-            named = {
-                layer: [(stored[row], score) for row, score in found if row in stored]
-                for layer, found in layers.items()
-            }
-            trace = {
-                layer: tuple(RoutedDocument(s.document.id, s.number, v) for s, v in found)
-                for layer, found in named.items()
-            }
-            documents = {s.number: s for found in named.values() for s, _ in found}
-            scores = {layer: [(d.number, d.score) for d in found] for layer, found in trace.items()}
-            fused = fuse_layers(scores, self._options.prior_temperature)
-            routed.append(_Routed(trace, documents, fused))
-        return routed
+        ids = self._library.ids(sorted(set().union(*shown)))
+        return [
+            _Routed(layers, c.fused, {n: ids[n] for n in some if n in ids})
+            for layers, c, some in zip(attended, found, shown, strict=True)
+        ]
 
     def _grammar(self, question: _Question, routed: _Routed) -> RoundGrammar:
         options, read = self._options, question.read
         return RoundGrammar(
-            {n: self._number(n) for n in routed.documents if n not in read},
+            {n: self._number(n) for n in routed.ids if n not in read},
             self._end_of_read,
             self._end_of_retrieve,
             max_documents=options.max_documents_per_round,
+            min_documents=options.min_documents_per_round,
             may_end=options.allow_unread or bool(read),
-            prior=routed.fused,
+            prior={n: fused.prior for n, fused in routed.fused.items()},
         )
 
     def _number(self, number: int) -> list[int]:
@@ -252,13 +261,17 @@ class Interleave:
         return self._numbers[number]
 
     def _read(
-        self, question: _Question, index: int, routed: _Routed, wrote: Written | None
+        self,
+        question: _Question,
+        index: int,
+        texts: Mapping[int, StoredDocument],
+        wrote: Written | None,
     ) -> tuple[Citation, ...]:
         """Hand the named documents to the question, as far as there are positions for them."""
         documents: list[tuple[int, str]] = []
         citations: list[Citation] = []
         for number in wrote.numbers if wrote else ():
-            document = routed.documents[number].document
+            document = texts[number].document
             longer = [*documents, (number, document.content)]
             context = self._encoder.context(
                 question.text, [*question.readings, Reading(tuple(longer))]
@@ -296,82 +309,32 @@ class Interleave:
             )
 
     def _answer(
-        self,
-        questions: Sequence[_Question],
-        rows: Sequence[int],
-        prompts: Batch,
-        cache: MSACache,
-        stream: bool,
+        self, questions: Sequence[_Question], decoder: Decoder, stream: bool
     ) -> Iterator[tuple[int, Event]]:
         """State the questions again and let the model answer, behind the cache of its prompt."""
-        index = torch.tensor(rows, device=self._device)
-        cache.truncate(prompts.length)
-        cache.batch_select_indices(index)
         handed = [self._encoder.restatement(q.text) + self._lead_in for q in questions]
         for question, ids in zip(questions, handed, strict=True):
             end = self._end_of_retrieve if question.forced else []  # else the model wrote it
             question.prompt_tokens += len(ids) + len(end)
-        batch = continued(prompts, index, [self._end_of_retrieve + h for h in handed], self._pad)
-        room = (self._max_positions - 1 - batch.position_ids[:, -1]).tolist()
-        budgets = [min(self._options.max_new_tokens, r) for r in room]
-        if stream:
-            written = yield from self._stream(questions[0], batch, cache, budgets[0])
-        else:
-            written = self._generate_answers(batch, cache, max(budgets))
-        for question, tokens, budget in zip(questions, written, budgets, strict=True):
-            answer = self._finished(question, tokens[:budget])
+        decoder.feed([self._end_of_retrieve + ids for ids in handed])
+        budgets = [
+            min(self._options.max_new_tokens, self._max_positions - start)
+            for start in decoder.positions
+        ]
+        samplers = [question.sampler for question in questions]
+        pieces = AnswerPieces(self._answers)
+        texts: list[Text] = []
+        for texts in write_texts(decoder, samplers, self._answers.ends, budgets):
+            if stream and (piece := pieces.push(texts[0].tokens[-1])):
+                yield questions[0].row, Event("token", len(questions[0].rounds), piece)
+        if stream and (piece := pieces.finish()):
+            yield questions[0].row, Event("token", len(questions[0].rounds), piece)
+        for question, text in zip(questions, texts, strict=True):
+            answer = self._finished(question, text)
             yield question.row, Event("answer", len(question.rounds), answer)
 
-    def _stream(
-        self, question: _Question, batch: Batch, cache: MSACache, budget: int
-    ) -> Generator[tuple[int, Event], None, list[list[int]]]:
-        number = len(question.rounds)
-        pieces = AnswerPieces(self._answers)
-        tokens = stream_tokens(
-            lambda streamer, stop: self._generate_answers(batch, cache, budget, streamer, [stop])
-        )
-        try:
-            while True:
-                try:
-                    piece = pieces.push(next(tokens))
-                except StopIteration as stopped:
-                    written: list[list[int]] = stopped.value
-                    break
-                if piece:
-                    yield question.row, Event("token", number, piece)
-        finally:
-            tokens.close()
-        if piece := pieces.finish():
-            yield question.row, Event("token", number, piece)
-        return written
-
-    def _generate_answers(
-        self,
-        batch: Batch,
-        cache: MSACache,
-        budget: int,
-        streamer: Any = None,
-        stopping: Sequence[Any] = (),
-    ) -> list[list[int]]:
-        """Tokens that the model writes behind each row, padding behind the end included."""
-        ends = self._answers.ends
-        with self._drawing():
-            out = self._model.generate(
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                past_key_values=cache,
-                generation_config=self._generation_config(budget),
-                logits_processor=LogitsProcessorList([CheckLogits()]),
-                stopping_criteria=StoppingCriteriaList([EndsWith(ends, batch.length), *stopping]),
-                streamer=streamer,
-            )
-        written: list[list[int]] = out.sequences[:, batch.length :].tolist()
-        return written
-
-    def _finished(self, question: _Question, tokens: Sequence[int]) -> Answer:
-        found = self._answers.find_end(tokens)
-        question.generated_tokens += len(tokens) if found is None else found[1]
+    def _finished(self, question: _Question, text: Text) -> Answer:
+        question.generated_tokens += len(text.tokens)
         stopped = question.forced or "answered"
         usage = Usage(
             prompt_tokens=question.prompt_tokens,
@@ -381,45 +344,12 @@ class Interleave:
         )
         return Answer(
             question=question.text,
-            text=self._answers.text(tokens),
+            text=self._answers.text(text.tokens),
             citations=tuple(question.citations),
             rounds=tuple(question.rounds),
             usage=usage,
-            stopped="max_tokens" if found is None else stopped,
+            stopped=stopped if text.ended else "max_tokens",
         )
-
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        """Our settings in full, so that none of the checkpoint's own generation defaults remain."""
-        options = self._options
-        sampling = options.temperature > 0
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=sampling,
-            temperature=options.temperature if sampling else 1.0,
-            top_p=options.top_p if sampling else 1.0,
-            top_k=0 if sampling else None,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=[end[0] for end in self._answers.ends if len(end) == 1] or None,
-            pad_token_id=self._pad,
-            use_cache=True,
-            return_dict_in_generate=True,
-        )
-
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Seed what is drawn inside, and leave torch's global generator as it was."""
-        seed = self._options.seed
-        if seed is None or self._options.temperature == 0:
-            yield
-            return
-        devices = [] if self._device.type == "cpu" else [self._device]
-        kind = "cuda" if self._device.type == "cpu" else self._device.type
-        with torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(seed + self._draws)
-            self._draws += 1
-            yield
 
 
 def _eos_tokens(model: MSAForCausalLM) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from msa.errors import EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
+from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank, ParallelView
 from msa.memory.reports import StoredDocument
 from msa.memory.resident import ResidentBank, ResidentView
@@ -30,28 +31,61 @@ class Library(Protocol):
         """Routes and fetches content; the same state from beginning to end."""
         ...
 
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        """Memory rows -> their documents, without those that were deleted meanwhile."""
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """Document numbers of memory rows."""
+        ...
+
+    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
+        """Number -> id, without documents that were deleted meanwhile; reads no texts."""
+        ...
+
+    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
+        """Number -> the document, without those that were deleted meanwhile."""
+        ...
+
+    def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
+        """Per query, number -> bm25 score of the documents that its words find.
+
+        Raises:
+            LexicalIndexError: the bank has no word index; the message says what to type.
+        """
         ...
 
 
 class BankLibrary:
     """A `Library` over one view of a resident or parallel bank."""
 
-    def __init__(self, bank: MemoryBank, view: ResidentView | ParallelView) -> None:
+    def __init__(
+        self, bank: MemoryBank, view: ResidentView | ParallelView, where: Filter | None = None
+    ) -> None:
         self._bank = bank
         self._view = view
+        self._where = where
+        self._next_number = bank.catalog.counter("next_number")
 
     @property
     def reader(self) -> MemoryReader:
         """The view."""
         return self._view
 
-    def lookup(self, rows: Sequence[int]) -> Mapping[int, StoredDocument]:
-        """See `Library.lookup`."""
-        numbers = self._view.rows_to_numbers(torch.tensor(list(rows), dtype=torch.int64)).tolist()
-        stored = self._bank.get_many(numbers)
-        return {row: stored[n] for row, n in zip(rows, numbers, strict=True) if n in stored}
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """See `Library.numbers`."""
+        wanted = torch.tensor(list(rows), dtype=torch.int64)
+        numbers: list[int] = self._view.rows_to_numbers(wanted).tolist()
+        return numbers
+
+    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
+        """See `Library.ids`."""
+        return self._bank.ids(numbers)
+
+    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
+        """See `Library.texts`."""
+        return self._bank.get_many(numbers)
+
+    def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
+        """See `Library.lexical`; documents that came after the view are left out."""
+        found = self._bank.lexical_search(queries, top_k, filter=self._where)
+        return [{n: s for n, s in some if n < self._next_number} for some in found]
 
 
 class Shelf:
@@ -73,8 +107,8 @@ class Shelf:
 
         Args:
             top_k: documents that a layer selects.
-            where: metadata that a document must have (every key with an equal value), or a
-                function of a document's metadata.
+            where: metadata that a document must have (every key, with a value that is equal as
+                JSON: 1 is 1.0, but neither true nor "1"), or a function of a document's metadata.
 
         Raises:
             EmptyBankError: there is no document to ask, or none that passes.
@@ -92,7 +126,7 @@ class Shelf:
                 f"Bank '{self.bank.path}' holds no documents; add some with "
                 f"'msa index {self.bank.path} FILE...' or MemoryBank.add."
             )
-        return BankLibrary(self.bank, replace(view, top_k=top_k))
+        return BankLibrary(self.bank, replace(view, top_k=top_k), where)
 
     def _filtered_view(self, where: Filter) -> ResidentView | ParallelView:
         if callable(where):
@@ -103,19 +137,29 @@ class Shelf:
                 "function of a document's metadata."
             )
         try:
-            key = json.dumps(where, sort_keys=True)
+            key = json.dumps(where, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"The filter holds what is no JSON value ({error}).") from error
         known = self._filtered.get(key)
         if known is not None and known.generation == self._resident.generation:
             return known
-        view = self._resident.view(_equal_to(where))
+        view = self._resident.view(_having(json.loads(key)))
         if len(self._filtered) >= _VIEWS_KEPT:
             self._filtered.clear()
         self._filtered[key] = view
         return view
 
 
-def _equal_to(where: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
-    wanted = dict(where)
-    return lambda metadata: all(k in metadata and metadata[k] == v for k, v in wanted.items())
+def _having(wanted: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
+    return lambda metadata: all(k in metadata and _equal(metadata[k], v) for k, v in wanted.items())
+
+
+def _equal(one: JSON, other: JSON) -> bool:
+    """Equality of JSON values, in which true is no number."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    return one == other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 from msa.errors import ConfigError
 
 ASK_OPTIONS_FILE = "ask_options.json"
+_COUNTS = (
+    "max_rounds",
+    "max_documents_per_round",
+    "min_documents_per_round",
+    "max_new_tokens",
+    "candidates",
+    "batch_size",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +29,22 @@ class AskOptions:
     Attributes:
         max_rounds: rounds in which the model may read; after them it must answer.
         max_documents_per_round: documents that the model may name in one round.
+        min_documents_per_round: documents that it must name in a round in which it reads, if so
+            many are there to be named.
         max_new_tokens: tokens of the answer, at most.
-        prior_weight: how much the routing scores weigh in on which of the routed documents is
-            named (ours; 0 is the paper: the model alone decides). 1 treats the routing scores as
+        candidates: documents that a routing layer lists for the fused ranking (`fusion.fuse`); the
+            model attends to its own `top_k_documents` only. Below that number, that number.
+        layer_weights: routing layer -> factor of its scores in the fused ranking, 0 for layers that
+            are not named; None weighs all alike.
+        lexical_weight: factor of the bm25 score in the fused ranking; 0 leaves words alone.
+        prior_weight: how much the fused ranking weighs in on which of the routed documents is
+            named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
             a prior that the model has not seen.
-        prior_temperature: tau of the softmax over routing scores (that of Eq. 5).
+        prior_temperature: tau of the softmax over the fused scores.
         temperature: 0 writes the likeliest token; above 0 samples.
         top_p: sample from the smallest set of tokens with this much probability.
-        seed: makes sampling repeatable; `None` draws from torch's global generator.
+        seed: makes sampling repeatable, every question with a generator of its own; None takes
+            that generator's seed from torch's global one.
         force_answer_prefix: hand the template's answer lead-in to the model instead of letting it
             write it: the same tokens for a trained model, fewer steps, and no way round it.
         allow_unread: let the model answer without having read a document.
@@ -36,7 +53,11 @@ class AskOptions:
 
     max_rounds: int = 4
     max_documents_per_round: int = 4
+    min_documents_per_round: int = 1
     max_new_tokens: int = 64
+    candidates: int = 64
+    layer_weights: Mapping[int, float] | None = None
+    lexical_weight: float = 0.0
     prior_weight: float = 0.0
     prior_temperature: float = 0.1
     temperature: float = 0.0
@@ -47,11 +68,17 @@ class AskOptions:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_rounds", "max_documents_per_round", "max_new_tokens", "batch_size"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.")
-        for name in ("prior_weight", "temperature"):
+        if self.min_documents_per_round > self.max_documents_per_round:
+            raise ConfigError(
+                f"min_documents_per_round is {self.min_documents_per_round}; give a number of at "
+                f"most max_documents_per_round, which is {self.max_documents_per_round}."
+            )
+        object.__setattr__(self, "layer_weights", _layer_weights(self.layer_weights))
+        for name in ("prior_weight", "lexical_weight", "temperature"):
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")
@@ -104,6 +131,31 @@ class AskOptions:
             return cls().with_changes(**values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def _layer_weights(weights: object) -> dict[int, float] | None:
+    """Weights by layer; JSON writes layers as strings.
+
+    Raises:
+        ConfigError: a layer is no whole number, or no weight is above 0.
+    """
+    if weights is None:
+        return None
+    wrong = (
+        f"layer_weights is {weights!r}; give layers with numbers of at least 0, such as {{2: 1}}."
+    )
+    if not isinstance(weights, Mapping):
+        raise ConfigError(wrong)
+    found: dict[int, float] = {}
+    for layer, weight in weights.items():
+        if not _is_finite(weight) or weight < 0:
+            raise ConfigError(wrong)
+        if not _is_int(layer) and not (isinstance(layer, str) and layer.isdecimal()):
+            raise ConfigError(wrong)
+        found[int(layer)] = float(weight)
+    if not any(found.values()):
+        raise ConfigError(wrong)
+    return found
 
 
 def _is_int(value: object) -> bool:

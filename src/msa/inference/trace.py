@@ -1,82 +1,53 @@
-"""What was routed: a memory reader that takes notes, and the fusion of layers into one score."""
+"""What was routed: a memory reader that takes notes, and the candidates of every question."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from msa.errors import ModelError
+from msa.inference.fusion import Fused, fuse
+from msa.inference.library import Library
+from msa.inference.options import AskOptions
+from msa.memory.lexical import LexicalQuery
 from msa.types import Content, MemoryReader, Selection
 
 
-def fuse_layers(
-    layers: Mapping[int, Sequence[tuple[int, float]]], temperature: float = 0.1
-) -> dict[int, float]:
-    """One score per document from the documents that each layer selected.
+class CandidateReader:
+    """A `MemoryReader` that keeps every layer's candidates, and shows the model the best of them.
 
-    The mean over layers of each layer's softmax(score / temperature) over what it selected; a
-    document that a layer did not select gets nothing from it. Ours: the layers' scores are not on
-    one scale, their softmax is, and Eq. 5 trains exactly this softmax.
+    The fused ranking looks deeper than the model does: a layer lists as many candidates as the
+    memory selects, while the model attends to the `visible` best.
 
-    Args:
-        layers: routing layer -> (document, score of Eq. 2), each document once.
-        temperature: tau of the softmax, above 0.
-
-    Returns:
-        Document -> score in (0, 1], best first; they sum to 1 (empty without documents).
-    """
-    fused: dict[int, float] = {}
-    filled = [selected for selected in layers.values() if selected]
-    for selected in filled:
-        best = max(score for _, score in selected)
-        weights = [math.exp((score - best) / temperature) for _, score in selected]
-        share = 1.0 / (sum(weights) * len(filled))
-        for (document, _), weight in zip(selected, weights, strict=True):
-            fused[document] = fused.get(document, 0.0) + weight * share
-    return dict(sorted(fused.items(), key=lambda item: (-item[1], item[0])))
-
-
-class TracingReader:
-    """A `MemoryReader` that notes what was selected, and how long routing took.
-
-    It may route to more documents than the model is given: `retrieve(top_k)` lists as many as the
-    caller wants, while the model sees the `visible` best, as when it is asked; what it sees in one
-    layer decides what it looks for in the next.
+    Attributes:
+        selections: routing layer -> all of its candidates.
+        seconds: time that routing took.
     """
 
-    def __init__(self, memory: MemoryReader, visible: int | None = None) -> None:
+    def __init__(self, memory: MemoryReader, visible: int) -> None:
         """Wrap a memory.
 
         Args:
             memory: does the work.
-            visible: documents per layer and row whose content the model gets; `None`: all routed.
+            visible: documents per layer and row whose content the model gets.
         """
         self._memory = memory
         self._visible = visible
+        self._sound: dict[int, Tensor] = {}
         self.selections: dict[int, Selection] = {}
         self.seconds = 0.0
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
-        """Route as the memory does, and note the selection.
-
-        Raises:
-            ModelError: vectors are NaN or infinite; by their scores no document would be found.
-        """
+        """The best of what the memory selects."""
         start = time.perf_counter()
-        if not bool(torch.isfinite(vectors[routing_mask]).all()):
-            raise ModelError(
-                f"Routing queries of layer {layer} are NaN or infinite: the model's weights are "
-                "damaged, or overflow in this dtype. Load the checkpoint again, or in float32."
-            )
+        self._sound[layer] = (vectors.isfinite().all(dim=-1) | ~routing_mask).all()
         selection = self._memory.route(layer, vectors, routing_mask)
         self.seconds += time.perf_counter() - start
         self.selections[layer] = selection
-        if self._visible is None:
-            return selection
         best = slice(None, self._visible)
         return Selection(selection.documents[:, best], selection.scores[:, best])
 
@@ -84,8 +55,29 @@ class TracingReader:
         """Fetch what the memory holds."""
         return self._memory.content(layer, selection)
 
+    def check(self) -> None:
+        """Refuse what was routed by vectors that are not numbers: no document is found by those.
+
+        Raises:
+            ModelError: with the first layer of which this is so.
+        """
+        layers = sorted(self._sound)
+        sound = torch.stack([self._sound[layer] for layer in layers]).tolist() if layers else []
+        for layer, fine in zip(layers, sound, strict=True):
+            if not fine:
+                raise ModelError(
+                    f"Routing queries of layer {layer} are NaN or infinite: the model's weights "
+                    "are damaged, or overflow in this dtype. Load the checkpoint again, or in "
+                    "float32."
+                )
+
     def rows(self) -> list[dict[int, list[tuple[int, float]]]]:
-        """Per row of the batch: routing layer -> (memory row, score), best first."""
+        """Per row of the batch: routing layer -> (memory row, score), best first.
+
+        Raises:
+            ModelError: see `check`.
+        """
+        self.check()
         batch: list[dict[int, list[tuple[int, float]]]] = []
         for layer, selection in sorted(self.selections.items()):
             documents = selection.documents.tolist()
@@ -96,3 +88,54 @@ class TracingReader:
                 pairs = zip(row, row_scores, strict=True)
                 batch[i][layer] = [(document, score) for document, score in pairs if document >= 0]
         return batch
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The documents that came up for one question, by number.
+
+    Attributes:
+        layers: routing layer -> (number, score of Eq. 2), best first.
+        fused: the ranking of them all, best first.
+    """
+
+    layers: dict[int, list[tuple[int, float]]]
+    fused: dict[int, Fused]
+
+
+def candidates(
+    reader: CandidateReader,
+    library: Library,
+    options: AskOptions,
+    queries: Sequence[LexicalQuery],
+) -> list[Candidates]:
+    """What every question of a batch was routed to.
+
+    Args:
+        reader: through which the batch was prefilled.
+        library: of the same memory.
+        options: as asked.
+        queries: per question, what words are looked for when `lexical_weight` is above 0.
+
+    Raises:
+        ModelError: it was routed by vectors that are not numbers.
+        LexicalIndexError: see `Library.lexical`.
+    """
+    batch = reader.rows()
+    rows = sorted({row for layers in batch for found in layers.values() for row, _ in found})
+    numbers = dict(zip(rows, library.numbers(rows), strict=True))
+    lexical = None
+    if options.lexical_weight > 0:
+        lexical = library.lexical(queries, options.candidates)
+    all_candidates = []
+    for i, layers in enumerate(batch):
+        named = {layer: [(numbers[r], s) for r, s in found] for layer, found in layers.items()}
+        fused = fuse(
+            named,
+            temperature=options.prior_temperature,
+            layer_weights=options.layer_weights,
+            lexical=lexical[i] if lexical is not None else None,
+            lexical_weight=options.lexical_weight,
+        )
+        all_candidates.append(Candidates(named, fused))
+    return all_candidates

@@ -14,7 +14,9 @@ import torch
 from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
 from msa.memory.catalog import CATALOG_FILE, Catalog, CatalogRow
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.filters import Filter
 from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
+from msa.memory.lexical import LexicalIndex, LexicalQuery
 from msa.memory.lock import WriterLock
 from msa.memory.maintenance import Maintenance
 from msa.memory.manifest import BANK_FILE, Manifest
@@ -77,6 +79,7 @@ class MemoryBank:
         self.tokenizer = tokenizer
         self._lock = lock
         self._closed = False
+        self._lexical = LexicalIndex(path / CATALOG_FILE)
         self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
         if lock is not None:
             self._writer = SegmentWriter(self.segments_folder, catalog.counter("next_segment"))
@@ -213,6 +216,7 @@ class MemoryBank:
         """Close the bank and let the next writer in; calling it twice does nothing."""
         if not self._closed:
             self._closed = True
+            self._lexical.close()
             self.catalog.close()
             if self._lock is not None:
                 self._lock.release()
@@ -411,7 +415,7 @@ class MemoryBank:
     def repair(self) -> int:
         """Encode the documents of damaged segments again from their stored texts.
 
-        They keep their numbers, so nothing else changes.
+        They keep their numbers, so nothing else changes. A damaged word index is built again too.
 
         Returns:
             How many documents were encoded.
@@ -470,6 +474,10 @@ class MemoryBank:
         """Number -> document, for those that exist; one that was deleted meanwhile is left out."""
         return self.catalog.by_numbers(numbers)
 
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts."""
+        return self.catalog.ids(numbers)
+
     def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
 
@@ -479,6 +487,57 @@ class MemoryBank:
         if offset < 0 or (limit is not None and limit < 0):
             raise InputError(f"limit={limit}, offset={offset}: expected whole numbers from 0")
         return self.catalog.page(-1 if limit is None else limit, offset)
+
+    # ---- lexical search
+
+    def lexical_missing(self) -> str | None:
+        """Why the bank cannot be searched by words, in one line; None when it can."""
+        return self._lexical.missing()
+
+    def lexical_search(
+        self,
+        queries: Sequence[str | LexicalQuery],
+        top_k: int,
+        *,
+        filter: Filter | None = None,
+        title_weight: float = 1.0,
+    ) -> list[list[tuple[int, float]]]:
+        """The documents that share the rarest words with each query, by BM25 (k1 1.2, b 0.75).
+
+        A query is plain text; nothing in it is an operator. It answers from the latest commit:
+        whoever asks an older state of the bank has to drop numbers that this state does not hold.
+
+        Args:
+            queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
+                (those texts themselves are found too).
+            top_k: documents per query, at most.
+            filter: metadata that documents must have, or a function of their metadata.
+            title_weight: how often a word of the title counts.
+
+        Returns:
+            For each query (document number, score), best first, equal scores by number; scores are
+            positive and grow with relevance. Fewer than `top_k` where no more documents share a
+            word.
+
+        Raises:
+            LexicalIndexError: there is no word index; the message says why and what to type.
+            InputError: a top_k, weight or filter that cannot be used.
+            BankCorruptError: the index is damaged.
+        """
+        return self._lexical.search(queries, top_k, filter=filter, title_weight=title_weight)
+
+    def lexical_scores(
+        self, query: str | LexicalQuery, numbers: Sequence[int], *, title_weight: float = 1.0
+    ) -> list[float]:
+        """The scores that `lexical_search` gives to some documents, however many are better.
+
+        Returns:
+            One score per number; 0.0 for a document that shares no word or does not exist.
+
+        Raises:
+            LexicalIndexError, InputError, BankCorruptError: see `lexical_search`.
+        """
+        return self._lexical.scores(query, numbers, title_weight=title_weight)
 
     def info(self) -> BankInfo:
         """Figures of the bank."""

@@ -10,19 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msa.errors import BankCorruptError, BankError, StorageError
+from msa.errors import BankCorruptError
+from msa.memory import lexical
+from msa.memory.database import Database, guard
 from msa.memory.records import SegmentEntry
 from msa.memory.reports import StoredDocument
 from msa.types import Document
 
 CATALOG_FILE = "catalog.sqlite"
-BUSY_SECONDS = 30.0
 _IDS_PER_QUERY = 500
 
 _SCHEMA = """
@@ -133,116 +133,37 @@ class Catalog:
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        self.path = folder / CATALOG_FILE
-        self.read_only = read_only
-        self._lock = threading.RLock()
-        self._frozen: tuple[int, int] | None = None
-        if not self.path.is_file():
+        path = folder / CATALOG_FILE
+        if not path.is_file():
             raise BankCorruptError(
                 f"Bank '{folder}' has lost its {CATALOG_FILE}; restore it from a copy, or remove "
                 "the folder and index again"
             )
-        with self._guard("open"):
-            self._connection = self._connect()
+        self._db = Database(path, read_only=read_only)
+        if not read_only:
+            lexical.keep(self._db)
 
     @classmethod
     def create(cls, folder: Path) -> Catalog:
         """Make an empty catalog in a folder that has none."""
         path = folder / CATALOG_FILE
-        with _guard(path, "create"):
+        with guard(path, "create"):
             connection = sqlite3.connect(path, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
             connection.close()
         return cls(folder)
 
-    def _connect(self) -> sqlite3.Connection:
-        if not self.read_only:
-            connection = self._connect_to("rw")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA secure_delete = ON")  # a deleted text is gone from the file
-            return connection
-        try:
-            return self._connect_to("ro")
-        except sqlite3.OperationalError as error:
-            # In a folder that we may not write to, SQLite can read along with a writer but cannot
-            # make the shared-memory file itself; when no writer runs there is nothing to share.
-            if error.sqlite_errorcode & 0xFF not in (
-                sqlite3.SQLITE_CANTOPEN,
-                sqlite3.SQLITE_READONLY,
-            ):
-                raise
-            stat = self.path.stat()
-            self._frozen = (stat.st_mtime_ns, stat.st_size)
-            return self._connect_to("ro&immutable=1")
-
-    def _connect_to(self, mode: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=BUSY_SECONDS,
-        )
-        connection.execute("SELECT value FROM counters").fetchall()
-        return connection
-
     def close(self) -> None:
         """Close the database; a writer folds its log into it."""
-        with self._lock:
-            self._connection.close()
-
-    # ---- transactions
-
-    def _guard(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return _guard(self.path, doing)
+        self._db.close()
 
     @contextlib.contextmanager
     def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
         """One durable transaction that raises the generation, or no change at all."""
-        with self._lock, self._guard(doing):
-            self._end_left_over()
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.execute(
-                    "UPDATE counters SET value = value + 1 WHERE name = 'generation'"
-                )
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                self._end_left_over()
-                raise
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """Several queries that see one state of the catalog."""
-        with self._lock, self._guard("read"):
-            self._end_left_over()
-            self._follow()
-            try:
-                self._connection.execute("BEGIN")
-                yield self._connection
-            finally:
-                self._end_left_over()
-
-    def _end_left_over(self) -> None:
-        """Give up the transaction that is open, if one is.
-
-        Ctrl-C can come right after any statement, so that nobody can be sure to end what he began.
-        """
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
-
-    def _follow(self) -> None:
-        """An immutable connection sees no changes: open it again when the file has some."""
-        if self._frozen is None:
-            return
-        stat = self.path.stat()
-        wal = self.path.with_name(self.path.name + "-wal")
-        if self._frozen != (stat.st_mtime_ns, stat.st_size) or wal.exists():
-            self._connection.close()
-            self._frozen = None
-            self._connection = self._connect()
+        with self._db.transaction(doing) as db:
+            db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
+            yield db
 
     # ---- writing
 
@@ -317,25 +238,26 @@ class Catalog:
 
     def shrink(self) -> None:
         """Give the room of deleted texts back to the file system."""
-        with self._lock, self._guard("shrink"):
-            self._connection.execute("VACUUM")
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        lexical.shrink(self._db)  # the words of deleted texts go with them
+        with self._db.alone("shrink") as db:
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # ---- reading
 
     def counter(self, name: str) -> int:
         """Value of "generation", "layout", "next_number" or "next_segment"."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return _counter(db, name)
 
     def count(self) -> int:
         """Number of live documents."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return int(db.execute("SELECT COUNT(*) FROM documents").fetchone()[0])
 
     def totals(self) -> Totals:
         """Counts for `info`."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             live = db.execute(
                 "SELECT COUNT(*), COUNT(*) FILTER (WHERE part <= 1), TOTAL(num_tokens), "
                 "TOTAL(num_chunks) FROM documents"
@@ -347,7 +269,7 @@ class Catalog:
         """What is stored under an id as given."""
         if not _is_unicode(document_id):
             return Known()
-        with self._reading() as db:
+        with self._db.reading() as db:
             rows = db.execute(
                 "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
                 "ORDER BY part",
@@ -383,41 +305,54 @@ class Catalog:
                 found[stored.number] = stored
         return found
 
+    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Number -> id, for those that exist; texts are not read."""
+        wanted = list(dict.fromkeys(numbers))
+        found: dict[int, str] = {}
+        with self._db.reading() as db:
+            for start in range(0, len(wanted), _IDS_PER_QUERY):
+                some = wanted[start : start + _IDS_PER_QUERY]
+                marks = ",".join("?" * len(some))
+                found.update(
+                    db.execute(f"SELECT number, id FROM documents WHERE number IN ({marks})", some)
+                )
+        return found
+
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
         return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", (limit, offset))
 
     def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
-        with self._reading() as db:
+        with self._db.reading() as db:
             rows = db.execute(_STORED + where, values).fetchall()
         return [_stored_document(row) for row in rows]
 
     def metadata(self) -> Iterator[tuple[int, str]]:
         """(number, JSON text) of every live document, from one state of the catalog."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             rows = db.execute("SELECT number, metadata FROM documents").fetchall()
         return iter(rows)
 
     def segments(self) -> list[SegmentEntry]:
         """All segments, in the order they were written."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return _segments(db, "ORDER BY segment", ())
 
     def dead_counts(self) -> dict[int, int]:
         """Segment -> number of its documents that are deleted."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return dict(db.execute("SELECT segment, COUNT(*) FROM dead GROUP BY segment"))
 
     def live_in(self, segment: int) -> dict[int, int]:
         """Number -> number of chunks, for the live documents of a segment."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return dict(
                 db.execute("SELECT number, num_chunks FROM documents WHERE segment = ?", (segment,))
             )
 
     def snapshot(self, after_segment: int = 0, after_generation: int = -1) -> Snapshot:
         """What has changed since a reader last looked; everything by default."""
-        with self._reading() as db:
+        with self._db.reading() as db:
             return Snapshot(
                 _counter(db, "generation"),
                 _counter(db, "layout"),
@@ -453,14 +388,22 @@ class Catalog:
             "numbers at or above the next one": "SELECT COUNT(*) FROM documents WHERE number >= "
             "(SELECT value FROM counters WHERE name = 'next_number')",
         }
-        with self._reading() as db:
+        with self._db.reading() as db:
             answer = [row[0] for row in db.execute("PRAGMA integrity_check(10)")]
             found = [] if answer == ["ok"] else [f"{CATALOG_FILE}: {line}" for line in answer]
             for words, query in checks.items():
                 count = db.execute(query).fetchone()[0]
                 if count:
                     found.append(f"{CATALOG_FILE}: {count} {words}")
+            found += [f"{CATALOG_FILE}: {line}" for line in lexical.problems(db)]
         return found
+
+    def repair_index(self) -> None:
+        """Build the word index again if it is damaged."""
+        with self._db.reading() as db:
+            sound = not lexical.problems(db)
+        if not sound:
+            lexical.build(self._db)
 
 
 def _is_unicode(text: str) -> bool:
@@ -511,29 +454,3 @@ def _segments(db: sqlite3.Connection, where: str, values: Sequence[object]) -> l
         "num_chunks FROM segments " + where
     )
     return [SegmentEntry(*row) for row in db.execute(query, values)]
-
-
-@contextlib.contextmanager
-def _guard(path: Path, doing: str) -> Iterator[None]:
-    """SQLite's errors as ours, by their code."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        code = (error.sqlite_errorcode or 0) & 0xFF if hasattr(error, "sqlite_errorcode") else 0
-        if code in (
-            sqlite3.SQLITE_FULL,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_PERM,
-        ):
-            raise StorageError(
-                f"cannot {doing} {path}: {error}. The bank is as it was before; free space or "
-                "allow writing there, and try again"
-            ) from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such table" in str(error):
-            raise BankCorruptError(
-                f"{path} is damaged ({error}); restore it from a copy, or remove the bank and "
-                "index again"
-            ) from error
-        raise BankError(f"cannot {doing} {path}: {error}") from error

@@ -75,7 +75,10 @@ class CalibrationReport:
 
 @torch.no_grad()
 def router_inputs(
-    model: MSAForCausalLM, input_ids: Tensor, layers: Sequence[int]
+    model: MSAForCausalLM,
+    input_ids: Tensor,
+    layers: Sequence[int],
+    position_ids: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """Input of the attention block after its norm, layer -> [N, L, E], for texts without memory.
 
@@ -83,11 +86,13 @@ def router_inputs(
         model: only its layers up to the last of `layers` are run.
         input_ids: [N, L] int64, right-padded; causal attention keeps the padding out.
         layers: indices.
+        position_ids: [N, L] int64; by default from 0, as documents have them.
     """
     inner: Any = model.model
     hidden = inner.embed_tokens(input_ids)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    rotary = inner.rotary_emb(hidden, positions)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    rotary = inner.rotary_emb(hidden, position_ids)
     wanted, states = set(layers), {}
     step = _plain_step()
     for index, layer in enumerate(inner.layers):
@@ -176,7 +181,7 @@ def whitening(states: Tensor, components: int, weights: Tensor | None = None) ->
     values, vectors = values.flip(0), vectors.flip(1)
     used = slice(1, min(components + 1, len(values)))
     values, vectors = values[used].clamp(min=0), vectors[:, used]
-    scaled = vectors / (values + EIGENVALUE_FLOOR * values.mean()).sqrt()
+    scaled: Tensor = vectors / (values + EIGENVALUE_FLOOR * values.mean()).sqrt()
     result = scaled.new_zeros(components, x.shape[1])
     result[: scaled.shape[1]] = scaled.T
     return result.float()

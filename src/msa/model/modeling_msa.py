@@ -16,7 +16,7 @@ D head dim, E hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,11 @@ from msa.ops.attention import attend, local_mask, memory_mask_of
 from msa.ops.pooling import chunk_counts, pool_chunks
 from msa.ops.routing import normalise, reduce_queries
 from msa.types import Content, LatentStates, LayerStates, MemoryReader, Selection
+
+# transformers 5.24 renamed the cache of `generate()` and of outputs.
+CACHE_NAME = (
+    "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
+)
 
 
 @dataclass
@@ -201,7 +206,7 @@ class MSAPreTrainedModel(PreTrainedModel):
     config_class = MSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "memory"]  # noqa: RUF012 (their convention)
+    _skip_keys_device_placement = ["cache", "past_key_values", "memory"]  # noqa: RUF012 (their convention)
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -230,10 +235,21 @@ class MSAModel(MSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, hidden: Tensor, position_ids: Tensor, step: Step) -> Tensor:
-        """Hidden states [B, T, E] after the final norm, for embedded tokens [B, T, E]."""
+    def forward(
+        self, hidden: Tensor, position_ids: Tensor, step: Step, *, routing_only: bool = False
+    ) -> Tensor:
+        """Hidden states [B, T, E] after the final norm, for embedded tokens [B, T, E].
+
+        With `routing_only` the forward ends as soon as the last routing layer has selected; what
+        is returned has no meaning then.
+        """
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        for layer in self.layers:
+        last = max(self.config.routing_layers, default=-1) if routing_only else None
+        for index, layer in enumerate(self.layers):
+            if index == last:
+                normed = cast(nn.Module, layer.input_layernorm)(hidden)
+                cast(MSAAttention, layer.self_attn).recall(normed, step)
+                break
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
         return cast(Tensor, self.norm(hidden))
 
@@ -308,7 +324,7 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -316,82 +332,88 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         memory: MemoryReader | None = None,
         routing_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        routing_only: bool = False,
+        past_key_values: Any = None,
         **_: Any,
     ) -> MSAOutput:
         """Run local tokens, with a memory or (without one) as the plain backbone.
 
         Args:
             input_ids: [B, T] int64, left-padded; or `inputs_embeds` [B, T, E].
-            attention_mask: [B, S] 0 for padding; S counts the cached tokens too.
+            attention_mask: [B, S] 0 for padding; S counts the cached tokens too. None without
+                padding; a step behind a cache is cheaper then.
             position_ids: [B, T] int64; by default counted from the cache's length.
-            past_key_values: an `MSACache` to continue, or None.
+            cache: an `MSACache` to continue, or None.
             labels: [B, T] int64, -100 for tokens without a loss.
             use_cache: return a cache.
             logits_to_keep: compute logits for the last so many tokens only; 0 for all.
             memory: asked for documents in every routing layer, unless the cache holds some.
             routing_mask: [B, T] bool, tokens that route; by default all but the padding.
             memory_mask: [B, T] bool, tokens that see the memory; by default all.
+            routing_only: end with the last routing layer's selection; there are no logits then.
+            past_key_values: the name of `cache` in transformers before 5.24.
 
         Raises:
-            InputError: `past_key_values` is a cache that cannot hold memory.
+            InputError: `cache` is one that cannot hold memory.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = hidden.shape[1]
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training:
             cache = MSACache()
         if cache is not None and not isinstance(cache, MSACache):
             raise InputError(
-                f"past_key_values is {type(cache).__name__}: expected MSACache (msa.model.cache)"
+                f"The cache is {type(cache).__name__}: expected MSACache (msa.model.cache)"
             )
         past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=hidden.device)[None]
-        padded = attention_mask is not None and not bool(attention_mask.all())
+        # Whether there is padding is looked at while prefilling only: it makes the CPU wait.
+        if attention_mask is not None and not past and bool(attention_mask.all()):
+            attention_mask = None
         mask = None
-        if padded or (past and tokens > 1):
-            mask = local_mask(
-                tokens, attention_mask if padded else None, past + tokens, hidden.device
-            )
-        elif past:
-            mask = torch.ones(1, 1, past + 1, dtype=torch.bool, device=hidden.device)
+        if attention_mask is not None or (past and tokens > 1):
+            mask = local_mask(tokens, attention_mask, past + tokens, hidden.device)
         if memory is not None and routing_mask is None:
-            shape = hidden.shape[:2]
             routing_mask = (
                 attention_mask[:, -tokens:].bool()
                 if attention_mask is not None
-                else torch.ones(shape, dtype=torch.bool, device=hidden.device)
+                else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             )
         step = Step(mask, cache, memory, routing_mask, memory_mask)
-        hidden = self.model(hidden, position_ids, step)
+        hidden = self.model(hidden, position_ids, step, routing_only=routing_only)
+        if routing_only:
+            return MSAOutput(selections=step.selections)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
             )
-        return MSAOutput(
-            loss=loss, logits=logits, past_key_values=cache, selections=step.selections or None
-        )
+        kept = {CACHE_NAME: cache}
+        return MSAOutput(loss=loss, logits=logits, selections=step.selections or None, **kept)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as transformers does (sampling, streaming, stopping), with or without a memory.
 
         Takes `memory`, `routing_mask`, `memory_mask` and `position_ids` of `forward` beside
-        transformers' own arguments. To continue a context, pass its `MSACache` as
-        `past_key_values` and the ids of the whole sequence; documents are not chosen again.
+        transformers' own arguments. To continue a context, pass its `MSACache` as `cache` and the
+        ids of the whole sequence; documents are not chosen again. `MemoryEngine` does not use this:
+        it decodes by `msa.inference.decoding`.
         """
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = MSACache()
-        return super().generate(inputs, **kwargs)
+        given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        cache = next((c for c in given if c is not None), None)
+        if cache is None and kwargs.get("use_cache", True):
+            cache = MSACache()
+        return super().generate(inputs, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; masks over tokens are cut to the tokens that are fed."""
         masks = {name: kwargs.pop(name, None) for name in ("routing_mask", "memory_mask")}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         tokens = inputs["input_ids"].shape[1]
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         if cache is None or cache.get_seq_length() == 0:
             for name, mask in masks.items():
                 inputs[name] = None if mask is None else _extended(mask, tokens, name)

@@ -92,7 +92,8 @@ def attend(
     Args:
         queries: [B, T, H, D].
         keys, values: [B, S, G, D], H a multiple of G.
-        mask: [B or 1, T, S] bool; None for causal attention with S = T.
+        mask: [B or 1, T, S] bool; None for causal attention with S = T, or for a single token that
+            sees all keys.
         scaling: factor of the scores.
 
     Returns:
@@ -100,13 +101,32 @@ def attend(
 
     Source: MSA 3.2.1, Eq. 3 and 4, with the concatenation made by the caller.
     """
+    if queries.shape[1] == 1 and queries.device.type == "cpu" and queries.dtype != torch.float32:
+        return _attend_once(queries, keys, values, mask, scaling)
     out = F.scaled_dot_product_attention(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=None if mask is None else mask[:, None],
-        is_causal=mask is None,
+        is_causal=mask is None and queries.shape[1] > 1,
         scale=scaling,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _attend_once(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """`attend` for a single token, T = 1, in two products, with the softmax in float32.
+
+    On a CPU in bfloat16 torch's fused kernel takes six times as long for one token.
+    """
+    batch, _, heads, dim = queries.shape
+    groups = keys.shape[2]
+    grouped = queries.reshape(batch, groups, heads // groups, dim)
+    scores = (grouped @ keys.permute(0, 2, 3, 1)).float() * scaling  # [B, G, H/G, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    weights = scores.softmax(dim=-1).to(values.dtype)
+    return (weights @ values.transpose(1, 2)).reshape(batch, 1, heads, dim)

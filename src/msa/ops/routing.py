@@ -71,14 +71,19 @@ def reduce_queries(
             vector (`query_reduce_method` "mean" of the released code).
             "last": the last routing token alone (`query_reduce_method` "last").
             "pooled": the raw queries are averaged, head by head, before they are normalized.
-        token_weights: [B, T] float, weights of the tokens in "pooled"; equal by default.
+        token_weights: [B, T] float, >= 0, weights of the tokens in "pooled"; equal by default.
 
     Returns:
         Vectors [B, S, G*D] float32 and their mask [B, S] bool; S = T for "max", else 1. A row
         without routing tokens has a mask without True.
 
-    Source: MSA 3.2.1, Eq. 2 ("max").
+    Raises:
+        InputError: another reduction.
+
+    Source: MSA 3.2.1, Eq. 2 ("max"); "pooled" and the folding are ours.
     """
+    if reduction not in QUERY_REDUCTIONS:
+        raise InputError(f"reduction={reduction!r}: expected one of {QUERY_REDUCTIONS}")
     if reduction == "max":
         return routing_vectors(routing_queries, num_key_value_heads, score), routing_mask
     routes = routing_mask.any(dim=1, keepdim=True)
@@ -88,18 +93,18 @@ def reduce_queries(
         rows = torch.arange(len(last), device=last.device)
         picked = routing_queries[rows, last][:, None]
         return routing_vectors(picked, num_key_value_heads, score), routes
+    # zeros, not a product with the mask: what does not route may be anything, NaN too
+    queries = routing_queries.masked_fill(~routing_mask[:, :, None, None], 0.0)
     if reduction == "mean":
-        vectors = routing_vectors(routing_queries, num_key_value_heads, score)
-        mask = routing_mask[..., None].float()
-        return (vectors * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(
-            min=1
-        ), routes
+        vectors = routing_vectors(queries, num_key_value_heads, score)
+        tokens = routing_mask.sum(dim=1).clamp(min=1)
+        return vectors.sum(dim=1, keepdim=True) / tokens[:, None, None], routes
     weights = routing_mask.float()
     if token_weights is not None:
-        weights = weights * token_weights.float()
+        weights = token_weights.float().masked_fill(~routing_mask, 0.0)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
     with torch.autocast(routing_queries.device.type, enabled=False):
-        pooled = torch.einsum("bt,bthd->bhd", weights, routing_queries.float())[:, None]
+        pooled = torch.einsum("bt,bthd->bhd", weights, queries.float())[:, None]
     return routing_vectors(pooled, num_key_value_heads, score), routes
 
 

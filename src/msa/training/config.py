@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from msa.errors import ConfigError
+from msa.training.router_settings import PairSettings, RouterSettings, StateSettings
 
 T = TypeVar("T")
 
@@ -124,6 +125,7 @@ class LossSettings:
         context: weight, inside L_LM, of the other tokens of the local context after the question.
         documents: language model loss over the documents, as stage 1 runs them.
         numbers: auxiliary head that reads a document's number out of its pooled values.
+        fused: Eq. 5 once more, over the sum of the layers' scores, which ranks at inference.
         last_token: Eq. 5 once more, over the scores of the last routing token alone, in rounds that
             have read a text. That token sees the question and the whole text, which no other does.
     """
@@ -133,6 +135,7 @@ class LossSettings:
     context: float = 0.1
     documents: float = 0.1
     numbers: float = 0.0
+    fused: float = 0.0
     last_token: float = 0.0
 
 
@@ -156,23 +159,152 @@ class Stage:
             ConfigError: there are no steps, or the name cannot name a folder.
         """
         _at_least_one(self, "steps")
-        if not re.fullmatch(r"[\w-]+", self.name) or self.name in ("model", "tokenizer"):
-            raise ConfigError(
-                f"name={self.name!r}: expected letters, digits, '_' and '-', since it names a "
-                "folder beside 'model' and 'tokenizer'"
-            )
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSettings:
+    """A question set, see `msa.training.question_sets`.
+
+    Attributes:
+        path: its folder.
+        weight: how often a step is drawn from it, relative to the others.
+        reads: its questions teach reading and answering.
+        routes: its questions teach routing; not those that make sense beside their passage only.
+        gold_only: leave out documents that no training question needs. For sets whose corpus holds
+            the documents of the dev questions too: as negatives these would be unlearned.
+    """
+
+    path: str
+    weight: float = 1.0
+    reads: bool = True
+    routes: bool = True
+    gold_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionStage:
+    """One stretch of training on question sets, in the inference format.
+
+    A stage with samples other than `route` draws from the sets that teach reading, else from those
+    that teach routing.
+
+    Attributes:
+        kind: "questions".
+        documents: N, documents of a step; all are in the memory of its questions.
+        questions_per_document: questions of a step with the same gold document, at most.
+        negatives: hard negatives that every question brings into the step.
+        max_digits: document numbers have 1 to so many digits.
+        max_document_tokens: longer documents are cut.
+        max_read_tokens: samples that would read more than about this many tokens are left out.
+        route: samples of round 1 for the routing loss alone; only the layers up to the last
+            routing layer are run.
+        route_again: the same of a later round: behind the first gold document of several, or behind
+            documents that do not help.
+        read: samples that read all gold documents, end the retrieval and answer.
+        hop: samples of a second round: the first gold document is read, the others are named.
+        again: samples of a second round after reading what does not help.
+        refuse: samples that end with the refusal.
+        more_questions: further questions that the same texts answer, behind a sample of `read`.
+        foreign: chance that one more question stands there that they do not answer.
+        train_from_layer: what lies below is left as it is (and no gradient is computed for it), so
+            that with the layer after the last routing layer the memory stays as it was trained.
+    """
+
+    kind: str
+    name: str
+    steps: int
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 0.1
+    warmup_steps: int = 20
+    documents: int = 48
+    questions_per_document: int = 1
+    negatives: int = 1
+    max_digits: int = 5
+    max_document_tokens: int = 192
+    max_read_tokens: int = 900
+    route: int = 24
+    route_again: int = 0
+    read: int = 0
+    hop: int = 0
+    again: int = 0
+    refuse: int = 0
+    more_questions: int = 3
+    foreign: float = 0.5
+    train_from_layer: int = 0
+    losses: LossSettings = field(default_factory=LossSettings)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "steps", "documents", "questions_per_document", "max_document_tokens")
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterStage:
+    """Routers alone, trained on cached states of the model as it is; see `docs/training.md`.
+
+    Attributes:
+        kind: "routers".
+        texts: files and folders of plain texts that questions are made from. The question sets that
+            teach routing are used as well.
+        passages: of the texts that are used, at most.
+        passage_words: longer texts are cut into passages of at most so many words.
+    """
+
+    kind: str
+    name: str
+    texts: tuple[str, ...] = ()
+    passages: int = 20000
+    passage_words: int = 120
+    pairs: PairSettings = field(default_factory=PairSettings)
+    states: StateSettings = field(default_factory=StateSettings)
+    training: RouterSettings = field(default_factory=RouterSettings)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "passages", "passage_words")
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Low-rank adapters (LoRA, Hu et al., 2021) on a frozen backbone; the routers train in full.
+
+    Attributes:
+        rank: of the added matrices.
+        alpha: they are scaled by alpha / rank.
+        targets: names of the linear layers that get one.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Muon for the matrices of the layers, AdamW for the rest.
+    """Muon for the matrices of the layers, AdamW for the rest; AdamW alone with an adapter.
 
     Attributes:
+        router_learning_rate: with an adapter, the routers' rate as a share of the stage's.
         adam_learning_rate: AdamW's rate as a share of the stage's (which is Muon's).
         weight_decay: of both.
         max_grad_norm: gradients are clipped to this norm.
     """
 
+    router_learning_rate: float = 2.0
     adam_learning_rate: float = 0.3
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -185,6 +317,8 @@ class TrainingConfig:
     Attributes:
         model: fields of `MSAConfig`; ignored when `start_from` is given.
         stages: run in this order.
+        question_sets: what stages of kind "questions" draw from.
+        adapter: train low-rank adapters and routers instead of all weights; needs `start_from`.
         start_from: checkpoint folder to go on from (for fine-tuning or a converted backbone).
         seed: of weights, worlds and order.
         save_steps, log_steps: how often checkpoints and metrics are written.
@@ -194,7 +328,9 @@ class TrainingConfig:
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage | QuestionStage | RouterStage, ...] = ()
+    question_sets: tuple[QuestionSettings, ...] = ()
+    adapter: AdapterSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     real_data: RealData = field(default_factory=RealData)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -213,6 +349,15 @@ class TrainingConfig:
             ConfigError: a field is out of range; the message names it.
         """
         _at_least_one(self, "save_steps", "log_steps")
+        if self.adapter is not None and self.start_from is None:
+            raise ConfigError("adapter: needs start_from, a checkpoint whose weights stay frozen")
+        if not self.question_sets and any(isinstance(s, QuestionStage) for s in self.stages):
+            raise ConfigError("question_sets: name some, since a stage has kind 'questions'")
+        for stage in self.stages:
+            if isinstance(stage, RouterStage) and not stage.texts and not self.question_sets:
+                raise ConfigError(
+                    f"stage {stage.name!r} trains routers on nothing; name question_sets, or texts"
+                )
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -239,9 +384,13 @@ _NESTED = {
     "tokenizer": TokenizerSettings,
     "real_data": RealData,
     "optimizer": OptimizerSettings,
+    "adapter": AdapterSettings,
     "world": WorldSettings,
     "samples": SampleSettings,
     "losses": LossSettings,
+    "pairs": PairSettings,
+    "states": StateSettings,
+    "training": RouterSettings,
 }
 
 
@@ -249,6 +398,14 @@ def _at_least_one(settings: Any, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name}={getattr(settings, name)}: expected a whole number from 1")
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives", "states"):
+        raise ConfigError(
+            f"name={name!r}: expected letters, digits, '_' and '-', since it names a "
+            "folder beside 'model' and 'tokenizer'"
+        )
 
 
 def _build(cls: type[T], values: Any, where: str) -> T:
@@ -266,7 +423,14 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         elif name == "stages":
             if not isinstance(value, list):
                 raise ConfigError(f"{place}: expected a list, got {value!r}")
-            value = tuple(_build(Stage, v, f"{place}[{i}]") for i, v in enumerate(value))
+            value = tuple(_stage(v, f"{place}[{i}]") for i, v in enumerate(value))
+        elif name == "question_sets":
+            if not isinstance(value, list):
+                raise ConfigError(f"{place}: expected a list, got {value!r}")
+            value = tuple(
+                _build(QuestionSettings, {"path": v} if isinstance(v, str) else v, f"{place}[{i}]")
+                for i, v in enumerate(value)
+            )
         else:
             value = _typed(value, str(fields[name].type), place)
         out[name] = value
@@ -283,6 +447,17 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         return cls(**out)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _stage(values: Any, where: str) -> Stage | QuestionStage | RouterStage:
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind == "questions":
+        return _build(QuestionStage, values, where)
+    if kind == "routers":
+        return _build(RouterStage, values, where)
+    if kind is not None:
+        raise ConfigError(f"{where}: kind={kind!r}: expected 'questions' or 'routers', or no kind")
+    return _build(Stage, values, where)
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:

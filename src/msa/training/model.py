@@ -100,6 +100,7 @@ class MSAForTraining(MSAForCausalLM):
             nothing: Tensor = self.number_head.bias.sum() * 0
             return nothing
         routing: list[Tensor] = []
+        fused: list[Tensor] = []
         last_token: list[Tensor] = []
         recall: dict[str, list[Tensor]] = {}
         rows = 0
@@ -115,10 +116,13 @@ class MSAForTraining(MSAForCausalLM):
                 memory_mask=group["memory_mask"],
             )
             embedded = self.model.embed_tokens(group["input_ids"])
-            hidden = self.model(embedded, group["position_ids"], step)
-            share = group["weights"][:, 1:].sum()
-            part = language_model_loss(hidden, group["labels"], self.lm_head, group["weights"])
-            total, weight = total + part * share, weight + share
+            if bool(group.get("route_only", False)):
+                self.model(embedded, group["position_ids"], step, routing_only=True)
+            else:
+                hidden = self.model(embedded, group["position_ids"], step)
+                share = group["weights"][:, 1:].sum()
+                part = language_model_loss(hidden, group["labels"], self.lm_head, group["weights"])
+                total, weight = total + part * share, weight + share
             if memory is None:
                 continue
             asking = group["positives"].any(dim=1)
@@ -128,12 +132,18 @@ class MSAForTraining(MSAForCausalLM):
             tau = self.temperature.detach()
             count = len(positives)
             rows += count
+            kind = "later_recall_at_1" if bool(read.any()) else "recall_at_1"
             for scores in memory.scores.values():
                 scores = scores[asking]
                 routing.append(count * routing_loss(scores, positives, tau, read))
                 best = scores.masked_fill(read, -torch.inf).argmax(1, keepdim=True)
-                kind = "later_recall_at_1" if bool(read.any()) else "recall_at_1"
                 recall.setdefault(kind, []).append(positives.gather(1, best).float())
+            if self.loss_settings.fused > 0:
+                together = torch.stack([s[asking] for s in memory.scores.values()]).mean(0)
+                fused.append(count * routing_loss(together, positives, tau, read))
+                best = together.masked_fill(read, -torch.inf).argmax(1, keepdim=True)
+                found = positives.gather(1, best).float()
+                recall.setdefault(f"fused_{kind}", []).append(found)
             for scores in memory.last_token_scores.values():
                 last_token.append(routing_loss(scores[asking], positives, tau, read))
                 best = scores[asking].masked_fill(read, -torch.inf).argmax(1, keepdim=True)
@@ -147,6 +157,9 @@ class MSAForTraining(MSAForCausalLM):
             parts["routing"] = torch.stack(routing).sum() / (rows * layers)
             parts.update((kind, torch.cat(found).mean()) for kind, found in recall.items())
             loss = loss + settings.routing * parts["routing"]
+        if fused:
+            parts["fused"] = torch.stack(fused).sum() / rows
+            loss = loss + settings.fused * parts["fused"]
         if last_token:
             parts["last_token"] = torch.stack(last_token).mean()
             loss = loss + settings.last_token * parts["last_token"]
@@ -162,11 +175,16 @@ class MSAForTraining(MSAForCausalLM):
             losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), digits.flatten()))
         return torch.stack(losses).mean()
 
-    def export(self, folder: str) -> None:
-        """Save as a plain `MSAForCausalLM` checkpoint, without the training head."""
-        plain = MSAForCausalLM(self.config)
+    def export(self, folder: str, state: Mapping[str, Tensor]) -> None:
+        """Save as a plain `MSAForCausalLM` checkpoint, without the training head.
+
+        Args:
+            folder: of the checkpoint.
+            state: this model's weights under the plain model's names.
+        """
+        plain = MSAForCausalLM(self.config).to(self.model.embed_tokens.weight.dtype)
         wanted = plain.state_dict().keys()
-        plain.load_state_dict({k: v for k, v in self.state_dict().items() if k in wanted})
+        plain.load_state_dict({k: v for k, v in state.items() if k in wanted})
         plain.config.use_cache = True  # the Trainer turns it off
         plain.generation_config.use_cache = True
         plain.save_pretrained(folder)

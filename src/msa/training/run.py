@@ -7,13 +7,16 @@ started again goes on where it was.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
@@ -28,10 +31,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from msa.errors import TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.training.config import Stage, TrainingConfig, load_config
+from msa.training.adapters import add_adapter, freeze_below, is_router, merged_state, trained_state
+from msa.training.config import (
+    QuestionStage,
+    RouterStage,
+    Stage,
+    TrainingConfig,
+    load_config,
+)
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
 from msa.training.model import MSAForTraining
 from msa.training.optimizer import MuonWithAdamW
+from msa.training.question_steps import QuestionSteps, load_sources
+from msa.training.router_stage import run_router_stage
 from msa.training.samples import SampleBuilder
 from msa.training.tokenizer import train_tokenizer
 
@@ -41,14 +53,30 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 class MSATrainer(Trainer):
     """transformers' Trainer over whole training steps, with Muon and the parts of the loss."""
 
-    def __init__(self, *, stage: Stage, config: TrainingConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *, stage: Stage | QuestionStage, config: TrainingConfig, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.stage = stage
         self.run_config = config
         self._parts: dict[str, list[torch.Tensor]] = {}
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Muon and AdamW at the stage's rate."""
+        """Muon and AdamW at the stage's rate; AdamW alone with an adapter."""
+        if getattr(self, "optimizer", None) is None and self.run_config.adapter is not None:
+            settings = self.run_config.optimizer
+            rate = self.stage.learning_rate
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                [
+                    {"params": [p for n, p in named if not is_router(n)], "lr": rate},
+                    {
+                        "params": [p for n, p in named if is_router(n)],
+                        "lr": rate * settings.router_learning_rate,
+                    },
+                ],
+                weight_decay=settings.weight_decay,
+            )
         if getattr(self, "optimizer", None) is None:
             self.optimizer = MuonWithAdamW(
                 self.model, self.stage.learning_rate, self.run_config.optimizer
@@ -66,6 +94,12 @@ class MSATrainer(Trainer):
                 scheduler_specific_kwargs={"min_lr_rate": self.stage.final_learning_rate},
             )
         return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """With an adapter, what is trained and nothing else."""
+        if self.run_config.adapter is not None:
+            state_dict = trained_state(self.model)
+        super()._save(output_dir, state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Steps in order: step i is made from i."""
@@ -89,7 +123,7 @@ class MSATrainer(Trainer):
 class _Metrics(TrainerCallback):
     """Writes `metrics.jsonl` and calls the progress function."""
 
-    def __init__(self, path: Path, stage: Stage, progress: Progress | None) -> None:
+    def __init__(self, path: Path, stage: Stage | QuestionStage, progress: Progress | None) -> None:
         self.path, self.stage, self.progress = path, stage, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,17 +187,48 @@ def train(
     template = PromptTemplate.load(config.start_from) if config.start_from else PromptTemplate()
     tokenizer = _tokenizer(config, folder, template)
     model = _model(config, tokenizer)
-    builder = SampleBuilder(PromptEncoder(tokenizer, template), model.config.top_k_documents)
-    needs_real = any(stage.world.real > 0 for stage in config.stages)
-    real = RealWorlds(config.real_data.questions if needs_real else ())
-    for stage in config.stages:
-        dataset = StepDataset(stage, builder, real, config.seed)
+    datasets = _datasets(config, folder, PromptEncoder(tokenizer, template), model)
+    for stage, dataset in zip(config.stages, datasets, strict=True):
         model = _run_stage(config, stage, dataset, model, folder, progress)
     target = folder / "model"
-    model.export(str(target))
+    model.export(str(target), merged_state(model))
+    if config.adapter is not None:
+        save_file(trained_state(model), target / "trained.safetensors")
     tokenizer.save_pretrained(target)
     template.save(target)
     return target
+
+
+def _datasets(
+    config: TrainingConfig, folder: Path, encoder: PromptEncoder, model: MSAForTraining
+) -> list[Any]:
+    """The steps of every stage."""
+    top_k = model.config.top_k_documents
+    builder = SampleBuilder(encoder, top_k)
+    worlds = [stage for stage in config.stages if isinstance(stage, Stage)]
+    needs_real = any(stage.world.real > 0 for stage in worlds)
+    real = RealWorlds(config.real_data.questions if needs_real else ())
+    sources = []
+    if len(worlds) < len(config.stages):
+        sources = load_sources(config.question_sets, folder / "negatives")
+    routed = [source for source in sources if source.settings.routes]
+    made: list[Any] = []
+    for stage in config.stages:
+        if isinstance(stage, Stage):
+            made.append(StepDataset(stage, builder, real, config.seed))
+        elif isinstance(stage, QuestionStage):
+            made.append(QuestionSteps(stage, sources, encoder, top_k, config.seed))
+        else:
+            run = functools.partial(
+                run_router_stage,
+                stage,
+                prompts=encoder,
+                sets=[source.questions for source in routed],
+                cache=folder / "states",
+                negatives={source.questions.name: source.negatives for source in routed},
+            )
+            made.append(run)
+    return made
 
 
 def _claim(folder: Path, config_path: Path) -> None:
@@ -195,9 +260,10 @@ def _tokenizer(
 
 def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAForTraining:
     if config.start_from:
-        model: MSAForTraining = MSAForTraining.from_pretrained(
-            config.start_from, dtype=torch.float32
-        )
+        frozen = torch.bfloat16 if config.adapter and config.bfloat16 else torch.float32
+        model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
+        if config.adapter is not None:
+            add_adapter(model, config.adapter)
         return model
     return MSAForTraining(
         MSAConfig(
@@ -213,8 +279,8 @@ def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAFor
 
 def _run_stage(
     config: TrainingConfig,
-    stage: Stage,
-    dataset: StepDataset,
+    stage: Stage | QuestionStage | RouterStage,
+    dataset: Any,
     model: MSAForTraining,
     folder: Path,
     progress: Progress | None,
@@ -223,9 +289,18 @@ def _run_stage(
     output = folder / stage.name
     done = output / "done"
     if (done / "model.safetensors").is_file():
+        if config.adapter is not None:
+            model.load_state_dict(load_file(done / "model.safetensors"), strict=False)
+            return model
         finished: MSAForTraining = MSAForTraining.from_pretrained(done, dtype=torch.float32)
         return finished
+    if isinstance(stage, RouterStage):
+        _train_routers(stage, dataset, model, folder, progress)
+        _keep(config, model, output)
+        return model
     model.loss_settings = stage.losses
+    if config.adapter is not None:
+        freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=stage.steps,
@@ -255,12 +330,39 @@ def _run_stage(
         callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
-    partial = output / "done.partial"
-    model.save_pretrained(partial)
-    partial.rename(done)
+    _keep(config, model, output)
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return model
+
+
+def _keep(config: TrainingConfig, model: MSAForTraining, output: Path) -> None:
+    """Write what a finished stage leaves: whole, or not at all."""
+    partial = output / "done.partial"
+    model.save_pretrained(
+        partial, state_dict=trained_state(model) if config.adapter is not None else None
+    )
+    partial.rename(output / "done")
+
+
+def _train_routers(
+    stage: RouterStage, run: Any, model: MSAForTraining, folder: Path, progress: Progress | None
+) -> None:
+    """A stage of routers alone, with a line of metrics."""
+
+    def show(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{stage.name}: {what}", done, total, {})
+
+    report, failures = run(model, progress=show)
+    row = {
+        "stage": stage.name,
+        "step": report.best_epoch,
+        **asdict(report),
+        "texts_left_out": failures,
+    }
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _last_checkpoint(output: Path) -> str | None:

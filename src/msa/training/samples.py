@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ MAX_DIGITS = 8
 BLANK_DIGIT = 10
 # Samples of one kind are run in groups of about so many tokens.
 GROUP_TOKENS = 2500
+# The longest of a group is at most so many times as long as the shortest.
+MAX_STRETCH = 1.4
 # Tokens of a document beside its text: the marks around it and its number, twice.
 NUMBER_ROOM = 8 + 2 * MAX_DIGITS
 
@@ -98,12 +99,12 @@ class SampleBuilder:
             "lengths": torch.tensor([len(r) for r in rows]),
             "digits": torch.tensor([digits_of(n) for n in numbers]),
             "groups": [
-                collate(part, len(rows), self.top_k) for g in groups for part in _by_length(g)
+                collate(part, len(rows), self.top_k) for g in groups for part in by_length(g)
             ],
         }
 
     def _cut(self, text: str, max_tokens: int) -> str:
-        ids = self.encoder.tokenize(text)
+        ids = self.encoder.plain(text)
         if len(ids) <= max_tokens:
             return text
         cut: str = self.encoder.tokenizer.decode(ids[:max_tokens])
@@ -185,7 +186,7 @@ class _WorldSamples:
 
     def _piece(self, shortest: int, longest: int) -> list[int]:
         """Some consecutive tokens of some document."""
-        ids = self.encoder.tokenize(self.rng.choice(self.texts))
+        ids = self.encoder.plain(self.rng.choice(self.texts))
         length = min(len(ids), self.rng.randint(shortest, longest))
         start = self.rng.randint(0, len(ids) - length)
         return ids[start : start + length]
@@ -267,13 +268,17 @@ def _length(document: WorldDocument) -> int:
     return len(_content(document))
 
 
-def _by_length(samples: list[Sample]) -> list[list[Sample]]:
-    """Parts of like length, of about `GROUP_TOKENS` tokens."""
-    ordered = sorted(samples, key=lambda s: len(s.labels))
-    tokens = sum(len(s.labels) for s in ordered)
-    parts = max(1, min(len(ordered), round(tokens / GROUP_TOKENS)))
-    bounds = [len(ordered) * i // parts for i in range(parts + 1)]
-    return [ordered[a:b] for a, b in pairwise(bounds) if b > a]
+def by_length(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Parts of like length, of at most about `GROUP_TOKENS` tokens, with little padding."""
+    parts: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda s: len(s.labels)):
+        length = len(sample.labels)
+        part = parts[-1] if parts else []
+        full = (len(part) + 1) * length > GROUP_TOKENS
+        if not part or full or length > MAX_STRETCH * len(part[0].labels):
+            parts.append([])
+        parts[-1].append(sample)
+    return parts
 
 
 def digits_of(number: int) -> list[int]:

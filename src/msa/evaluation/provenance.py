@@ -1,0 +1,61 @@
+"""Where a figure comes from: command, commit, machine, seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def provenance(seed: int, **more: Any) -> dict[str, Any]:
+    """What must stand beside every published figure.
+
+    Args:
+        seed: of what was drawn.
+        **more: what else tells runs apart, such as the fingerprint of the model.
+    """
+    import torch
+
+    script = Path(sys.argv[0])
+    name = f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
+    return {
+        "command": " ".join(
+            ["python" if script.suffix == ".py" else "", name, *sys.argv[1:]]
+        ).strip(),
+        "commit": _commit(),
+        "machine": f"{platform.machine()}, {_processor()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seed": seed,
+        **more,
+    }
+
+
+def _commit() -> str:
+    """Short hash of the package's checkout, with "+" when files differ from it; or "unknown"."""
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).parent
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(folder), *command], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return (commit + ("+" if git("status", "--short", "--untracked-files=no") else "")) or "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

@@ -1,0 +1,143 @@
+"""A model's reader without its routing: documents are handed over, by whoever found them.
+
+This is retrieval-augmented generation on the same backbone, in the same text format and with the
+same weights as when the model reads what it routed to itself: the local context of one round in
+which these documents were named and read, the end of the retrieval, the question stated once more,
+the lead-in of the answer. No memory is attended to unless one is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from msa.errors import InputError
+from msa.evaluation.metrics import normalize_answer
+from msa.inference.answers import AnswerText
+from msa.inference.batch import prompt_batch
+from msa.inference.decoding import Decoder, Sampler, write_texts
+from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
+from msa.types import MemoryReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from msa.model.modeling_msa import MSAForCausalLM
+
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAnswer:
+    """What was answered from documents that were handed over.
+
+    Attributes:
+        text: the answer.
+        refused: it is the template's refusal, or empty.
+        numbers: of the documents that the prompt had room for.
+        prompt_tokens, generated_tokens: how much was read and written.
+    """
+
+    text: str
+    refused: bool
+    numbers: tuple[int, ...]
+    prompt_tokens: int
+    generated_tokens: int
+
+
+def is_refusal(answer: str, template: PromptTemplate) -> bool:
+    """Whether an answer is empty or says, in the template's words, that there is none."""
+    return normalize_answer(answer) in ("", normalize_answer(template.refusal))
+
+
+class TextReader:
+    """Answers questions from given documents, greedily, in batches.
+
+    Args:
+        model: put into evaluation mode.
+        tokenizer: the model's.
+        template: text format.
+        max_new_tokens: of an answer.
+        memory: attended to beside the documents, routed from as the context says; none by default.
+    """
+
+    def __init__(
+        self,
+        model: MSAForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        *,
+        max_new_tokens: int = ANSWER_TOKENS,
+        memory: MemoryReader | None = None,
+    ) -> None:
+        self._model = model.eval()
+        self._encoder = PromptEncoder(tokenizer, template)
+        self._memory = memory
+        self._max_new_tokens = max_new_tokens
+        self._lead_in = self._encoder.tokenize(template.answer)
+        end = self._encoder.tokenize(template.end)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        others = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ends = [end, *([token] for token in others)]
+        self._answers = AnswerText(tokenizer, template, [e for e in ends if e])
+        pad = tokenizer.pad_token_id
+        self._pad: int = pad if pad is not None else 0
+
+    def answer(
+        self, questions: Sequence[str], documents: Sequence[Sequence[tuple[int, str]]]
+    ) -> list[ReadAnswer]:
+        """Answer a batch of questions.
+
+        Args:
+            questions: as asked.
+            documents: (number, text) of those handed to each question, in reading order; the last
+                ones are left out where the model has no positions for them. None at all is allowed.
+
+        Raises:
+            InputError: a question leaves no position for an answer.
+        """
+        pairs = zip(questions, documents, strict=True)
+        fitted = [self._fitted(question, given) for question, given in pairs]
+        contexts = [context for context, _ in fitted]
+        answers = []
+        for (context, numbers), tokens in zip(fitted, self._write(contexts), strict=True):
+            text = self._answers.text(tokens)
+            refused = is_refusal(text, self._encoder.template)
+            size = len(context.input_ids)
+            answers.append(ReadAnswer(text, refused, numbers, size, len(tokens)))
+        return answers
+
+    def context(self, question: str, documents: Sequence[tuple[int, str]]) -> LocalContext:
+        """The whole prompt: what the engine's own context is when it begins to answer."""
+        readings = [Reading(tuple(documents))] if documents else []
+        context = self._encoder.context(question, readings)
+        context.extend(self._encoder.retrieval_end())
+        context.extend(self._encoder.restatement(question))
+        context.extend(self._lead_in)
+        return context
+
+    def _fitted(
+        self, question: str, documents: Sequence[tuple[int, str]]
+    ) -> tuple[LocalContext, tuple[int, ...]]:
+        config = self._model.config
+        room = config.max_position_embeddings - config.top_k_documents - 1
+        for count in range(len(documents), -1, -1):
+            context = self.context(question, documents[:count])
+            if len(context.input_ids) <= room:
+                return context, tuple(number for number, _ in documents[:count])
+        raise InputError(
+            f"the question needs {len(context.input_ids)} positions with its prompt; this model "
+            f"has {room}. Ask a shorter question"
+        )
+
+    def _write(self, contexts: Sequence[LocalContext]) -> list[list[int]]:
+        """Tokens of every answer, end mark included."""
+        model, config = self._model, self._model.config
+        prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
+        decoder = Decoder(model, prompts, self._memory, self._pad)
+        positions = config.max_position_embeddings
+        budgets = [min(self._max_new_tokens, positions - start) for start in decoder.positions]
+        samplers = [Sampler(0.0, 1.0, None) for _ in contexts]
+        *_, texts = write_texts(decoder, samplers, self._answers.ends, budgets)
+        return [text.tokens for text in texts]

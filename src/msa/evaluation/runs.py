@@ -1,0 +1,205 @@
+"""Runs: a file of JSON lines per set and system, one per question, that can be gone on with.
+
+The first line says where the answers come from. A file that was made otherwise (another model,
+other data, another seed or other options) is refused, so that no figure mixes two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msa.errors import InputError
+from msa.evaluation.metrics import (
+    Interval,
+    all_within,
+    bootstrap,
+    exact_match,
+    mean,
+    recall_at,
+    token_f1,
+)
+from msa.evaluation.question_sets import Question
+from msa.evaluation.systems import Outcome, System
+
+DEPTHS = (1, 5, 16)
+FAR = 1 << 30
+"""Rank of a document that is not among those listed."""
+SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden")
+"""What a file must agree in to be gone on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Answers of one system to the questions of one set.
+
+    Attributes:
+        about: the first line: provenance, set, system.
+        rows: one per question, in the order of the file.
+    """
+
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def run(
+    path: str | Path,
+    about: Mapping[str, Any],
+    system: Callable[[], System],
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    hide_gold: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Ask what has not been asked yet, and write every answer as it comes.
+
+    Args:
+        path: of the file; made, or gone on with.
+        about: where the answers come from; see `SAME`.
+        system: makes the system; not called when every question is answered already.
+        questions: drawn from the set.
+        batch_size: questions asked together.
+        hide_gold: take each question's gold documents out before it is asked.
+        progress: called with the questions answered and all of them.
+
+    Raises:
+        InputError: the file is damaged, or was made otherwise.
+    """
+    path = Path(path)
+    about = {**about, "hidden": hide_gold, "questions": len(questions)}
+    done = _resumed(path, about)
+    left = [question for question in questions if question.id not in done]
+    asked = system() if left else None
+    for start in range(0, len(left), batch_size):
+        assert asked is not None
+        batch = left[start : start + batch_size]
+        hidden = [question.gold for question in batch] if hide_gold else None
+        outcomes = asked.ask(batch, hidden=hidden)
+        with path.open("a", encoding="utf-8") as file:
+            for question, outcome in zip(batch, outcomes, strict=True):
+                file.write(json.dumps(_row(question, outcome)) + "\n")
+        if progress is not None:
+            progress(len(done) + start + len(batch), len(questions))
+    return read_run(path)
+
+
+def read_run(path: str | Path) -> Run:
+    """A run's file.
+
+    Raises:
+        InputError: it cannot be read, or a line is damaged; the message says which.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a run ({error})") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}, line {number}: not a line of a run ({error}); delete the line to ask its "
+                "question anew"
+            ) from error
+    if not rows or "about" not in rows[0]:
+        raise InputError(f"{path}: no run (its first line says where the answers come from)")
+    return Run(rows[0]["about"], rows[1:])
+
+
+def figures(run_: Run, seed: int = 0) -> dict[str, float | Interval]:
+    """Means over the questions of a run, from 0 to 1 where they are shares.
+
+    `R@k`: every gold document is among the k best of the ranking (`share@k`: what share of them).
+    `named`: every gold document was read. Both are of the questions that have gold documents. A
+    question without an answer is answered right by a refusal.
+    """
+    rows = run_.rows
+    if not rows:
+        raise InputError("a run without answers has no figures; ask its questions first")
+    with_gold = [row for row in rows if row["gold"]]
+    ranks = [_ranks(row) for row in with_gold]
+    found: dict[str, float | Interval] = {"questions": float(len(rows))}
+    for k in DEPTHS:
+        found[f"R@{k}"] = _interval([all_within(r, k) for r in ranks], seed)
+        found[f"share@{k}"] = mean([recall_at(r, k) for r in ranks])
+    named = [float(set(row["gold"]) <= set(row["named"])) for row in with_gold]
+    found["named"] = _interval(named, seed)
+    for name in ("em", "f1", "refused"):
+        found[name] = bootstrap([float(row[name]) for row in rows], seed=seed)
+    seconds = sorted(float(row["seconds"]) for row in rows)
+    found["seconds"] = mean(seconds)
+    found["seconds p50"] = seconds[len(seconds) // 2]
+    found["rounds"] = mean([float(row["rounds"]) for row in rows])
+    found["prompt_tokens"] = mean([float(row["prompt_tokens"]) for row in rows])
+    return found
+
+
+def difference(one: Run, other: Run, name: str, seed: int = 0) -> Interval:
+    """Mean of one run less another's over the questions that both answered, paired.
+
+    Args:
+        one, other: of the same set.
+        name: "em", "f1" or "refused".
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: they share no question.
+    """
+    values = {row["id"]: float(row[name]) for row in other.rows}
+    pairs = [float(row[name]) - values[row["id"]] for row in one.rows if row["id"] in values]
+    if not pairs:
+        raise InputError("two runs are to be compared that share no question; draw with one seed")
+    return bootstrap(pairs, seed=seed)
+
+
+def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
+    """Ids that are answered already; a new file gets its first line."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"about": dict(about)}) + "\n", encoding="utf-8")
+        return set()
+    _drop_torn_line(path)
+    held = read_run(path)
+    for name in SAME:
+        if held.about.get(name) != about.get(name):
+            raise InputError(
+                f"{path}: was made with {name} {held.about.get(name)!r}, not {about.get(name)!r}; "
+                "give another output folder, or delete the file"
+            )
+    return {row["id"] for row in held.rows}
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a stop tore: it has no end."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+def _interval(values: Sequence[float], seed: int) -> Interval:
+    return bootstrap(values, seed=seed) if values else Interval(0.0, 0.0, 0.0)
+
+
+def _row(question: Question, outcome: Outcome) -> dict[str, Any]:
+    answers = list(question.answers)
+    right = float(outcome.refused)  # where there is no answer
+    return {
+        "id": question.id,
+        "question": question.text,
+        "answers": answers,
+        "gold": list(question.gold),
+        **asdict(outcome),
+        "em": exact_match(outcome.answer, answers) if answers else right,
+        "f1": round(token_f1(outcome.answer, answers), 6) if answers else right,
+        "seconds": round(outcome.seconds, 4),
+    }
+
+
+def _ranks(row: Mapping[str, Any]) -> list[int]:
+    place = {i: rank for rank, i in enumerate(row["ranked"])}
+    return [place.get(i, FAR) for i in row["gold"]]

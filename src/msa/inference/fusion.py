@@ -1,0 +1,77 @@
+"""One ranking of documents from what every routing layer, and the words alone, say about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A document in the fused ranking.
+
+    Attributes:
+        score: weighted sum of its layer scores and of its lexical score.
+        prior: softmax of the scores over all documents of the ranking; these sum to 1.
+        layers: routing layers whose candidate lists hold it.
+        lexical: its bm25 score over that of the best, in [0, 1]; None if no words found it.
+    """
+
+    score: float
+    prior: float
+    layers: tuple[int, ...]
+    lexical: float | None
+
+
+def fuse(
+    layers: Mapping[int, Sequence[tuple[int, float]]],
+    *,
+    temperature: float,
+    layer_weights: Mapping[int, float] | None = None,
+    lexical: Mapping[int, float] | None = None,
+    lexical_weight: float = 0.0,
+) -> dict[int, Fused]:
+    """Rank all candidates together.
+
+    The paper keeps every layer's selection apart; this ranking is an extension of it. A document
+    that is no candidate of a layer gets that layer's lowest candidate score there, which is the
+    most that it can have had. A document that no word has found has the lexical score 0.
+
+    Args:
+        layers: routing layer -> its candidates, each a document and its score (Eq. 2).
+        temperature: of the softmax that gives `prior`, above 0.
+        layer_weights: routing layer -> factor of its scores; a layer that is not named has 0. By
+            default all are alike and sum to 1: the score is the mean.
+        lexical: document -> bm25 score, higher is better; its documents are candidates too. Not
+            used when `lexical_weight` is 0.
+        lexical_weight: factor of the bm25 score, which is divided by the best one first.
+
+    Returns:
+        Document -> its place, best first, equal scores by document; empty without candidates.
+    """
+    scores = {layer: dict(candidates) for layer, candidates in layers.items() if candidates}
+    words: dict[int, float] = {}
+    if lexical and lexical_weight > 0 and (best := max(lexical.values())) > 0:
+        words = {document: max(score, 0.0) / best for document, score in lexical.items()}
+    lowest = {layer: min(found.values()) for layer, found in scores.items()}
+    if layer_weights is None:
+        layer_weights = dict.fromkeys(scores, 1.0 / max(1, len(scores)))
+    total: dict[int, float] = {}
+    for document in {d for found in scores.values() for d in found} | words.keys():
+        total[document] = lexical_weight * words.get(document, 0.0) + sum(
+            layer_weights.get(layer, 0.0) * found.get(document, lowest[layer])
+            for layer, found in scores.items()
+        )
+    ranked = sorted(total, key=lambda document: (-total[document], document))
+    exponents = [math.exp((total[d] - total[ranked[0]]) / temperature) for d in ranked]
+    mass = sum(exponents)
+    return {
+        document: Fused(
+            total[document],
+            exponent / mass,
+            tuple(sorted(layer for layer, found in scores.items() if document in found)),
+            words.get(document),
+        )
+        for document, exponent in zip(ranked, exponents, strict=True)
+    }

@@ -1,0 +1,89 @@
+"""Low-rank adapters on a frozen backbone, by `peft`: what is trained, kept and merged.
+
+LoRA: Hu et al., arXiv 2106.09685. The base stays in its own dtype (bfloat16 halves its memory); the
+adapters and the routers are float32.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from msa.errors import InputError
+from msa.training.config import AdapterSettings
+
+ROUTER_PARTS = ("router_q_proj", "router_k_proj", "router_token_weight")
+
+
+def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
+    """Put adapters into the model, in place; they and the routers alone are trained.
+
+    Args:
+        model: an MSA model; its weights are frozen as they are.
+        settings: rank, scale and which layers.
+
+    Raises:
+        InputError: `peft` is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError(
+            "peft is not installed, which adds adapters; pip install 'msa-memory[train]'"
+        ) from error
+    model.requires_grad_(False)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
+        ),
+        model,
+    )
+    for module in model.modules():
+        if hasattr(module, "lora_A"):  # autocast brings the matrices to the inputs' dtype
+            cast(Any, module).cast_input_dtype_enabled = False
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or is_router(name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter belongs to a router."""
+    return any(f".{part}." in name for part in ROUTER_PARTS)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Adapters and routers, by name."""
+    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or is_router(n)}
+
+
+def freeze_below(model: nn.Module, layer: int) -> None:
+    """Train the adapters and routers from this layer on, and none below."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or is_router(name):
+            index = re.search(r"\.layers\.(\d+)\.", name)
+            parameter.requires_grad_(index is None or int(index[1]) >= layer)
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the plain model with the adapters added in, under their plain names.
+
+    Sums are made in float32 and kept in the dtype of the base.
+    """
+    state = dict(model.state_dict())
+    merged = {n: t for n, t in state.items() if "lora_" not in n and ".base_layer." not in n}
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        layer: Any = module
+        base = layer.base_layer.weight
+        delta = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        weight = base.float() + layer.scaling["default"] * delta
+        merged[f"{name}.weight"] = weight.to(base.dtype)
+        if layer.base_layer.bias is not None:
+            merged[f"{name}.bias"] = layer.base_layer.bias
+    return merged

@@ -1,0 +1,93 @@
+"""The benchmark of real documents, from a folder to a page, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_tiny_model, make_tiny_tokenizer
+from evaluation_tools import write_question_set
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/real_documents.py"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of a question set and of a checkpoint."""
+    root = tmp_path_factory.mktemp("real")
+    model, tokenizer = make_tiny_model(query_reduction="pooled"), make_tiny_tokenizer()
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return str(write_question_set(root / "tiny")), str(root / "model")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the script; what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_retrieval_ranks_by_words_by_every_layer_and_by_all(command, places, tmp_path):
+    folder, model = places
+    output = tmp_path / "found.json"
+    out = command("retrieval", folder, "--model", model, "--lexical-weight", 1, "--output", output)
+    row = json.loads(output.read_text())["tiny"]
+    expected = {"BM25", "MSA, layer 2", "MSA, layer 3", "MSA, fused", "MSA, words x 1"}
+    assert expected <= set(row["systems"])
+    # Of four questions one has no gold document, and one has two, which cannot both be the first.
+    assert row["systems"]["BM25"]["R@1"] == 66.67
+    assert row["systems"]["BM25"]["share@1"] == 83.33
+    assert all(name in out for name in expected)
+    reductions = ("--reductions", "pooled", "max", "--documents", 4)
+    command("retrieval", folder, "--model", model, *reductions, "--output", output)
+    names = json.loads(output.read_text())["tiny, 4 documents only"]["systems"]
+    assert {"MSA, max, fused", "MSA, pooled, layer 3"} <= set(names)
+
+
+def test_answers_are_kept_and_reported(command, places, tmp_path):
+    folder, model = places
+    runs = tmp_path / "runs"
+    asked = ("answers", folder, "--model", model, "--output", runs, "--max-new-tokens", 4)
+    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory"]
+    command(*asked, "--systems", *one)
+    command(*asked, "--systems", *one[:2], "--hide-gold")
+    before = {path: path.read_bytes() for path in runs.glob("*.jsonl")}
+    assert len(before) == 5
+    command(*asked, "--systems", *one)  # all is there already
+    assert {path: path.read_bytes() for path in runs.glob("*.jsonl")} == before
+    out = command("report", runs, "--output", tmp_path)
+    assert "| gold+memory | 4 |" in out
+    assert "## Refusals" in (tmp_path / "real_documents.md").read_text()
+    data = json.loads((tmp_path / "real_documents.json").read_text())
+    assert data["tiny dev"]["bm25-1"]["about"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--systems", "bm25"), "system 'bm25': expected bm25-K"),
+        (("--systems", "minilm-1"), "give --minilm FOLDER"),
+        (("--systems", "@nothing"), "no group '@nothing'; there are: @documents"),
+        (("--systems", "msa:max_rounds"), "option 'max_rounds': expected NAME=VALUE"),
+        (("--systems", "msa:max_rounds=x"), "'x' is no JSON value"),
+        (("--config", "nothing=1"), "--config nothing: the model's configuration has no such"),
+        (("--split", "train"), "holds no questions.train.jsonl.gz"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_clear_line(command, places, tmp_path, words, message):
+    folder, model = places
+    with pytest.raises(SystemExit) as caught:
+        command("answers", folder, "--model", model, "--output", tmp_path, *words)
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

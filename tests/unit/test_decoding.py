@@ -1,0 +1,228 @@
+"""The decode loop against the model run from scratch; choosing and drawing of tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_tiny_model
+from msa.errors import ModelError
+from msa.inference.batch import prompt_batch
+from msa.inference.constraints import RoundGrammar
+from msa.inference.decoding import (
+    Decoder,
+    Sampler,
+    check_logits,
+    choose,
+    prefill,
+    write_rounds,
+    write_texts,
+)
+from msa.memory.latent import LatentMemory
+from msa.text.prompts import LocalContext
+
+PAD, OPEN, CLOSE, READ, END = 0, 10, 11, 12, 13
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="module")
+def memory(model: Any) -> LatentMemory:
+    torch.manual_seed(0)
+    ids = torch.randint(20, 400, (5, 17))
+    with torch.no_grad():
+        states = model.encode_documents(ids, torch.tensor([17, 9, 8, 3, 12]))
+    return LatentMemory(states, 3)
+
+
+def context(length: int, seed: int) -> LocalContext:
+    torch.manual_seed(seed)
+    made = LocalContext(prefix_length=2)
+    made.extend([20, 21], sees_memory=False)
+    made.extend(torch.randint(20, 400, (length,)).tolist(), routes=True)
+    return made
+
+
+def whole(model: Any, memory: Any, made: LocalContext, tokens: list[int]) -> torch.Tensor:
+    """Logits [V] behind a context and further tokens, from one forward over all of it."""
+    longer = LocalContext(prefix_length=made.prefix_length)
+    longer.input_ids = made.input_ids + tokens
+    longer.routes = made.routes + [False] * len(tokens)
+    longer.sees_memory = made.sees_memory + [True] * len(tokens)
+    batch = prompt_batch([longer], model.config.top_k_documents, PAD, CPU)
+    return prefill(model, batch, memory).logits[0, -1]
+
+
+CONTEXTS = [context(9, 0), context(4, 1), context(9, 2)]
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 2], [0, 1, 2]], ids=["one", "alike", "padded"])
+def test_feeding_any_runs_of_tokens_is_one_forward_over_all_of_them(
+    model: Any, memory: Any, rows: list[int]
+) -> None:
+    contexts = [CONTEXTS[row] for row in rows]
+    batch = prompt_batch(contexts, model.config.top_k_documents, PAD, CPU)
+    decoder = Decoder(model, batch, memory, PAD)
+    written: list[list[int]] = [[] for _ in rows]
+    for step in ([[5], [6, 7, 8], [9]], [[30, 31], [], [40]], [[50], [51], [52]]):
+        decoder.feed([step[i] for i in range(len(rows))])
+        for i in range(len(rows)):
+            written[i] += step[i]
+            if step[i]:
+                expected = whole(model, memory, contexts[i], written[i])
+                torch.testing.assert_close(decoder.logits[i], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rewinding_leaves_the_prompts_of_the_rows_that_stay(model: Any, memory: Any) -> None:
+    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
+    decoder = Decoder(model, batch, memory, PAD)
+    first = decoder.logits
+    decoder.feed([[5], [6, 7], []])
+    decoder.rewind()
+    assert torch.equal(decoder.logits, first)
+    decoder.rewind([2, 1])
+    assert torch.equal(decoder.logits, first[[2, 1]])
+    decoder.feed([[8], [9]])
+    for row, token, logits in zip((2, 1), (8, 9), decoder.logits, strict=True):
+        expected = whole(model, memory, CONTEXTS[row], [token])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def greedy(count: int) -> list[Sampler]:
+    return [Sampler(0.0, 1.0, None) for _ in range(count)]
+
+
+def test_texts_end_with_their_marks_or_their_budgets_and_know_their_probability(
+    model: Any, memory: Any
+) -> None:
+    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
+    free = Decoder(model, batch, memory, PAD)
+    *_, texts = write_texts(free, greedy(3), [], [6, 4, 1])
+    assert [len(t.tokens) for t in texts] == [6, 4, 1]
+    assert not any(t.ended for t in texts)
+    for made, text in zip(CONTEXTS, texts, strict=True):
+        total = 0.0
+        for i, token in enumerate(text.tokens):
+            logits = whole(model, memory, made, text.tokens[:i])
+            assert int(logits.argmax()) == token
+            total += float(logits.log_softmax(-1)[token])
+        assert text.log_probability == pytest.approx(total, abs=1e-3)
+    mark = texts[0].tokens[1:3]  # an end mark of two tokens
+    *_, ended = write_texts(Decoder(model, batch, memory, PAD), greedy(3), [mark], [6, 4, 1])
+    assert ended[0].ended
+    assert ended[0].tokens == texts[0].tokens[:3]
+    assert [len(t.tokens) for t in ended[1:]] == [4, 1]
+
+
+def numbers(*some: int) -> dict[int, list[int]]:
+    return {n: [OPEN, *(int(d) for d in str(n)), CLOSE] for n in some}
+
+
+def grammar(*some: int, **options: Any) -> RoundGrammar:
+    options = {"max_documents": 2, "may_end": False, **options}
+    return RoundGrammar(numbers(*some), [READ], [END], **options)
+
+
+def scored_by_hand(model: Any, memory: Any, made: LocalContext, rules: RoundGrammar, weight: float):
+    """Greedy within the grammar, one forward over everything for every token."""
+    writer = rules.begin()
+    while legal := writer.legal():
+        logits = whole(model, memory, made, writer.tokens)
+        writer.push(max(legal, key=lambda t: float(logits[t]) + weight * legal[t]))
+    return writer.complete
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_rounds_are_the_likeliest_tokens_within_each_rows_grammar(
+    model: Any, memory: Any, weight: float
+) -> None:
+    prior = {7: 0.1, 17: 0.5, 170: 0.3, 23: 0.1}
+    rules = [grammar(7, 17, 170, 23, prior=prior), grammar(170, 173), grammar(5, may_end=True)]
+    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
+    written = write_rounds(Decoder(model, batch, memory, PAD), rules, greedy(3), weight)
+    for made, rule, wrote in zip(CONTEXTS, rules, written, strict=True):
+        assert wrote == scored_by_hand(model, memory, made, rule, weight)
+
+
+def test_what_is_forced_from_beginning_to_end_asks_nothing_of_the_model(
+    model: Any, memory: Any
+) -> None:
+    batch = prompt_batch(CONTEXTS[:2], model.config.top_k_documents, PAD, CPU)
+    decoder = Decoder(model, batch, memory, PAD)
+    decoder.feed = None  # type: ignore[method-assign]
+    rules = [grammar(170, max_documents=1), grammar()]
+    written = write_rounds(decoder, rules, greedy(2), 0.0)
+    assert [(w.numbers, w.ended) for w in written] == [((170,), False), ((), True)]
+
+
+# ---- choosing
+
+
+def test_illegal_tokens_lose_even_against_legal_ones_that_the_model_holds_impossible() -> None:
+    class Fixed:
+        logits = torch.full((1, 16), 50.0)
+
+        def feed(self, tokens: Any) -> None:
+            pass
+
+    Fixed.logits[0, [5, OPEN]] = -math.inf
+    decoder: Any = Fixed()
+    (written,) = write_rounds(decoder, [grammar(5, 6, max_documents=1)], greedy(1), 0.0)
+    assert written.numbers == (6,)
+    Fixed.logits[0, 6] = -math.inf
+    (written,) = write_rounds(decoder, [grammar(5, 6, max_documents=1)], greedy(1), 0.0)
+    assert written.numbers == (5,)
+
+
+def test_draws_follow_the_probabilities_and_stay_within_the_nucleus() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    sampler = Sampler(1.0, 1.0, 0)
+    drawn = [choose(logits, [sampler], None, [True])[0][0] for _ in range(2000)]
+    shares = [drawn.count(token) / len(drawn) for token in range(4)]
+    assert shares == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    narrow = Sampler(1.0, 0.7, 0)
+    drawn = [choose(logits, [narrow], None, [True])[0][0] for _ in range(500)]
+    assert set(drawn) == {0, 1}
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.5 / 0.8, abs=0.07)
+    cold = Sampler(0.01, 1.0, 0)
+    assert {choose(logits, [cold], None, [True])[0][0] for _ in range(50)} == {0}
+    token, log_probability = choose(logits, [narrow], None, [True])[0]
+    assert log_probability == pytest.approx(float(logits[0, token]))  # the model's own
+
+
+def test_a_seed_decides_what_is_drawn_and_the_global_generator_only_without_one() -> None:
+    def draws(seed: int | None) -> list[float]:
+        sampler = Sampler(1.0, 1.0, seed)
+        return [sampler.draw() for _ in range(4)]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert draws(1) == draws(1) != draws(2)
+    assert torch.equal(before, torch.get_rng_state())
+    free = draws(None)
+    assert free != draws(None)
+    torch.manual_seed(0)
+    assert draws(None) == free
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
+    logits = torch.zeros(2, 16)
+    check_logits(logits)
+    logits[1, 3] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        check_logits(logits)
+    with pytest.raises(ModelError, match="not finite"):
+        choose(logits, greedy(2), None, [True, True])
+    choose(logits, greedy(2), None, [True, False])  # a row that has ended may hold anything
+    with pytest.raises(ModelError, match="not finite"):
+        check_logits(torch.full((2, 4), -math.inf))
+    logits[1, 3] = -math.inf  # one impossible token
+    check_logits(logits)

@@ -1,0 +1,311 @@
+"""Routing of a whole corpus, the reader without routing, systems, runs and their tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_tiny_model
+from evaluation_tools import tiny_question_set
+from msa import MemoryBank, MemoryEngine
+from msa.errors import InputError
+from msa.evaluation.metrics import Interval
+from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
+from msa.evaluation.report import as_json, compared, markdown, read_runs
+from msa.evaluation.retrieval import BM25Retriever, best_rows, z_scores
+from msa.evaluation.routing import encode_corpus, fuse, layer_scores
+from msa.evaluation.runs import difference, figures, read_run, run
+from msa.evaluation.systems import (
+    GoldSystem,
+    MemorySystem,
+    Outcome,
+    ReaderSystem,
+    _whole,
+    bank_documents,
+)
+from msa.memory.latent import LatentMemory
+from msa.text.prompts import PromptTemplate
+
+TEMPLATE = PromptTemplate()
+
+
+@pytest.fixture(scope="module")
+def tiny_set(tmp_path_factory):
+    return tiny_question_set(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def states(tiny_model, tiny_tokenizer, tiny_set):
+    return encode_corpus(tiny_model, tiny_tokenizer, TEMPLATE, tiny_set.documents)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model, tiny_tokenizer, tiny_set, tmp_path_factory):
+    path = tmp_path_factory.mktemp("banks") / "bank"
+    with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
+        bank.add(bank_documents(tiny_set.documents))
+        with MemoryEngine(tiny_model, tiny_tokenizer, bank, max_new_tokens=12) as engine:
+            yield engine
+
+
+# ---- routing
+
+
+def test_the_corpus_is_encoded_as_one_batch_would_be(tiny_model, tiny_tokenizer, tiny_set, states):
+    alone = encode_corpus(tiny_model, tiny_tokenizer, TEMPLATE, tiny_set.documents, batch_tokens=1)
+    torch.testing.assert_close(alone.chunk_counts, states.chunk_counts)
+    for layer, found in states.layers.items():
+        for name in ("pooled_keys", "pooled_values", "routing_keys"):
+            torch.testing.assert_close(
+                getattr(alone.layers[layer], name), getattr(found, name), atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("reduction", ["max", "pooled"])
+def test_layer_scores_rank_as_the_engine_routes(tiny_tokenizer, tiny_set, tmp_path, reduction):
+    model = make_tiny_model(query_reduction=reduction)
+    with MemoryBank.create(tmp_path / "bank", model, tiny_tokenizer) as bank:
+        bank.add(tiny_set.documents)
+        engine = MemoryEngine(model, tiny_tokenizer, bank, max_rounds=1, max_new_tokens=1)
+        texts = [question.text for question in tiny_set.questions]
+        answers = engine.ask(texts)
+    states = encode_corpus(model, tiny_tokenizer, TEMPLATE, tiny_set.documents)
+    found = layer_scores(model, tiny_tokenizer, TEMPLATE, states, texts, batch_size=3)
+    for layer, scores in found.items():
+        for row, answer in enumerate(answers):
+            routed = answer.rounds[0].routed[layer]
+            rows = best_rows(scores, model.config.top_k_documents)[row]
+            assert [d.id for d in routed] == [tiny_set.documents[i].id for i in rows]
+            np.testing.assert_allclose([d.score for d in routed], scores[row, rows], atol=1e-4)
+
+
+def test_layers_are_added_with_their_weights():
+    layers = {2: np.array([[1.0, 2.0]], np.float32), 3: np.array([[10.0, 0.0]], np.float32)}
+    np.testing.assert_allclose(fuse(layers), [[11, 2]])
+    np.testing.assert_allclose(fuse(layers, {3: 0.1}), [[1, 0]])
+    normalized = fuse(layers, normalized=True)
+    np.testing.assert_allclose(normalized, z_scores(layers[2]) + z_scores(layers[3]))
+
+
+# ---- reading
+
+
+def test_the_reader_answers_as_the_engine_does_with_the_same_documents(
+    tiny_model, tiny_tokenizer, tiny_set, states, engine
+):
+    """Same memory, same documents read: same prompt, same answer."""
+    texts = [question.text for question in tiny_set.questions]
+    answers = engine.ask(texts, max_rounds=1, max_documents_per_round=2)
+    memory = LatentMemory(states, tiny_model.config.top_k_documents)
+    reader = TextReader(tiny_model, tiny_tokenizer, TEMPLATE, max_new_tokens=12, memory=memory)
+    rows = {document.id: i for i, document in enumerate(tiny_set.documents)}
+    documents = [
+        [(c.number, tiny_set.documents[rows[c.id]].content) for c in answer.citations]
+        for answer in answers
+    ]
+    read = reader.answer(texts, documents)
+    assert [r.text for r in read] == [a.text for a in answers]
+    assert [r.numbers for r in read] == [tuple(c.number for c in a.citations) for a in answers]
+
+
+def test_without_a_memory_only_the_documents_decide(tiny_model, tiny_tokenizer):
+    reader = TextReader(tiny_model, tiny_tokenizer, TEMPLATE, max_new_tokens=5)
+    (one,), (other,) = (reader.answer(["Where?"], [[(1, text)]]) for text in ("Rome", "Oslo"))
+    assert one.text != other.text
+    batch = reader.answer(["Where?"] * 2, [[(1, "Rome")], [(1, "Oslo")]])
+    assert [r.text for r in batch] == [one.text, other.text]
+    assert one.generated_tokens <= 5
+
+
+def test_documents_without_room_are_left_out_and_a_question_without_room_is_refused(
+    tiny_tokenizer,
+):
+    model = make_tiny_model(max_position_embeddings=400)
+    reader = TextReader(model, tiny_tokenizer, TEMPLATE, max_new_tokens=4)
+    (found,) = reader.answer(["Where?"], [[(7, "Rome"), (9, "x" * 400)]])
+    assert found.numbers == (7,)
+    with pytest.raises(InputError, match="Ask a shorter question"):
+        reader.answer(["Where" * 99], [[]])
+
+
+# ---- systems
+
+
+class FakeReader:
+    """Answers with the texts that it is handed."""
+
+    def answer(self, questions, documents):
+        return [
+            ReadAnswer(" ".join(t for _, t in given), False, tuple(n for n, _ in given), 3, 2)
+            for given in documents
+        ]
+
+
+def test_a_reader_gets_the_best_documents_and_never_the_hidden_ones(tiny_set):
+    system = ReaderSystem(FakeReader(), BM25Retriever(tiny_set.documents), tiny_set.documents, 2)
+    questions = tiny_set.questions[:2]
+    first, second = system.ask(questions)
+    assert (first.named[0], second.named[0]) == ("oslo", "rome")
+    assert [len(o.named) for o in (first, second)] == [2, 2]
+    assert len(first.ranked) == len(tiny_set.documents)
+    assert first.answer.startswith(tiny_set.documents[1].content)
+    hidden = system.ask(questions, hidden=[["oslo"], []])
+    assert "oslo" not in hidden[0].ranked
+    assert len(hidden[0].ranked) == len(tiny_set.documents) - 1
+    assert hidden[1].named == second.named
+
+
+def test_the_ceiling_is_handed_the_gold_documents_in_their_order(tiny_set):
+    questions = tiny_set.questions[2:]
+    assert [o.named for o in GoldSystem(FakeReader(), tiny_set.documents).ask(questions)] == [
+        ("cake", "ada"),
+        (),
+    ]
+    none = GoldSystem(FakeReader(), tiny_set.documents, 0).ask(questions)
+    assert [o.named for o in none] == [(), ()]
+
+
+def test_a_memory_is_asked_without_the_hidden_documents(engine, tiny_set):
+    system = MemorySystem(engine, tiny_set.documents, {"max_rounds": 1, "max_new_tokens": 4})
+    outcomes = system.ask(tiny_set.questions)
+    assert {o.rounds for o in outcomes} == {2}  # one that reads, one that answers
+    assert all(o.named and set(o.named) <= set(o.ranked) for o in outcomes)
+    hidden = [[o.ranked[0]] for o in outcomes]
+    without = system.ask(tiny_set.questions, hidden=hidden)
+    for away, outcome in zip(hidden, without, strict=True):
+        assert away[0] not in outcome.ranked + outcome.named
+
+
+def test_parts_of_a_document_count_as_the_document(tiny_set):
+    known = {d.id for d in tiny_set.documents}
+    assert _whole(["oslo#2", "a#1", "oslo#1", "rome"], known) == ("oslo", "a#1", "rome")
+
+
+def test_a_refusal_is_known_by_its_words():
+    template = PromptTemplate(refusal="the memory is silent")
+    assert is_refusal("Memory is silent.", template)
+    assert is_refusal(" ", template)
+    assert not is_refusal("Rome", template)
+
+
+# ---- runs
+
+ABOUT = {"set": "tiny", "split": "dev", "system": "x", "data": "d", "model": "m", "seed": 1}
+
+
+class FakeSystem:
+    """Right about every question whose gold documents are not hidden."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, questions, *, hidden=None):
+        self.asked.append([q.id for q in questions])
+        return [
+            Outcome(
+                answer="" if hidden or not q.answers else q.answers[0],
+                refused=bool(hidden) or not q.answers,
+                ranked=("x", *q.gold),
+                named=q.gold,
+                rounds=2,
+                stopped="answered",
+                seconds=0.5,
+                prompt_tokens=7,
+                generated_tokens=3,
+            )
+            for q in questions
+        ]
+
+
+def test_a_run_goes_on_where_it_was_stopped(tiny_set, tmp_path):
+    path = tmp_path / "a.jsonl"
+    system = FakeSystem()
+    done = run(path, ABOUT, lambda: system, tiny_set.questions, batch_size=3)
+    assert system.asked == [["q1", "q2", "q3"], ["q4"]]
+    assert done.about["questions"] == 4
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:20])  # two answers, and one torn by the stop
+    system = FakeSystem()
+    again = run(path, ABOUT, lambda: system, tiny_set.questions, batch_size=3)
+    assert system.asked == [["q3", "q4"]]
+    assert again == done
+    run(path, ABOUT, lambda: pytest.fail("made for nothing"), tiny_set.questions)
+
+
+@pytest.mark.parametrize("name", ["data", "model", "seed", "system"])
+def test_a_run_of_something_else_is_not_gone_on_with(tiny_set, tmp_path, name):
+    path = tmp_path / "a.jsonl"
+    run(path, ABOUT, FakeSystem, tiny_set.questions)
+    with pytest.raises(InputError, match=rf"was made with {name} .*give another output folder"):
+        run(path, ABOUT | {name: "other"}, FakeSystem, tiny_set.questions)
+
+
+def test_a_damaged_run_is_one_clear_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"about": {}}\nnonsense\n')
+    with pytest.raises(InputError, match="line 2: not a line of a run"):
+        read_run(path)
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match="no run"):
+        read_run(path)
+    with pytest.raises(InputError, match="cannot be read as a run"):
+        read_run(tmp_path)
+
+
+def test_figures_are_means_over_questions(tiny_set, tmp_path):
+    done = run(tmp_path / "a.jsonl", ABOUT, FakeSystem, tiny_set.questions)
+    found = figures(done)
+    values = {k: v.mean if isinstance(v, Interval) else v for k, v in found.items()}
+    assert values["R@1"] == 0
+    assert values["R@5"] == 1  # the last question has no gold
+    assert values["share@5"] == 1
+    assert values["named"] == 1
+    assert (values["em"], values["f1"]) == (1, 1)  # to refuse the last one is right
+    assert values["refused"] == 0.25
+    assert (values["seconds"], values["rounds"]) == (0.5, 2)
+
+
+def test_differences_are_paired(tiny_set, tmp_path):
+    one = run(tmp_path / "a.jsonl", ABOUT, FakeSystem, tiny_set.questions)
+    other = dataclasses.replace(one, rows=[row | {"f1": row["f1"] - 0.25} for row in one.rows[:3]])
+    found = difference(one, other, "f1")
+    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    with pytest.raises(InputError, match="share no question"):
+        difference(one, dataclasses.replace(one, rows=[]), "f1")
+
+
+# ---- tables
+
+
+def test_a_report_has_every_set_system_and_refusal(tiny_set, tmp_path):
+    questions = tiny_set.questions[:3]
+    for name in ("one", "two"):
+        for system in ("msa", "bm25-1"):
+            about = ABOUT | {"set": name, "system": system}
+            run(tmp_path / f"{name}-{system}.jsonl", about, FakeSystem, questions)
+    hidden = tmp_path / "hidden.jsonl"
+    run(hidden, ABOUT | {"set": "one", "system": "msa"}, FakeSystem, questions, hide_gold=True)
+    runs = read_runs(tmp_path)
+    text = markdown(runs)
+    assert "## one dev" in text
+    assert "## Mean over 2 sets" in text
+    assert "| msa | 3 | 0.0 ± 0.0 | 100.0 ± 0.0 |" in text
+    assert "| one dev | msa | 3 | 100.0 ± 0.0 | 0.0 ± 0.0 |" in text
+    data = json.loads(json.dumps(as_json(runs)))
+    assert set(data["one dev"]) == {"msa", "bm25-1", "msa, gold hidden"}
+    assert data["two dev"]["msa"]["em"] == [1.0, 1.0, 1.0]
+    found = compared(runs, "msa", ["bm25-1", "minilm-1"])
+    assert found["one dev"] == ("bm25-1", Interval(0.0, 0.0, 0.0))
+
+
+def test_a_folder_without_runs_and_one_with_a_run_twice_are_refused(tiny_set, tmp_path):
+    with pytest.raises(InputError, match="no runs"):
+        read_runs(tmp_path)
+    for name in "ab":
+        run(tmp_path / f"{name}.jsonl", ABOUT, FakeSystem, tiny_set.questions)
+    with pytest.raises(InputError, match="a second run of x on tiny dev"):
+        read_runs(tmp_path)
