@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from msa.errors import ConfigError
+from msa.training.router_settings import PairSettings, RouterSettings, StateSettings
 
 T = TypeVar("T")
 
@@ -244,6 +245,37 @@ class QuestionStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterStage:
+    """Routers alone, trained on cached states of the model as it is; see `docs/training.md`.
+
+    Attributes:
+        kind: "routers".
+        texts: files and folders of plain texts that questions are made from. The question sets that
+            teach routing are used as well.
+        passages: of the texts that are used, at most.
+        passage_words: longer texts are cut into passages of at most so many words.
+    """
+
+    kind: str
+    name: str
+    texts: tuple[str, ...] = ()
+    passages: int = 20000
+    passage_words: int = 120
+    pairs: PairSettings = field(default_factory=PairSettings)
+    states: StateSettings = field(default_factory=StateSettings)
+    training: RouterSettings = field(default_factory=RouterSettings)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "passages", "passage_words")
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Low-rank adapters (LoRA, Hu et al., 2021) on a frozen backbone; the routers train in full.
 
@@ -296,7 +328,7 @@ class TrainingConfig:
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage | QuestionStage, ...] = ()
+    stages: tuple[Stage | QuestionStage | RouterStage, ...] = ()
     question_sets: tuple[QuestionSettings, ...] = ()
     adapter: AdapterSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -321,6 +353,11 @@ class TrainingConfig:
             raise ConfigError("adapter: needs start_from, a checkpoint whose weights stay frozen")
         if not self.question_sets and any(isinstance(s, QuestionStage) for s in self.stages):
             raise ConfigError("question_sets: name some, since a stage has kind 'questions'")
+        for stage in self.stages:
+            if isinstance(stage, RouterStage) and not stage.texts and not self.question_sets:
+                raise ConfigError(
+                    f"stage {stage.name!r} trains routers on nothing; name question_sets, or texts"
+                )
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -351,6 +388,9 @@ _NESTED = {
     "world": WorldSettings,
     "samples": SampleSettings,
     "losses": LossSettings,
+    "pairs": PairSettings,
+    "states": StateSettings,
+    "training": RouterSettings,
 }
 
 
@@ -361,7 +401,7 @@ def _at_least_one(settings: Any, *names: str) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives"):
+    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives", "states"):
         raise ConfigError(
             f"name={name!r}: expected letters, digits, '_' and '-', since it names a "
             "folder beside 'model' and 'tokenizer'"
@@ -409,9 +449,14 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _stage(values: Any, where: str) -> Stage | QuestionStage:
-    if isinstance(values, Mapping) and values.get("kind") == "questions":
+def _stage(values: Any, where: str) -> Stage | QuestionStage | RouterStage:
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind == "questions":
         return _build(QuestionStage, values, where)
+    if kind == "routers":
+        return _build(RouterStage, values, where)
+    if kind is not None:
+        raise ConfigError(f"{where}: kind={kind!r}: expected 'questions' or 'routers', or no kind")
     return _build(Stage, values, where)
 
 

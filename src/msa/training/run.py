@@ -7,9 +7,11 @@ started again goes on where it was.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,18 @@ from msa.errors import TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.training.adapters import add_adapter, freeze_below, is_router, merged_state, trained_state
-from msa.training.config import QuestionStage, Stage, TrainingConfig, load_config
+from msa.training.config import (
+    QuestionStage,
+    RouterStage,
+    Stage,
+    TrainingConfig,
+    load_config,
+)
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
 from msa.training.model import MSAForTraining
 from msa.training.optimizer import MuonWithAdamW
 from msa.training.question_steps import QuestionSteps, load_sources
+from msa.training.router_stage import run_router_stage
 from msa.training.samples import SampleBuilder
 from msa.training.tokenizer import train_tokenizer
 
@@ -202,12 +211,24 @@ def _datasets(
     sources = []
     if len(worlds) < len(config.stages):
         sources = load_sources(config.question_sets, folder / "negatives")
-    return [
-        StepDataset(stage, builder, real, config.seed)
-        if isinstance(stage, Stage)
-        else QuestionSteps(stage, sources, encoder, top_k, config.seed)
-        for stage in config.stages
-    ]
+    routed = [source for source in sources if source.settings.routes]
+    made: list[Any] = []
+    for stage in config.stages:
+        if isinstance(stage, Stage):
+            made.append(StepDataset(stage, builder, real, config.seed))
+        elif isinstance(stage, QuestionStage):
+            made.append(QuestionSteps(stage, sources, encoder, top_k, config.seed))
+        else:
+            run = functools.partial(
+                run_router_stage,
+                stage,
+                prompts=encoder,
+                sets=[source.questions for source in routed],
+                cache=folder / "states",
+                negatives={source.questions.name: source.negatives for source in routed},
+            )
+            made.append(run)
+    return made
 
 
 def _claim(folder: Path, config_path: Path) -> None:
@@ -258,7 +279,7 @@ def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAFor
 
 def _run_stage(
     config: TrainingConfig,
-    stage: Stage | QuestionStage,
+    stage: Stage | QuestionStage | RouterStage,
     dataset: Any,
     model: MSAForTraining,
     folder: Path,
@@ -273,6 +294,10 @@ def _run_stage(
             return model
         finished: MSAForTraining = MSAForTraining.from_pretrained(done, dtype=torch.float32)
         return finished
+    if isinstance(stage, RouterStage):
+        _train_routers(stage, dataset, model, folder, progress)
+        _keep(config, model, output)
+        return model
     model.loss_settings = stage.losses
     if config.adapter is not None:
         freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
@@ -305,14 +330,39 @@ def _run_stage(
         callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    _keep(config, model, output)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return model
+
+
+def _keep(config: TrainingConfig, model: MSAForTraining, output: Path) -> None:
+    """Write what a finished stage leaves: whole, or not at all."""
     partial = output / "done.partial"
     model.save_pretrained(
         partial, state_dict=trained_state(model) if config.adapter is not None else None
     )
-    partial.rename(done)
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return model
+    partial.rename(output / "done")
+
+
+def _train_routers(
+    stage: RouterStage, run: Any, model: MSAForTraining, folder: Path, progress: Progress | None
+) -> None:
+    """A stage of routers alone, with a line of metrics."""
+
+    def show(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{stage.name}: {what}", done, total, {})
+
+    report, failures = run(model, progress=show)
+    row = {
+        "stage": stage.name,
+        "step": report.best_epoch,
+        **asdict(report),
+        "texts_left_out": failures,
+    }
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _last_checkpoint(output: Path) -> str | None:
