@@ -76,7 +76,7 @@ def test_answers_are_kept_and_reported(command, places, tmp_path):
     ("words", "message"),
     [
         (("--systems", "bm25"), "system 'bm25': expected bm25-K"),
-        (("--systems", "minilm-1"), "give --minilm FOLDER"),
+        (("--systems", "minilm-1", "--minilm", "nowhere"), "nowhere: no config.json"),
         (("--systems", "@nothing"), "no group '@nothing'; there are: @documents"),
         (("--systems", "msa:max_rounds"), "option 'max_rounds': expected NAME=VALUE"),
         (("--systems", "msa:max_rounds=x"), "'x' is no JSON value"),

@@ -251,8 +251,12 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    shown, said = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is said below
     try:
         model, report = MSAForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
@@ -264,6 +268,7 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: cannot be loaded as an MSA checkpoint ({reason})") from error
     finally:
+        transformers_logging.set_verbosity(said)
         if shown:
             transformers_logging.enable_progress_bar()
     missing = sorted(set(report["missing_keys"]) - MADE_ANEW)

@@ -201,7 +201,7 @@ class _Step:
         limit = self.stage.max_document_tokens
         if len(text) < limit:  # a token has at least one character
             return text
-        ids = self.encoder.tokenize(text)
+        ids = self.encoder.plain(text)
         if len(ids) <= limit:
             return text
         cut: str = self.encoder.tokenizer.decode(ids[:limit])

@@ -104,7 +104,7 @@ class SampleBuilder:
         }
 
     def _cut(self, text: str, max_tokens: int) -> str:
-        ids = self.encoder.tokenize(text)
+        ids = self.encoder.plain(text)
         if len(ids) <= max_tokens:
             return text
         cut: str = self.encoder.tokenizer.decode(ids[:max_tokens])
@@ -186,7 +186,7 @@ class _WorldSamples:
 
     def _piece(self, shortest: int, longest: int) -> list[int]:
         """Some consecutive tokens of some document."""
-        ids = self.encoder.tokenize(self.rng.choice(self.texts))
+        ids = self.encoder.plain(self.rng.choice(self.texts))
         length = min(len(ids), self.rng.randint(shortest, longest))
         start = self.rng.randint(0, len(ids) - length)
         return ids[start : start + length]
