@@ -31,12 +31,12 @@ from quality import about
 
 from msa import Document, MemoryBank, MemoryEngine
 from msa.benchmarks.timing import bandwidth
-from msa.model.loading import load
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import score, world_questions
 from msa.evaluation.question_sets import Question, read_question_set
 from msa.memory.pruning import PruningSettings
 from msa.memory.reports import BankInfo
+from msa.model.loading import load as load_checkpoint
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents
 
@@ -227,7 +227,7 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
 
 def load(args: argparse.Namespace):
     """The checkpoint, in the dtype asked for."""
-    loaded = load(args.model)
+    loaded = load_checkpoint(args.model)
     loaded.model.to(getattr(torch, args.dtype))
     return loaded
 

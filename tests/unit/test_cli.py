@@ -290,7 +290,7 @@ def test_index_takes_field_names_and_model(run, bank, tmp_path):
     result = run("index", path, "--bank", "b", "--model", "m", "--device", "cpu", *words)
     assert result.code == 0
     assert bank.texts == {"k": "b"}
-    assert bank.opened == [(Path("b"), Path("m"), "cpu", None)]
+    assert bank.opened == [(Path("b"), "m", "cpu", None)]
 
 
 def test_an_interrupted_index_says_what_is_safe(run, bank, tmp_path, monkeypatch):

@@ -97,6 +97,10 @@ def is_right(answer: str, right: str) -> bool:
 
 def demo(
     model: ModelOption = None,
+    worlds: Annotated[
+        bool,
+        typer.Option("--worlds", help="Use the small model, which fetches nothing."),
+    ] = False,
     questions: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Ask only the first N questions."),
@@ -110,7 +114,7 @@ def demo(
     lies in a temporary folder and is gone afterwards. With --json, an object per question.
     """
     material = load_material()
-    checkpoint = load_model(model, device)
+    checkpoint = load_model("worlds" if worlds else model, device)
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
 

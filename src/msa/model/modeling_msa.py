@@ -76,6 +76,10 @@ class Step:
     selections: dict[int, Selection] = field(default_factory=dict)
 
 
+class TokenWeight(nn.Linear):
+    """Logarithm of a routing token's weight in the pooled query; zeros weigh all alike (ours)."""
+
+
 class MSAAttention(nn.Module):
     """The backbone's attention, with a router where the layer routes.
 
@@ -99,8 +103,7 @@ class MSAAttention(nn.Module):
             self.router_q_proj = nn.Sequential(nn.Linear(size, heads * dim, bias=False))
             self.router_k_proj = nn.Sequential(nn.Linear(size, groups * dim, bias=False))
             if config.query_reduction == "pooled":
-                # logarithm of a routing token's weight in the pooled query; zeros weigh all alike
-                self.router_token_weight = nn.Linear(size, 1, bias=False)
+                self.router_token_weight = TokenWeight(size, 1, bias=False)
 
     def project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -213,9 +216,10 @@ class MSAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TokenWeight):
+            torch.nn.init.zeros_(module.weight)
+            return
         super()._init_weights(module)
-        if isinstance(module, MSAAttention) and hasattr(module, "router_token_weight"):
-            torch.nn.init.zeros_(module.router_token_weight.weight)
         if isinstance(module, MSAForCausalLM):
             torch.nn.init.constant_(module.temperature, self.config.aux_temperature)
 

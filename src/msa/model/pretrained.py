@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,10 @@ def _reading(source: str | Path) -> Iterator[None]:
     if Path(source).exists():
         logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if is_gguf(source):  # its bar cannot be turned off
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
     except Exception as error:  # transformers raises what its parts raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if Path(source).exists():

@@ -7,7 +7,7 @@ adapters and the routers are float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,7 @@ def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
         if hasattr(module, "lora_A"):  # autocast brings the matrices to the inputs' dtype
             cast(Any, module).cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
-        if "lora_" in name or is_router(name):
+        if _is_trained(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
@@ -59,13 +59,22 @@ def is_router(name: str) -> bool:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Adapters and routers, by name."""
-    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or is_router(n)}
+    return trained_part({name: p.detach() for name, p in model.named_parameters()})
+
+
+def trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters and routers among the weights of a model."""
+    return {name: tensor for name, tensor in state.items() if _is_trained(name)}
+
+
+def _is_trained(name: str) -> bool:
+    return "lora_" in name or is_router(name)
 
 
 def freeze_below(model: nn.Module, layer: int) -> None:
     """Train the adapters and routers from this layer on, and none below."""
     for name, parameter in model.named_parameters():
-        if "lora_" in name or is_router(name):
+        if _is_trained(name):
             index = re.search(r"\.layers\.(\d+)\.", name)
             parameter.requires_grad_(index is None or int(index[1]) >= layer)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from msa.errors import ConfigError
+from msa.training.router_settings import PairSettings, RouterSettings, StateSettings
 
 T = TypeVar("T")
 RESERVED = ("model", "adapter", "tokenizer", "negatives", "states")
@@ -246,6 +247,37 @@ class QuestionStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterStage:
+    """Routers alone, trained on cached states of the model as it is; see `docs/training.md`.
+
+    Attributes:
+        kind: "routers".
+        texts: files and folders of plain texts that questions are made from. The question sets that
+            teach routing are used as well.
+        passages: of the texts that are used, at most.
+        passage_words: longer texts are cut into passages of at most so many words.
+    """
+
+    kind: str
+    name: str
+    texts: tuple[str, ...] = ()
+    passages: int = 20000
+    passage_words: int = 120
+    pairs: PairSettings = field(default_factory=PairSettings)
+    states: StateSettings = field(default_factory=StateSettings)
+    training: RouterSettings = field(default_factory=RouterSettings)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a field is out of range; the message names it.
+        """
+        _at_least_one(self, "passages", "passage_words")
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Low-rank adapters (LoRA, Hu et al., 2021) on a frozen backbone; the routers train in full.
 
@@ -272,12 +304,14 @@ class OptimizerSettings:
     """Muon for the matrices of the layers, AdamW for the rest; AdamW alone with an adapter.
 
     Attributes:
-        router_learning_rate: with an adapter, the routers' rate as a share of the stage's.
+        muon: false trains everything by AdamW, at the stage's rate.
+        router_learning_rate: with AdamW alone, the routers' rate as a share of the stage's.
         adam_learning_rate: AdamW's rate as a share of the stage's (which is Muon's).
         weight_decay: of both.
         max_grad_norm: gradients are clipped to this norm.
     """
 
+    muon: bool = True
     router_learning_rate: float = 2.0
     adam_learning_rate: float = 0.3
     weight_decay: float = 0.01
@@ -297,12 +331,18 @@ class TrainingConfig:
         seed: of weights, worlds and order.
         save_steps, log_steps: how often checkpoints and metrics are written.
         bfloat16: run matrix products in bfloat16 (autocast).
+        gradient_checkpointing: keep the inputs of the layers only, and compute the rest again in
+            the backward pass.
+        document_batch: documents that are encoded together; the activations of one such batch are
+            held at a time and computed again in the backward pass. 0 encodes the documents of a
+            step in a few batches and holds everything.
+        fsdp: shard the model over the processes of `torchrun` or `accelerate launch` (FSDP2).
         compile: compile the layers' pointwise parts with torch.compile.
         threads: CPU threads; 0 leaves it to torch.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage | QuestionStage, ...] = ()
+    stages: tuple[Stage | QuestionStage | RouterStage, ...] = ()
     question_sets: tuple[QuestionSettings, ...] = ()
     adapter: AdapterSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -313,6 +353,9 @@ class TrainingConfig:
     save_steps: int = 500
     log_steps: int = 50
     bfloat16: bool = False
+    gradient_checkpointing: bool = False
+    document_batch: int = 0
+    fsdp: bool = False
     compile: bool = False
     threads: int = 0
 
@@ -325,8 +368,15 @@ class TrainingConfig:
         _at_least_one(self, "save_steps", "log_steps")
         if self.adapter is not None and self.start_from is None:
             raise ConfigError("adapter: needs start_from, a checkpoint whose weights stay frozen")
+        if self.fsdp and self.adapter is None and self.optimizer.muon:
+            raise ConfigError("fsdp: Muon needs whole matrices; set optimizer.muon to false")
         if not self.question_sets and any(isinstance(s, QuestionStage) for s in self.stages):
             raise ConfigError("question_sets: name some, since a stage has kind 'questions'")
+        for stage in self.stages:
+            if isinstance(stage, RouterStage) and not stage.texts and not self.question_sets:
+                raise ConfigError(
+                    f"stage {stage.name!r} trains routers on nothing; name question_sets, or texts"
+                )
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -357,6 +407,9 @@ _NESTED = {
     "world": WorldSettings,
     "samples": SampleSettings,
     "losses": LossSettings,
+    "pairs": PairSettings,
+    "states": StateSettings,
+    "training": RouterSettings,
 }
 
 
@@ -415,9 +468,14 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _stage(values: Any, where: str) -> Stage | QuestionStage:
-    if isinstance(values, Mapping) and values.get("kind") == "questions":
+def _stage(values: Any, where: str) -> Stage | QuestionStage | RouterStage:
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind == "questions":
         return _build(QuestionStage, values, where)
+    if kind == "routers":
+        return _build(RouterStage, values, where)
+    if kind is not None:
+        raise ConfigError(f"{where}: kind={kind!r}: expected 'questions' or 'routers', or no kind")
     return _build(Stage, values, where)
 
 

@@ -52,41 +52,58 @@ class MSAForTraining(MSAForCausalLM):
         Args:
             documents: [N, L] int64, right-padded.
             **inputs: "lengths" [N], "digits" [N, MAX_DIGITS], "groups" (see
-                `msa.training.samples.collate`).
+                `msa.training.samples.collate`). "document_batches", given where the model is in
+                shards: run so many batches of documents, empty ones if need be, and let every
+                batch and group have a gradient.
 
         Returns:
             {"loss": scalar, "parts": name -> detached scalar}.
         """
         if documents is None:
             return super().forward(**inputs)
-        lengths: Tensor = inputs["lengths"]
         settings = self.loss_settings
         parts: dict[str, Tensor] = {}
         loss = documents.new_zeros((), dtype=torch.float32)
-        states, text_loss = self._encode(documents, lengths, with_loss=settings.documents > 0)
+        batches = int(inputs.get("document_batches", 0))
+        touched: list[Tensor] | None = [] if batches else None
+        states, text_loss = self._encode(documents, inputs["lengths"], batches, touched)
         if text_loss is not None:
             parts["documents"] = text_loss
             loss = loss + settings.documents * text_loss
         if settings.numbers > 0:
             parts["numbers"] = self._number_loss(states, inputs["digits"])
             loss = loss + settings.numbers * parts["numbers"]
-        question_loss = self._question_loss(states, inputs["groups"], parts)
+        loss = loss + self._question_loss(states, inputs["groups"], parts, touched)
+        if touched:
+            loss = loss + torch.stack([tensor.float().sum() for tensor in touched]).sum() * 0
         return {
-            "loss": loss + question_loss,
+            "loss": loss,
             "parts": {name: value.detach() for name, value in parts.items()},
         }
 
     def _encode(
-        self, documents: Tensor, lengths: Tensor, *, with_loss: bool
+        self,
+        documents: Tensor,
+        lengths: Tensor,
+        batches: int = 0,
+        touched: list[Tensor] | None = None,
     ) -> tuple[LatentStates, Tensor | None]:
         """Stage 1 in batches, each as long as its own longest document.
 
         The documents of a step come sorted by length, so that little padding is computed.
+
+        Args:
+            documents, lengths: of the step.
+            batches: to be run at least, if need be with a document that counts nothing.
+            touched: gets the states of every batch.
         """
-        size = self.document_batch or max(MIN_BATCH, -(-len(lengths) // MAX_BATCHES))
-        batches = []
+        size = self._batch_size(len(lengths))
+        given = list(zip(torch.split(documents, size), torch.split(lengths, size), strict=True))
+        empty = (documents[:1, :1], lengths.new_ones(1))
+        with_loss = self.loss_settings.documents > 0
+        kept = []
         total = count = lengths.new_zeros((), dtype=torch.float32)
-        for ids, true in zip(torch.split(documents, size), torch.split(lengths, size), strict=True):
+        for ids, true in given + [empty] * (batches - len(given)):
             ids = ids[:, : int(true.max())]
             if self.document_batch:
                 states, loss = checkpoint(
@@ -94,11 +111,22 @@ class MSAForTraining(MSAForCausalLM):
                 )
             else:
                 states, loss = self._encode_batch(ids, true, with_loss)
-            batches.append(states)
+            kept.append(states)
             if loss is not None:
                 labelled = (true - 1).sum()
                 total, count = total + loss * labelled, count + labelled
-        return concatenate(batches), total / count.clamp(min=1) if with_loss else None
+        if touched is not None:
+            for layer in (layer for states in kept for layer in states.layers.values()):
+                touched += [layer.pooled_keys, layer.pooled_values, layer.routing_keys]
+        states = concatenate(kept[: len(given)])
+        return states, total / count.clamp(min=1) if with_loss else None
+
+    def batches_of(self, documents: int) -> int:
+        """In how many batches so many documents are encoded."""
+        return -(-documents // self._batch_size(documents))
+
+    def _batch_size(self, documents: int) -> int:
+        return self.document_batch or max(MIN_BATCH, -(-documents // MAX_BATCHES))
 
     def _encode_batch(
         self, ids: Tensor, lengths: Tensor, with_loss: bool
@@ -112,14 +140,20 @@ class MSAForTraining(MSAForCausalLM):
         return states, language_model_loss(hidden, labels, self.lm_head)
 
     def _question_loss(
-        self, states: LatentStates, groups: list[Mapping[str, Tensor]], parts: dict[str, Tensor]
+        self,
+        states: LatentStates,
+        groups: list[Mapping[str, Tensor]],
+        parts: dict[str, Tensor],
+        touched: list[Tensor] | None,
     ) -> Tensor:
         """L_LM over all groups, weighted by their labels, and L_aux (Eq. 5)."""
         if not groups:  # no questions of the kinds asked for
             return self._nothing()
         sums = _QuestionSums(self.loss_settings, self.temperature.detach())
         for group in groups:
-            memory = self._run_group(states, group, sums)
+            memory, hidden = self._run_group(states, group, sums)
+            if touched is not None:
+                touched.append(hidden)
             if memory is not None:
                 sums.add_routing(memory, group)
         loss = sums.loss(parts, len(self.config.routing_layers or ()))
@@ -132,7 +166,7 @@ class MSAForTraining(MSAForCausalLM):
 
     def _run_group(
         self, states: LatentStates, group: Mapping[str, Tensor], sums: _QuestionSums
-    ) -> LatentMemory | None:
+    ) -> tuple[LatentMemory | None, Tensor]:
         """Run the questions of a group; the memory that they routed over, if they did."""
         memory = None
         if bool(group["routing_mask"].any()):
@@ -145,12 +179,11 @@ class MSAForTraining(MSAForCausalLM):
             memory_mask=group["memory_mask"],
         )
         embedded = self.model.embed_tokens(group["input_ids"])
-        if bool(group.get("route_only", False)):
-            self.model(embedded, group["position_ids"], step, routing_only=True)
-        else:
-            hidden = self.model(embedded, group["position_ids"], step)
+        route_only = bool(group.get("route_only", False))
+        hidden = self.model(embedded, group["position_ids"], step, routing_only=route_only)
+        if not route_only:
             sums.add_language_model(hidden, group, self.lm_head)
-        return memory
+        return memory, hidden
 
     def _number_loss(self, states: LatentStates, digits: Tensor) -> Tensor:
         """Cross entropy of the number's digits from the first chunk's pooled values."""

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -22,15 +27,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from msa.errors import TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.training.adapters import add_adapter, freeze_below, trained_state
-from msa.training.config import QuestionStage, Stage, TrainingConfig, load_config
+from msa.training.adapters import add_adapter, freeze_below, trained_part
+from msa.training.config import QuestionStage, RouterStage, Stage, TrainingConfig, load_config
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
 from msa.training.export import adapter_origin, export_adapter, export_model
 from msa.training.model import MSAForTraining
 from msa.training.question_steps import QuestionSteps, load_sources
+from msa.training.router_stage import run_router_stage
 from msa.training.samples import SampleBuilder
 from msa.training.tokenizer import train_tokenizer
 from msa.training.trainer import MetricsFile, MSATrainer, Progress, compile_layers
+
+WEIGHTS = "model.safetensors"
 
 
 def train(
@@ -51,50 +59,230 @@ def train(
 
     Raises:
         ConfigError: the file is not a valid config.
-        TrainingError: the folder belongs to another run, or data is missing.
+        TrainingError: the folder belongs to another run, data is missing, or the loss is not
+            finite any more.
     """
     config = load_config(config_path)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if config.fsdp and processes.num_processes == 1:
+        raise TrainingError(
+            "fsdp: true shards the model over several processes, and this is one; start them with "
+            "'torchrun --nproc-per-node N --no-python msa train ...', or set fsdp to false"
+        )
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made a folder ({error.strerror})") from error
-    _claim(folder, Path(config_path))
+    with processes.main_process_first():
+        _claim(folder, Path(config_path))
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    template = PromptTemplate.load(config.start_from) if config.start_from else PromptTemplate()
-    tokenizer = _tokenizer(config, folder, template)
-    origin = adapter_origin(config)
-    model = _model(config, tokenizer)
-    datasets = _datasets(config, folder, PromptEncoder(tokenizer, template), model)
-    for stage, dataset in zip(config.stages, datasets, strict=True):
-        model = _run_stage(config, stage, dataset, model, folder, progress)
-    target = folder / "model"
-    export_model(model, target, tokenizer, template, config.start_from)
-    if origin is not None:
-        export_adapter(model, origin, folder / "adapter", tokenizer, template, config.start_from)
-    return target
+    run = _Run(config, folder, processes, progress)
+    for stage, data in zip(config.stages, run.data(), strict=True):
+        run.do(stage, data)
+    if processes.is_main_process:
+        run.export()
+    processes.wait_for_everyone()
+    return folder / "model"
 
 
-def _datasets(
-    config: TrainingConfig, folder: Path, encoder: PromptEncoder, model: MSAForTraining
-) -> list[Any]:
-    """The steps of every stage."""
-    top_k = model.config.top_k_documents
-    builder = SampleBuilder(encoder, top_k)
-    worlds = [stage for stage in config.stages if isinstance(stage, Stage)]
-    needs_real = any(stage.world.real > 0 for stage in worlds)
-    real = RealWorlds(config.real_data.questions if needs_real else ())
-    sources = []
-    if len(worlds) < len(config.stages):
-        sources = load_sources(config.question_sets, folder / "negatives")
-    return [
-        StepDataset(stage, builder, real, config.seed)
-        if isinstance(stage, Stage)
-        else QuestionSteps(stage, sources, encoder, top_k, config.seed)
-        for stage in config.stages
-    ]
+class _Run:
+    """A training run: its model, and what every stage needs."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: Path,
+        processes: PartialState,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.processes = processes
+        start = config.start_from
+        self.template = PromptTemplate.load(start) if start else PromptTemplate()
+        with processes.main_process_first():
+            self.tokenizer = _tokenizer(config, folder, self.template)
+        self.origin = adapter_origin(config)
+        self.model = self._new_model()
+
+    def _new_model(self) -> MSAForTraining:
+        """The model that the run begins with."""
+        config, tokenizer = self.config, self.tokenizer
+        if config.start_from:
+            frozen = torch.bfloat16 if config.adapter and config.bfloat16 else torch.float32
+            model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
+            if config.adapter is not None:
+                add_adapter(model, config.adapter)
+            return model
+        return MSAForTraining(
+            MSAConfig(
+                **{
+                    **config.model,
+                    "vocab_size": len(tokenizer),
+                    "pad_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": tokenizer.eos_token_id,
+                }
+            )
+        )
+
+    def data(self) -> list[Any]:
+        """What every stage learns from: its steps, or of a stage of routers what runs it."""
+        config, encoder = self.config, PromptEncoder(self.tokenizer, self.template)
+        top_k = self.model.config.top_k_documents
+        builder = SampleBuilder(encoder, top_k)
+        worlds = [stage for stage in config.stages if isinstance(stage, Stage)]
+        needs_real = any(stage.world.real > 0 for stage in worlds)
+        real = RealWorlds(config.real_data.questions if needs_real else ())
+        sources = []
+        if len(worlds) < len(config.stages):
+            with self.processes.main_process_first():  # it keeps the negatives for the others
+                sources = load_sources(config.question_sets, self.folder / "negatives")
+        routed = [source for source in sources if source.settings.routes]
+        count = self.processes.num_processes
+        made: list[Any] = []
+        for stage in config.stages:
+            if isinstance(stage, Stage):
+                made.append(StepDataset(stage, builder, real, config.seed, count))
+            elif isinstance(stage, QuestionStage):
+                made.append(QuestionSteps(stage, sources, encoder, top_k, config.seed, count))
+            else:
+                run = partial(
+                    run_router_stage,
+                    stage,
+                    prompts=encoder,
+                    sets=[source.questions for source in routed],
+                    cache=self.folder / "states",
+                    negatives={source.questions.name: source.negatives for source in routed},
+                )
+                made.append(run)
+        return made
+
+    def do(self, stage: Stage | QuestionStage | RouterStage, data: Any) -> None:
+        """Run one stage, or load what it left."""
+        if self._load_finished(stage.name):
+            return
+        if isinstance(stage, RouterStage):
+            if self.processes.is_main_process:
+                self._train_routers(stage, data)
+                self._keep(stage.name, None)
+            self.processes.wait_for_everyone()
+            self._load_finished(stage.name)
+            return
+        output = self.folder / stage.name
+        with self.processes.main_process_first():
+            checkpoint = _last_checkpoint(output)
+        trainer = self._trainer(stage, data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.full_state()
+        if self.processes.is_main_process:
+            self._keep(stage.name, state)
+            for each in output.glob("checkpoint-*"):
+                shutil.rmtree(each)
+        self.processes.wait_for_everyone()
+        if state is not None:  # the model is in shards
+            self.model = self._new_model()
+            self._load_finished(stage.name)
+
+    def _trainer(self, stage: Stage | QuestionStage, data: Any) -> MSATrainer:
+        config, model = self.config, self.model
+        model.loss_settings = stage.losses
+        model.document_batch = config.document_batch
+        model.checkpoint_activations(config.gradient_checkpointing)
+        if config.adapter is not None:
+            freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
+        if config.compile:
+            compile_layers(model)
+        return MSATrainer(
+            stage=stage,
+            config=config,
+            model=model,
+            args=training_arguments(config, stage, self.folder / stage.name, model),
+            train_dataset=data,
+            data_collator=lambda items: items[0],
+            callbacks=[MetricsFile(self.folder / "metrics.jsonl", stage, self.progress)],
+        )
+
+    def _load_finished(self, stage: str) -> bool:
+        """Load what a stage left; False if it is not finished."""
+        done = self.folder / stage / "done"
+        if not (done / WEIGHTS).is_file():
+            return False
+        if self.config.adapter is not None:
+            self.model.load_state_dict(load_file(done / WEIGHTS), strict=False)
+        else:
+            self.model = MSAForTraining.from_pretrained(done, dtype=torch.float32)
+        return True
+
+    def _keep(self, stage: str, state: dict[str, Tensor] | None) -> None:
+        """Write what a finished stage leaves: whole, or not at all.
+
+        Args:
+            stage: its name.
+            state: weights of a model that is in shards.
+        """
+        scratch = self.folder / stage / "done.partial"
+        if self.config.adapter is not None:
+            state = trained_part(self.model.state_dict() if state is None else state)
+        self.model.save_pretrained(scratch, state_dict=state)
+        scratch.rename(self.folder / stage / "done")
+
+    def _train_routers(self, stage: RouterStage, run: Callable[..., Any]) -> None:
+        """A stage of routers alone, with a line of metrics."""
+
+        def show(what: str, done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{stage.name}: {what}", done, total, {})
+
+        report, failures = run(self.model, progress=show)
+        row = {
+            "stage": stage.name,
+            "step": report.best_epoch,
+            **asdict(report),
+            "texts_left_out": failures,
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def export(self) -> None:
+        """Write `model/` and, with an adapter, `adapter/`."""
+        parts = self.tokenizer, self.template, self.config.start_from
+        export_model(self.model, self.folder / "model", *parts)
+        if self.origin is not None:
+            export_adapter(self.model, self.origin, self.folder / "adapter", *parts)
+
+
+def training_arguments(
+    config: TrainingConfig, stage: Stage | QuestionStage, output: Path, model: MSAForTraining
+) -> TrainingArguments:
+    """transformers' settings of one stage."""
+    sharded = {}
+    if config.fsdp:  # FSDP2: every layer by itself, gathered when it is run
+        layer = type(model.model.layers[0]).__name__
+        settings = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
+        sharded = {"fsdp": True, "fsdp_config": settings}
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=stage.steps,
+        per_device_train_batch_size=1,
+        learning_rate=stage.learning_rate,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        logging_steps=config.log_steps,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        bf16=config.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+        ddp_find_unused_parameters=True,  # not every step asks everything
+        **sharded,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a step is no batch that could be split
+    return arguments
 
 
 def _claim(folder: Path, config_path: Path) -> None:
@@ -122,89 +310,6 @@ def _tokenizer(
         trained.save_pretrained(scratch)
         scratch.rename(target)
     return PreTrainedTokenizerFast.from_pretrained(target)
-
-
-def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAForTraining:
-    if config.start_from:
-        frozen = torch.bfloat16 if config.adapter and config.bfloat16 else torch.float32
-        model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
-        if config.adapter is not None:
-            add_adapter(model, config.adapter)
-        return model
-    return MSAForTraining(
-        MSAConfig(
-            **{
-                **config.model,
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            }
-        )
-    )
-
-
-def _run_stage(
-    config: TrainingConfig,
-    stage: Stage | QuestionStage,
-    dataset: Any,
-    model: MSAForTraining,
-    folder: Path,
-    progress: Progress | None,
-) -> MSAForTraining:
-    """Run one stage, or load what it left."""
-    output = folder / stage.name
-    done = output / "done"
-    if (done / "model.safetensors").is_file():
-        if config.adapter is not None:
-            model.load_state_dict(load_file(done / "model.safetensors"), strict=False)
-            return model
-        finished: MSAForTraining = MSAForTraining.from_pretrained(done, dtype=torch.float32)
-        return finished
-    model.loss_settings = stage.losses
-    if config.adapter is not None:
-        freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=stage.steps,
-        per_device_train_batch_size=1,
-        learning_rate=stage.learning_rate,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        logging_steps=config.log_steps,
-        save_steps=config.save_steps,
-        save_total_limit=1,
-        bf16=config.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=config.seed,
-        data_seed=config.seed,
-    )
-    if config.compile:
-        compile_layers(model)
-    trainer = MSATrainer(
-        stage=stage,
-        config=config,
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=lambda items: items[0],
-        callbacks=[MetricsFile(folder / "metrics.jsonl", stage, progress)],
-    )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
-    _keep(config, model, output)
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return model
-
-
-def _keep(config: TrainingConfig, model: MSAForTraining, output: Path) -> None:
-    """Write what a finished stage leaves: whole, or not at all."""
-    scratch = output / "done.partial"
-    model.save_pretrained(
-        scratch, state_dict=trained_state(model) if config.adapter is not None else None
-    )
-    scratch.rename(output / "done")
 
 
 def _last_checkpoint(output: Path) -> str | None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from msa.errors import TrainingError
-from msa.training.adapters import is_router, trained_state
+from msa.training.adapters import is_router, trained_part
 from msa.training.config import QuestionStage, Stage, TrainingConfig
 from msa.training.model import MSAForTraining
 from msa.training.optimizer import MuonWithAdamW
+from msa.training.samples import empty_group
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -39,10 +41,29 @@ class MSATrainer(Trainer):
         self._parts_of_step: dict[str, Tensor] = {}
         self._skipped = self._skipped_in_a_row = 0
 
+        if self.args.fsdp:
+            self._prepare_shards()
+
+    def _prepare_shards(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            raise TrainingError("fsdp: shards are for GPUs, and there is none; set it to false")
+        scalar = self.model.temperature  # FSDP2 takes none
+        scalar.data = scalar.data.to(self.accelerator.device)
+        plugin.ignored_modules = [torch.nn.ParameterList([scalar])]
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """All weights of a model that is in shards, on the main process; None if it is whole."""
+        if not self.args.fsdp:
+            return None
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model)
+        return state
+
     def create_optimizer(self, model: Any = None) -> Any:
-        """Muon and AdamW at the stage's rate; AdamW alone with an adapter."""
-        if getattr(self, "optimizer", None) is None and self.run_config.adapter is not None:
-            settings = self.run_config.optimizer
+        """Muon and AdamW at the stage's rate; AdamW alone with an adapter, or when asked for."""
+        settings = self.run_config.optimizer
+        alone = self.run_config.adapter is not None or not settings.muon
+        if getattr(self, "optimizer", None) is None and alone:
             rate = self.stage.learning_rate
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -56,9 +77,7 @@ class MSATrainer(Trainer):
                 weight_decay=settings.weight_decay,
             )
         if getattr(self, "optimizer", None) is None:
-            self.optimizer = MuonWithAdamW(
-                self.model, self.stage.learning_rate, self.run_config.optimizer
-            )
+            self.optimizer = MuonWithAdamW(self.model, self.stage.learning_rate, settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -76,7 +95,8 @@ class MSATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """With an adapter, what is trained and nothing else."""
         if self.run_config.adapter is not None:
-            state_dict = trained_state(self.model)
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = trained_part(weights)
         super()._save(output_dir, state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -85,9 +105,26 @@ class MSATrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """Loss of one step; its parts are kept for the log."""
-        outputs = model(**inputs)
+        outputs = model(**(self._aligned(inputs) if self.args.fsdp else inputs))
         self._parts_of_step = {"loss": outputs["loss"].detach(), **outputs["parts"]}
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _aligned(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The step with as many batches and groups as the largest of all processes has.
+
+        Shards are gathered whenever a layer is run, which all processes must do in step.
+        """
+        documents, device = len(inputs["lengths"]), self.accelerator.device
+        kinds: list[list[Any]] = [[], []]
+        for group in inputs["groups"]:
+            kinds[bool(group.get("route_only", False))].append(group)
+        counts = [self.model.batches_of(documents), *map(len, kinds)]
+        gathered = self.accelerator.gather(torch.tensor([counts], device=device))
+        batches, *most = gathered.amax(0).tolist()
+        for route_only, (groups, wanted) in enumerate(zip(kinds, most, strict=True)):
+            for _ in range(wanted - len(groups)):
+                groups.append(empty_group(documents, device, route_only=bool(route_only)))
+        return {**inputs, "groups": [*kinds[1], *kinds[0]], "document_batches": batches}
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Loss and gradients of one step; no gradients when one of them is not finite.
@@ -98,8 +135,8 @@ class MSATrainer(Trainer):
             TrainingError: that was so `MAX_SKIPPED_IN_A_ROW` times in a row.
         """
         loss: Tensor = super().training_step(model, *args, **kwargs)
-        finite = bool(torch.isfinite(loss).all()) and _gradients_are_finite(model)
-        if finite:
+        finite = torch.isfinite(loss).all() & _gradients_are_finite(model)
+        if bool(self.accelerator.gather(finite.reshape(1).float()).all()):
             for name, value in self._parts_of_step.items():
                 self._parts.setdefault(name, []).append(value)
             self._skipped_in_a_row = 0
@@ -122,15 +159,23 @@ class MSATrainer(Trainer):
             logs.pop("loss")  # counts skipped steps as 0
             logs["skipped"] = self._skipped
             self._skipped = 0
-        for name, values in self._parts.items():
-            logs[name] = round(torch.stack(values).float().mean().item(), 5)
+        sums = {
+            name: (torch.stack(values).double().sum().item(), len(values))
+            for name, values in self._parts.items()
+        }
+        found = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
+        for name in dict.fromkeys(name for each in found for name in each):
+            pairs = [each[name] for each in found if name in each]
+            logs[name] = round(sum(s for s, _ in pairs) / sum(n for _, n in pairs), 5)
         self._parts = {}
         super().log(logs, *args, **kwargs)
 
 
-def _gradients_are_finite(model: Any) -> bool:
+def _gradients_are_finite(model: Any) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    finite: Tensor = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()
+    return finite
 
 
 class MetricsFile(TrainerCallback):
@@ -141,7 +186,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the lines of steps that are done again, since they came after the checkpoint."""
-        if not self.path.is_file():
+        if not self.path.is_file() or not state.is_world_process_zero:
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -160,6 +205,8 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Append a line."""
         if not logs or "skipped" not in logs:  # the summary at the end
+            return
+        if not state.is_world_process_zero:
             return
         row = {"stage": self.stage.name, "step": state.global_step, **logs}
         with self.path.open("a", encoding="utf-8") as file:
