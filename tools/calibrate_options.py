@@ -26,8 +26,14 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.inference.fusion import fuse
-from msa.inference.options import AskOptions
-from msa.inference.refusal import BIAS, REFUSAL_LOGIT, ROUTING_MARGIN, ROUTING_SCORE, refusal_score
+from msa.inference.options import (
+    BIAS,
+    REFUSAL_LOGIT,
+    ROUTING_MARGIN,
+    ROUTING_SCORE,
+    AskOptions,
+)
+from msa.inference.refusal import refusal_score
 from msa.inference.trace import Candidates
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 

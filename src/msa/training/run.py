@@ -256,7 +256,7 @@ class _Run:
 def training_arguments(
     config: TrainingConfig, stage: Stage | QuestionStage, output: Path, model: MSAForTraining
 ) -> TrainingArguments:
-    """transformers' settings of one stage."""
+    """Transformers' settings of one stage."""
     sharded = {}
     if config.fsdp:  # FSDP2: every layer by itself, gathered when it is run
         layer = type(model.model.layers[0]).__name__
