@@ -291,7 +291,7 @@ def workplace(args: argparse.Namespace) -> Workplace:
         cache=Path(args.cache),
         minilm=Path(args.minilm) if args.minilm else None,
         batch_tokens=args.batch_tokens,
-        max_new_tokens=getattr(args, "max_new_tokens", 0),
+        max_new_tokens=getattr(args, "max_new_tokens", None),
         progress=progress,
     )
 
@@ -382,7 +382,7 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--systems", nargs="+", default=list(SYSTEMS))
     command.add_argument("--hide-gold", action="store_true", help="ask without the gold documents")
     command.add_argument("--batch-size", type=int, default=16, help="questions asked together")
-    command.add_argument("--max-new-tokens", type=int, default=32, help="of a reader's answer")
+    command.add_argument("--max-new-tokens", type=int, help="of a reader; by default as for msa")
     command.add_argument("--banks", help="folder of the banks; by default OUTPUT/banks")
     command.add_argument("--output", required=True, help="folder of the runs")
     command.set_defaults(run=answers)

@@ -58,11 +58,11 @@ def test_answers_are_kept_and_reported(command, places, tmp_path):
     folder, model = places
     runs = tmp_path / "runs"
     asked = ("answers", folder, "--model", model, "--output", runs, "--max-new-tokens", 4)
-    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory"]
+    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory", "backbone-1"]
     command(*asked, "--systems", *one)
     command(*asked, "--systems", *one[:2], "--hide-gold")
     before = {path: path.read_bytes() for path in runs.glob("*.jsonl")}
-    assert len(before) == 5
+    assert len(before) == 6
     command(*asked, "--systems", *one)  # all is there already
     assert {path: path.read_bytes() for path in runs.glob("*.jsonl")} == before
     command("retrieval", folder, "--output", runs / "retrieval.json")
@@ -78,7 +78,7 @@ def test_answers_are_kept_and_reported(command, places, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--systems", "bm25"), "system 'bm25': expected bm25-K"),
+        (("--systems", "bm25"), "system 'bm25': expected one of bm25-K"),
         (("--systems", "minilm-1", "--minilm", "nowhere"), "nowhere: no config.json"),
         (("--systems", "@nothing"), "no group '@nothing'; there are: @documents"),
         (("--systems", "msa:max_rounds"), "option 'max_rounds': expected NAME=VALUE"),
