@@ -3,17 +3,17 @@
     python benchmarks/training_memory.py [--tokens 1K 2K 4K 8K 16K] [--output docs/results]
 
 A random model of 6 layers on the CPU; documents of 256 tokens, four questions, the routing loss and
-the language model's. Each step is run in a process of its own, forwards and backwards; what is
-reported is the peak of its resident memory above that before the step (/proc, so Linux only).
-Writes training_memory.md.
+the language model's. A step is run forwards and backwards under torch.profiler; what is reported is
+the peak of the bytes allocated and not freed yet, gradients of the weights included. Writes
+training_memory.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import platform
 import subprocess
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", default=["1K", "2K", "4K", "8K", "16K"])
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     given = parser.parse_args()
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.set_num_threads(1)
     rows = []
     for text in given.tokens:
         documents = int(text[:-1]) * UNITS[text[-1]] // DOCUMENT
@@ -64,35 +64,19 @@ def main() -> None:
 
 
 def measured(documents: int, layers: bool, batch: int) -> float:
-    """Peak of a step in MB above what was there before, in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=take_step, args=(theirs, documents, layers, batch))
-    process.start()
-    peak = mine.recv()
-    process.join()
-    return peak / 1024
-
-
-def take_step(pipe, documents: int, layers: bool, batch: int) -> None:
+    """Peak of a step in MB."""
     torch.manual_seed(0)
     model = MSAForTraining(MSAConfig(**CONFIG)).train()
     model.loss_settings = LossSettings(routing=0.1, documents=0.0)
     model.checkpoint_activations(layers)
     model.document_batch = batch
     step = step_of(documents)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    model(**step)["loss"].backward()
-    pipe.send(status("VmHWM") - before)
-
-
-def status(name: str) -> int:
-    """A number of kB that Linux says of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise KeyError(name)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model(**step)["loss"].backward()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes)) / 1e6
 
 
 def step_of(documents: int) -> dict[str, object]:
@@ -135,12 +119,12 @@ def written(rows: list[tuple[int, list[float]]], tokens: list[str]) -> str:
         f"{torch.__version__}; model: {CONFIG['num_hidden_layers']} layers of width "
         f"{CONFIG['hidden_size']}, random; documents of {DOCUMENT} tokens.",
         "",
-        "Peak of the resident memory above that before the step, in MB:",
+        "Peak of the bytes that a step allocates and has not freed yet, in MB:",
         "",
         "| tokens of documents | " + " | ".join(WAYS) + " |",
         "|---|" + "---|" * len(WAYS),
     ]
-    lines += [f"| {n:,} | " + " | ".join(f"{p:.0f}" for p in peaks) + " |" for n, peaks in rows]
+    lines += [f"| {n:,} | " + " | ".join(f"{p:.1f}" for p in peaks) + " |" for n, peaks in rows]
     return "\n".join([*lines, "", *REMARKS, ""])
 
 

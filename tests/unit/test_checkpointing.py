@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import SMALL
 from msa.errors import ConfigError
+from msa.model import modeling_msa
 from msa.model.convert import convert_backbone
+from msa.model.modeling_msa import Step
 from msa.text.prompts import PromptEncoder
+from msa.training import model as training_model
 from msa.training.adapters import add_adapter
 from msa.training.config import AdapterSettings, LossSettings, SampleSettings, WorldSettings
 from msa.training.model import MSAForTraining
@@ -140,31 +146,48 @@ def test_by_transformers_method_it_is_the_same(folder, step, options):
     assert all(torch.allclose(found[n], g, atol=1e-6) for n, g in expected.items())
 
 
-def held_bytes(model, step):
-    """Bytes of what the forward pass keeps for the backward pass, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(**step)
-    total = sum(held.values())
-    del out
-    return total
+def peak_bytes(model, step):
+    """Peak of what a step allocates, forwards and backwards, and has not freed yet."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model(**step)["loss"].backward()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
 
 
-def test_what_documents_leave_behind_hardly_grows_with_their_number(folder, tiny_tokenizer):
-    model = model_of(folder, losses=LossSettings(documents=0.0))
-    few, many = step_of(tiny_tokenizer, 8), step_of(tiny_tokenizer, 64)
+@pytest.mark.parametrize("layers", [False, True], ids=["documents", "layers and documents"])
+def test_memory_hardly_grows_with_the_number_of_documents(folder, tiny_tokenizer, layers):
+    few, many = step_of(tiny_tokenizer, 8), step_of(tiny_tokenizer, 48)
     many["groups"] = few["groups"] = []  # the documents alone
-    model.loss_settings = LossSettings(documents=0.0, numbers=1.0)
-    plain = held_bytes(model, many) - held_bytes(model, few)
-    model.document_batch = 8
-    batched = held_bytes(model, many) - held_bytes(model, few)
-    assert plain > 0
-    assert batched < 0.1 * plain
+    model = model_of(folder, losses=LossSettings(documents=0.0, numbers=1.0))
+    plain = peak_bytes(model, many) - peak_bytes(model, few)
+    model.checkpoint_activations(layers)
+    model.document_batch = 4
+    assert peak_bytes(model, many) - peak_bytes(model, few) < 0.1 * plain
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["with a right document", "without"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_a_step_outlives_it(folder, step, way, asks, monkeypatch):
+    """What is computed again must not be kept where its own graph keeps it: that is never freed."""
+    made = []
+
+    class Watched(Step):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(weakref.ref(self))
+
+    for module in (modeling_msa, training_model):
+        monkeypatch.setattr(module, "Step", Watched)
+    groups = step["groups"]
+    if not asks:
+        groups = [{**g, "positives": torch.zeros_like(g["positives"])} for g in groups]
+    model = model_of(folder)
+    layers, model.document_batch = WAYS[way]
+    model.checkpoint_activations(layers)
+    for _ in range(2):
+        model(**{**step, "groups": groups})["loss"].backward()
+    gc.collect()
+    assert len(made) > 2
+    assert not any(reference() for reference in made)

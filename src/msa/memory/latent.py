@@ -39,17 +39,25 @@ class LatentMemory:
         self.with_last_token = with_last_token
         self.scores: dict[int, Tensor] = {}
         self.last_token_scores: dict[int, Tensor] = {}
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let go of the scores, and note no more: those that a backward pass computes again."""
+        self.scores, self.last_token_scores, self._is_closed = {}, {}, True
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """Top-k documents of every row by Eq. 2."""
         keys = self.states.layers[layer].routing_keys
         counts = self.states.chunk_counts
         scores = document_scores(vectors, routing_mask, keys, counts)
-        self.scores[layer] = scores
+        if not self._is_closed:
+            self.scores[layer] = scores
         if self.with_last_token:
             later = routing_mask.flip(1).cumsum(1).flip(1)  # routing tokens from here on
             last = routing_mask & (later == 1)
-            self.last_token_scores[layer] = document_scores(vectors, last, keys, counts)
+            last_scores = document_scores(vectors, last, keys, counts)
+            if not self._is_closed:
+                self.last_token_scores[layer] = last_scores
         return select_documents(scores, self.top_k)
 
     def content(self, layer: int, selection: Selection) -> Content:

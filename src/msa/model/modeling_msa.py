@@ -17,7 +17,7 @@ D head dim, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -53,9 +53,10 @@ class MSAOutput(CausalLMOutputWithPast):
     selections: dict[int, Selection] | None = None
 
 
-@dataclass(slots=True)
 class Step:
     """What the layers of one forward pass share.
+
+    No dataclass: FSDP2 hands layers copies of those, in which what they leave would be lost.
 
     Attributes:
         mask: [B or 1, T, S] bool over local keys; None for plain causal attention.
@@ -66,14 +67,40 @@ class Step:
         selections: routing fills this.
     """
 
-    mask: Tensor | None = None
-    cache: MSACache | None = None
-    memory: MemoryReader | None = None
-    routing_mask: Tensor | None = None
-    memory_mask: Tensor | None = None
-    lengths: Tensor | None = None
-    states: dict[int, LayerStates] = field(default_factory=dict)
-    selections: dict[int, Selection] = field(default_factory=dict)
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        cache: MSACache | None = None,
+        memory: MemoryReader | None = None,
+        routing_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
+        self.mask, self.cache = mask, cache
+        self.memory, self.routing_mask, self.memory_mask = memory, routing_mask, memory_mask
+        self.lengths = lengths
+        self.states: dict[int, LayerStates] = {}
+        self.selections: dict[int, Selection] = {}
+        self._is_closed = False
+
+    def keep_states(self, layer: int, states: LayerStates) -> None:
+        """Take what documents leave in a layer."""
+        if not self._is_closed:
+            self.states[layer] = states
+
+    def keep_selection(self, layer: int, selection: Selection) -> None:
+        """Take what a layer selected."""
+        if not self._is_closed:
+            self.selections[layer] = selection
+
+    def close(self) -> None:
+        """Let go of what was kept, and take no more.
+
+        Layers whose activations are computed again in a backward pass run once more, with this
+        object. Were their results kept here, so would be their graphs, and the hooks of those keep
+        this object: a cycle that Python cannot see, and so never frees.
+        """
+        self.states, self.selections, self._is_closed = {}, {}, True
 
 
 class TokenWeight(nn.Linear):
@@ -169,7 +196,7 @@ class MSAAttention(nn.Module):
             return None
         selection = step.memory.route(layer, *self.routing_vectors(hidden, step.routing_mask))
         content = step.memory.content(layer, selection)
-        step.selections[layer] = selection
+        step.keep_selection(layer, selection)
         if cache is not None:
             cache.remember(layer, selection, content)
         return content
@@ -185,7 +212,8 @@ class MSAAttention(nn.Module):
         queries, keys, values = self.project(hidden_states, position_embeddings)
         content = None
         if self.routes and step.lengths is not None:
-            step.states[self.layer_index] = self.compress(hidden_states, keys, values, step.lengths)
+            states = self.compress(hidden_states, keys, values, step.lengths)
+            step.keep_states(self.layer_index, states)
         elif self.routes:
             content = self.recall(hidden_states, step)
         if step.cache is not None:
@@ -301,27 +329,43 @@ class MSAModel(MSAPreTrainedModel):
         Source: MSA 3.2.1, Eq. 1; 3.2.2 (document-wise RoPE).
         """
         step = Step(lengths=lengths)
-        hidden = self.embed_tokens(input_ids)
+        try:
+            hidden = self._encode_layers(input_ids, step, with_hidden)
+            states = LatentStates(chunk_counts(lengths, self.config.chunk_size), step.states)
+        finally:  # a recomputation ends as soon as it has what it needs, with an exception
+            step.close()
+        return states, self.norm(hidden) if with_hidden else None
+
+    def _encode_layers(self, input_ids: Tensor, step: Step, with_hidden: bool) -> Tensor:
+        """Run the layers that stage 1 needs; hidden states before the final norm."""
+        hidden: Tensor = self.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         position_embeddings = self.rotary_emb(hidden, positions)
-        last = max(self.config.routing_layers, default=-1)
+        last = -1 if with_hidden else max(self.config.routing_layers, default=-1)
         for index, layer in enumerate(self.layers):
-            if index == last and not with_hidden and not _is_sharded(layer):
+            if index == last and not _is_sharded(layer):
                 attention = cast(MSAAttention, layer.self_attn)
                 normed = cast(nn.Module, layer.input_layernorm)(hidden)
                 _, keys, values = attention.project(normed, position_embeddings)
-                step.states[index] = attention.compress(normed, keys, values, lengths)
+                assert step.lengths is not None
+                states = attention.compress(normed, keys, values, step.lengths)
+                step.keep_states(index, states)
                 break
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
-            if index == last and not with_hidden:
+            if index == last:
+                step.keep_states(index, _with_output(step.states[index], hidden))
                 break
-        states = LatentStates(chunk_counts(lengths, self.config.chunk_size), step.states)
-        return states, self.norm(hidden) if with_hidden else None
+        return hidden
 
 
 def _is_sharded(layer: nn.Module) -> bool:
     """Whether FSDP2 shards the layer, whose parts cannot be run by themselves then."""
     return hasattr(layer, "set_requires_gradient_sync")
+
+
+def _with_output(states: LayerStates, hidden: Tensor) -> LayerStates:
+    """The same states, with a gradient of 0 for the layer's output: there FSDP2 waits for one."""
+    return replace(states, pooled_keys=states.pooled_keys + 0 * hidden.sum())
 
 
 class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):

@@ -156,6 +156,7 @@ class MSAForTraining(MSAForCausalLM):
                 touched.append(hidden)
             if memory is not None:
                 sums.add_routing(memory, group)
+                memory.close()
         loss = sums.loss(parts, len(self.config.routing_layers or ()))
         return loss if loss.requires_grad else loss + self._nothing()
 
@@ -181,6 +182,7 @@ class MSAForTraining(MSAForCausalLM):
         embedded = self.model.embed_tokens(group["input_ids"])
         route_only = bool(group.get("route_only", False))
         hidden = self.model(embedded, group["position_ids"], step, routing_only=route_only)
+        step.close()
         if not route_only:
             sums.add_language_model(hidden, group, self.lm_head)
         return memory, hidden

@@ -50,6 +50,7 @@ class MSATrainer(Trainer):
         scalar = self.model.temperature  # FSDP2 takes none
         scalar.data = scalar.data.to(self.accelerator.device)
         plugin.ignored_modules = [torch.nn.ParameterList([scalar])]
+        self.add_callback(_Shards())
 
     def full_state(self) -> dict[str, Tensor] | None:
         """All weights of a model that is in shards, on the main process; None if it is whole."""
@@ -179,6 +180,13 @@ def _gradients_are_finite(model: Any) -> Tensor:
     norm: Any = torch.nn.utils.get_total_norm(gradients)
     finite: Tensor = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()
     return finite
+
+
+class _Shards(TrainerCallback):
+    """Lets every process reduce the same gradients, though not every step asks everything."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        given["model"].set_reduce_scatter_unused_params(True)
 
 
 class MetricsFile(TrainerCallback):
