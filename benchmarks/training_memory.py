@@ -139,7 +139,7 @@ REMARKS = [
     "batches of 4 documents of 256 tokens, the inputs of the layers take 36 x 1,024 x 2,560 x 2",
     "bytes = 0.19 GB, one layer's inside about 0.15 GB, and the states of all documents",
     "18 x 3 x 1,024 chunks x 1,024 numbers x 4 bytes = 0.23 GB, twice that with their gradients.",
-    "Held in whole, the inside of all layers for 65,536 tokens would take more than 300 GB.",
+    "Held in whole, the inside of all layers for 65,536 tokens would take about 300 GB.",
 ]
 
 
