@@ -235,6 +235,10 @@ def test_the_yaml_blocks_are_valid_configs(tmp_path):
         "OptimizerSettings",
         "TokenizerSettings",
         "RealData",
+        "RouterStage",
+        "RouterSettings",
+        "StateSettings",
+        "PairSettings",
     ],
 )
 def test_every_key_of_the_configuration_is_explained_and_no_other(name):

@@ -15,6 +15,8 @@ from msa.errors import ConfigError
 from msa.training.router_settings import PairSettings, RouterSettings, StateSettings
 
 T = TypeVar("T")
+RESERVED = ("model", "adapter", "tokenizer", "negatives", "states")
+"""Folders of a run that no stage may be called like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +285,9 @@ class AdapterSettings:
         rank: of the added matrices.
         alpha: they are scaled by alpha / rank.
         targets: names of the linear layers that get one.
+        base: fields of `msa.model.bases.Base` that take the place of those in the `base.json` of
+            `start_from`: where the base may be fetched from (`pypi`, `pypi_size`, `hub`), its
+            `name` and `license`.
     """
 
     rank: int = 16
@@ -291,6 +296,7 @@ class AdapterSettings:
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +304,14 @@ class OptimizerSettings:
     """Muon for the matrices of the layers, AdamW for the rest; AdamW alone with an adapter.
 
     Attributes:
-        router_learning_rate: with an adapter, the routers' rate as a share of the stage's.
+        muon: false trains everything by AdamW, at the stage's rate.
+        router_learning_rate: with AdamW alone, the routers' rate as a share of the stage's.
         adam_learning_rate: AdamW's rate as a share of the stage's (which is Muon's).
         weight_decay: of both.
         max_grad_norm: gradients are clipped to this norm.
     """
 
+    muon: bool = True
     router_learning_rate: float = 2.0
     adam_learning_rate: float = 0.3
     weight_decay: float = 0.01
@@ -323,6 +331,12 @@ class TrainingConfig:
         seed: of weights, worlds and order.
         save_steps, log_steps: how often checkpoints and metrics are written.
         bfloat16: run matrix products in bfloat16 (autocast).
+        gradient_checkpointing: keep the inputs of the layers only, and compute the rest again in
+            the backward pass.
+        document_batch: documents that are encoded together; the activations of one such batch are
+            held at a time and computed again in the backward pass. 0 encodes the documents of a
+            step in a few batches and holds everything.
+        fsdp: shard the model over the processes of `torchrun` or `accelerate launch` (FSDP2).
         compile: compile the layers' pointwise parts with torch.compile.
         threads: CPU threads; 0 leaves it to torch.
     """
@@ -339,6 +353,9 @@ class TrainingConfig:
     save_steps: int = 500
     log_steps: int = 50
     bfloat16: bool = False
+    gradient_checkpointing: bool = False
+    document_batch: int = 0
+    fsdp: bool = False
     compile: bool = False
     threads: int = 0
 
@@ -351,6 +368,8 @@ class TrainingConfig:
         _at_least_one(self, "save_steps", "log_steps")
         if self.adapter is not None and self.start_from is None:
             raise ConfigError("adapter: needs start_from, a checkpoint whose weights stay frozen")
+        if self.fsdp and self.adapter is None and self.optimizer.muon:
+            raise ConfigError("fsdp: Muon needs whole matrices; set optimizer.muon to false")
         if not self.question_sets and any(isinstance(s, QuestionStage) for s in self.stages):
             raise ConfigError("question_sets: name some, since a stage has kind 'questions'")
         for stage in self.stages:
@@ -401,7 +420,7 @@ def _at_least_one(settings: Any, *names: str) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives", "states"):
+    if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
         raise ConfigError(
             f"name={name!r}: expected letters, digits, '_' and '-', since it names a "
             "folder beside 'model' and 'tokenizer'"

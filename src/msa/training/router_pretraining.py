@@ -408,8 +408,9 @@ class _RouterTrainer:
                 scores[str(layer)] = document_scores(vectors, mask, keys[layer], counts)
             scores["all"] = torch.stack(list(scores.values())).mean(0)
             for name, values in scores.items():
-                ranked = values.masked_fill(ignored, -torch.inf).argsort(dim=1, descending=True)
-                right = positives.gather(1, ranked[:, : RECALLS[-1]]).float()
+                deepest = min(RECALLS[-1], values.shape[1])
+                ranked = values.masked_fill(ignored, -torch.inf).topk(deepest, dim=1).indices
+                right = positives.gather(1, ranked).float()
                 for k in RECALLS:
                     share = right[:, :k].sum(1) / positives.sum(1).clamp(max=k)
                     found[name][k] += float(share.sum())
