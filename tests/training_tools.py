@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conftest import SMALL
 from msa.model.convert import convert_checkpoint
@@ -52,11 +52,18 @@ def write_question_set(folder: Path) -> Path:
     return folder
 
 
-def write_plain_model(folder: Path, tokenizer) -> Path:
-    """A random Llama with its tokenizer."""
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def write_plain_model(folder: Path, tokenizer, family: str = "llama", **values) -> Path:
+    """A random backbone with its tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}, max_position_embeddings=2048)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config, model = FAMILIES[family]
+    fields = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 2048, **values}
+    model(config(**fields)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,42 +1,53 @@
 """`msa train`: tokenizer, then every stage on transformers' `Trainer`, then an exported checkpoint.
 
 Layout of the output folder: `tokenizer/`, `NAME/checkpoint-*` per stage, `metrics.jsonl` (a line
-per logged step), `config.yaml` (as given), `model/` (the exported checkpoint) and, when adapters
-were trained, `adapter/` (the same model as what changed of its base). A run that is started again
-goes on where it was.
+per logged step), `config.yaml` (as given, or with the values that were set), `model/` (the exported
+checkpoint) and, when adapters were trained, `adapter/` (the same model as what changed of its
+base). A run that is started again goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from msa.errors import TrainingError
+from msa.errors import ConfigError, InputError, TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.training.adapters import add_adapter, freeze_below, trained_part
-from msa.training.config import QuestionStage, RouterStage, Stage, TrainingConfig, load_config
+from msa.training.config import (
+    QuestionStage,
+    RouterStage,
+    Stage,
+    TrainingConfig,
+    parse_config,
+    read_yaml,
+)
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
 from msa.training.export import adapter_origin, export_adapter, export_model
 from msa.training.model import MSAForTraining
 from msa.training.question_steps import QuestionSteps, load_sources
 from msa.training.router_stage import run_router_stage
 from msa.training.samples import SampleBuilder
+from msa.training.settings import nearest
 from msa.training.tokenizer import train_tokenizer
 from msa.training.trainer import MetricsFile, MSATrainer, Progress, compile_layers
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 WEIGHTS = "model.safetensors"
 
@@ -44,6 +55,7 @@ WEIGHTS = "model.safetensors"
 def train(
     config_path: str | Path,
     output: str | Path,
+    overrides: Sequence[str] = (),
     *,
     progress: Progress | None = None,
 ) -> Path:
@@ -52,6 +64,7 @@ def train(
     Args:
         config_path: see `TrainingConfig`.
         output: folder of the run. If it holds a run of another config, that is an error.
+        overrides: "KEY=VALUE" each, put into the config; see `msa.training.overrides.override`.
         progress: called at every log with (stage, step, steps, metrics).
 
     Returns:
@@ -59,11 +72,13 @@ def train(
 
     Raises:
         ConfigError: the file is not a valid config.
+        InputError: `accelerate` is not installed.
         TrainingError: the folder belongs to another run, data is missing, or the loss is not
             finite any more.
     """
-    config = load_config(config_path)
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    values = read_yaml(config_path, overrides)
+    config = parse_config(values, str(config_path))
+    processes = _processes()
     if config.fsdp and processes.num_processes == 1:
         raise TrainingError(
             "fsdp: true shards the model over several processes, and this is one; start them with "
@@ -75,7 +90,7 @@ def train(
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made a folder ({error.strerror})") from error
     with processes.main_process_first():
-        _claim(folder, Path(config_path))
+        _claim(folder, Path(config_path), values, changed=bool(overrides))
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
@@ -86,6 +101,17 @@ def train(
         run.export()
     processes.wait_for_everyone()
     return folder / "model"
+
+
+def _processes() -> PartialState:
+    """The processes that train together; of `torchrun`, or this one."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InputError(
+            "accelerate is not installed, which training needs; pip install 'msa-memory[train]'"
+        ) from error
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 class _Run:
@@ -116,6 +142,10 @@ class _Run:
             if config.adapter is not None:
                 add_adapter(model, config.adapter)
             return model
+        known = list(MSAConfig().to_dict())
+        for name in config.model:
+            if name not in known:  # transformers would keep it without a word
+                raise ConfigError(f"model: unknown key {name!r}; {nearest(name, known)}")
         return MSAForTraining(
             MSAConfig(
                 **{
@@ -256,7 +286,7 @@ class _Run:
 def training_arguments(
     config: TrainingConfig, stage: Stage | QuestionStage, output: Path, model: MSAForTraining
 ) -> TrainingArguments:
-    """Transformers' settings of one stage."""
+    """Settings of one stage for the `Trainer`."""
     sharded = {}
     if config.fsdp:  # FSDP2: every layer by itself, gathered when it is run
         layer = type(model.model.layers[0]).__name__
@@ -285,15 +315,21 @@ def training_arguments(
     return arguments
 
 
-def _claim(folder: Path, config_path: Path) -> None:
+def _claim(folder: Path, config_path: Path, values: Any, *, changed: bool) -> None:
+    """Keep the configuration in the folder of the run, unless another one is there."""
     kept = folder / "config.yaml"
-    text = config_path.read_text(encoding="utf-8")
-    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+    if kept.is_file() and read_yaml(kept) != values:
         raise TrainingError(
-            f"{folder} holds a run of another config ({kept} differs from {config_path}); "
-            "choose another --output, or remove that folder"
+            f"{folder} holds a run of another config ({kept} differs from {config_path}"
+            f"{' as it was changed by --set' if changed else ''}); choose another --output, or "
+            "remove that folder"
         )
-    kept.write_text(text, encoding="utf-8")
+    text = config_path.read_text(encoding="utf-8")
+    if changed:
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    scratch = kept.with_suffix(".partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(kept)
 
 
 def _tokenizer(

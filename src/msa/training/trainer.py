@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, get_scheduler
 
@@ -163,7 +162,11 @@ class MSATrainer(Trainer):
             name: (torch.stack(values).double().sum().item(), len(values))
             for name, values in self._parts.items()
         }
-        found = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
+        found = [sums]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
         for name in dict.fromkeys(name for each in found for name in each):
             pairs = [each[name] for each in found if name in each]
             logs[name] = round(sum(s for s, _ in pairs) / sum(n for _, n in pairs), 5)
