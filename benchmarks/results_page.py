@@ -31,7 +31,8 @@ by reading fewer keys: the pruned scan.
 
 def main() -> None:
     parts = [
-        "# Results\n\nReal documents, with the default model: [real_documents.md](real_documents.md)."
+        "# Results\n\nReal documents, with the default model: "
+        "[real_documents.md](real_documents.md)."
         " What follows is written\nfrom the JSON files in this folder by "
         "`python benchmarks/results_page.py`. Each\nholds its command, commit, machine and seed. "
         "Shares are in percent.\n"
