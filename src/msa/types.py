@@ -146,13 +146,21 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A document that the answer rests on: its text was read."""
+    """A document that the answer rests on: its text was read.
+
+    Attributes:
+        id, number, title, text: of the document.
+        round: in which it was read, from 1.
+        span: where in `text` the answer stands, (first character, first behind it); None while
+            there is no answer, and where the answer does not stand in this text word for word.
+    """
 
     id: str
     number: int
     title: str | None
     text: str
     round: int
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +233,15 @@ class Answer:
 
     Attributes:
         question: as asked.
-        text: the answer; empty when the model gave none.
-        citations: documents read on the way, in reading order.
+        text: the answer; empty when the model gave none; the template's refusal when refused.
+        citations: documents read on the way, in reading order; none when refused.
         rounds: every round with its routing trace.
         usage: token counts and times.
-        stopped: why the answer ended: "answered"; "max_tokens" (it was cut); or the engine ended
+        stopped: why the answer ended: "answered"; "not_found" (refused: what was read does not hold
+            the answer, or nothing was left to read); "max_tokens" (it was cut); or the engine ended
             the retrieval: "max_rounds", or "max_positions" (no room for what the model named).
+        scores: what speaks for and against a refusal (`msa.inference.refusal`): the features that
+            were computed, and with a threshold the score itself as "refusal".
     """
 
     question: str
@@ -239,6 +250,7 @@ class Answer:
     rounds: tuple[Round, ...]
     usage: Usage
     stopped: str
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from bank_tools import LAYERS, ids_of, make_document, states_of
 from conftest import routing_vectors_of
 from msa import Document
 from msa.errors import BankLockedError
+from msa.memory import lexical
 from msa.memory.bank import MemoryBank
 from msa.memory.encoder import DocumentEncoder
 from msa.memory.resident import ResidentBank
@@ -132,6 +133,20 @@ class Expected:
                 text = " ".join(p.document.text for p in bank.parts(name))
                 assert text == version(name, number).text
             self._check_states(bank, model, tokenizer)
+            self._check_words(bank)
+
+    def _check_words(self, bank: MemoryBank) -> None:
+        """Every live document is in the word index, as its text stands, and no other."""
+        stored = {s.number: s.document for s in bank.documents()}
+        names = [d.text.split(":")[0].split()[0] for d in stored.values()]
+        found = bank.lexical_search([*names, "river stone lamp coat seven"], 1000)
+        for number, hits in zip(stored, found, strict=False):
+            assert number in dict(hits)
+        assert {n for hits in found for n, _ in hits} <= stored.keys()
+        with bank.catalog._db.transaction("check") as db:  # SQLite's own opinion
+            db.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+            rows = db.execute("SELECT id FROM words_docsize ORDER BY id").fetchall()
+        assert [number for (number,) in rows] == sorted(stored)
 
     def _check_states(self, bank: MemoryBank, model, tokenizer) -> None:
         stored = {s.number: s for s in bank.documents()}
@@ -230,16 +245,45 @@ class KillingConnection:
         return getattr(self._connection, name)
 
     def execute(self, sql, *rest):
-        if sql != "COMMIT" or not self._connection.total_changes:
+        changes = sql == "VACUUM" or (sql == "COMMIT" and self._connection.total_changes)
+        if not changes:
             return self._connection.execute(sql, *rest)
-        self._count("before commit")
+        self._count(f"before {sql}")
         result = self._connection.execute(sql, *rest)
-        self._count("after commit")
+        self._count(f"after {sql}")
         return result
 
 
+def kill_inside(path: Path, part: float, model, tokenizer, operation) -> tuple[int, list[list]]:
+    """Run an operation in a process that kills itself amid SQLite's work, after a part of it."""
+
+    def work(say) -> None:
+        bank = MemoryBank.open(path, model, tokenizer)
+        total = 0
+
+        def count() -> int:
+            nonlocal total
+            total += 1
+            if total == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+        limit = 0
+        copy = path.with_name(path.name + "-whole")  # first the whole of it, to see how long it is
+        shutil.copytree(path, copy)
+        with MemoryBank.open(copy, model, tokenizer) as other:
+            other.catalog._db.connection.set_progress_handler(count, 5)
+            operation(other, lambda *message: None)
+        shutil.rmtree(copy)
+        limit, total = max(1, int(total * part)), 0
+        bank.catalog._db.connection.set_progress_handler(count, 5)
+        operation(bank, say)
+
+    return Child(work).finish()
+
+
 def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[int, list[list]]:
-    """Run an operation in a process that kills itself at its n-th write, sync, rename, ..."""
+    """Run an operation in a process that kills itself at its n-th write, sync, link, ..."""
 
     def work(say) -> None:
         bank = MemoryBank.open(path, model, tokenizer)
@@ -268,7 +312,7 @@ def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[in
 
             return counted_call
 
-        counted = {name: counting(name) for name in ("write", "fsync", "rename", "unlink")}
+        counted = {name: counting(name) for name in ("write", "fsync", "link", "unlink")}
         for name, function in counted.items():
             setattr(os, name, function)
         bank.catalog._db.connection = KillingConnection(bank.catalog._db.connection, count)
@@ -307,8 +351,33 @@ def compact(bank, tell):
     tell("done")
 
 
+def index_words(bank, tell):
+    """As when a bank is opened for writing that has no word index."""
+    tell("begin", "index", [])
+    lexical.build(bank.catalog._db)
+    tell("done")
+
+
+@pytest.mark.parametrize("operation", [add_some, update_some, delete_some, compact, index_words])
+def test_killed_amid_the_work_of_the_catalog(
+    new_bank, tmp_path, tiny_model, tiny_tokenizer, operation
+):
+    with MemoryBank.open(new_bank, tiny_model, tiny_tokenizer) as bank:
+        bank.add([version(*n) for n in FIRST])
+        bank.add([version("gone", 0)])
+        bank.delete("gone")
+    for step in range(5):
+        copy = tmp_path / f"copy{step}"
+        shutil.copytree(new_bank, copy)
+        code, said = kill_inside(copy, (step + 1) / 6, tiny_model, tiny_tokenizer, operation)
+        assert code == -signal.SIGKILL, said
+        Expected(dict(FIRST)).check(copy, said, tiny_model, tiny_tokenizer)
+        shutil.rmtree(copy)
+
+
 @pytest.mark.parametrize(
-    ("operation", "least"), [(add_some, 12), (update_some, 12), (delete_some, 2), (compact, 12)]
+    ("operation", "least"),
+    [(add_some, 12), (update_some, 12), (delete_some, 2), (compact, 14), (index_words, 2)],
 )
 def test_killed_at_every_call_that_changes_the_disk(
     new_bank, tmp_path, tiny_model, tiny_tokenizer, operation, least

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import msa
-from conftest import SMALL, make_tiny_tokenizer
+from adapter_tools import UPDATED, make_parts
 from msa.errors import ConfigError, FetchError, ModelError
-from msa.inference.options import AskOptions
-from msa.model import adapters, bases
-from msa.model.adapters import is_adapter, merged_path, save_adapter
-from msa.model.bases import Base
-from msa.model.convert import convert_backbone
-from msa.model.home import sha256_of
+from msa.model import adapters
+from msa.model.adapters import is_adapter, merged_path
+from msa.model.bases import fetch_base
 from msa.text.prompts import PromptTemplate
-
-RANK, SCALE = 2, 2.0
-UPDATED = ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj")
 
 
 @pytest.fixture
@@ -31,75 +24,34 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def backbone(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}, max_position_embeddings=2048)
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def base_file(backbone, tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    save_file({k: v.clone() for k, v in backbone.state_dict().items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(base_file):
-    size = base_file.stat().st_size
-    return Base(name="Tiny", file=base_file.name, sha256=sha256_of(base_file), size=size)
-
-
-@pytest.fixture(scope="module")
-def model(backbone):
-    return convert_backbone(backbone, chunk_size=8, top_k_documents=4, routing_layers=[1, 2])
-
-
-@pytest.fixture(scope="module")
-def state(model):
-    """Random low-rank updates of two modules, and the routers."""
-    weights = model.state_dict()
-    generator = torch.Generator().manual_seed(1)
-    found = {name: weights[name] for name in weights if ".router_" in name}
-    for name in UPDATED:
-        out, inner = weights[name + ".weight"].shape
-        pair = (torch.randn(s, generator=generator) for s in ((RANK, inner), (out, RANK)))
-        found[name] = (*pair, SCALE)
-    return found
+def parts(tmp_path_factory):
+    return make_parts(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
-def folder(state, base, model, tokenizer, tmp_path):
-    return save_adapter(
-        state, base, tmp_path / "adapter", config=model.config, template=PromptTemplate(),
-        tokenizer=tokenizer, ask_options=AskOptions(max_rounds=2), merged_dtype=torch.float32,
-    )  # fmt: skip
+def folder(parts, tmp_path):
+    return parts.save(tmp_path / "adapter")
 
 
 @pytest.fixture
-def fetched(base, base_file, home):
-    return bases.fetch_base(base, given=base_file, progress=lambda *_: None)
+def fetched(parts, home):
+    return fetch_base(parts.base, given=parts.base_file, progress=lambda *_: None)
 
 
 def test_a_loaded_adapter_is_its_base_plus_the_scaled_products_and_the_routers(
-    folder, fetched, backbone, state
+    folder, fetched, parts
 ):
     loaded = msa.load(folder)
-    plain, merged = backbone.state_dict(), loaded.model.state_dict()
+    plain, merged = parts.backbone.state_dict(), loaded.model.state_dict()
     for name, tensor in merged.items():
         module = name.removesuffix(".weight")
         if module in UPDATED:
-            down, up, scale = state[module]
+            down, up, scale = parts.state[module]
             wanted = plain[name] + scale * (up.half().float() @ down.half().float())
             assert torch.allclose(tensor, wanted, atol=1e-5)
             assert not torch.allclose(tensor, plain[name], atol=1e-2)
         elif ".router_" in name:
-            assert torch.equal(tensor, state[name].half().float())
+            assert torch.equal(tensor, parts.state[name].half().float())
         elif name in plain:
             assert torch.equal(tensor, plain[name])
     assert loaded.ask_options.max_rounds == 2
@@ -124,10 +76,10 @@ def test_a_changed_adapter_is_merged_anew_and_a_changed_card_is_not(folder, home
     assert merged_path(folder, "x") != before
 
 
-def test_it_takes_half_precision_and_no_more_than_what_changed(folder, state, base_file):
+def test_it_takes_half_precision_and_no_more_than_what_changed(folder, parts):
     values = sum(
         v.numel() if isinstance(v, torch.Tensor) else v[0].numel() + v[1].numel()
-        for v in state.values()
+        for v in parts.state.values()
     )
     size = (folder / adapters.ADAPTER_FILE).stat().st_size
     assert 2 * values < size < 2 * values + 4096
@@ -168,18 +120,14 @@ def test_a_damaged_adapter_is_said_and_leaves_nothing(folder, fetched, home):
         ({"model.layers.1.self_attn.router_k_proj.0.weight": None}, "router weights are missing"),
     ],
 )
-def test_what_does_not_fit_is_refused_when_it_is_saved(
-    state, base, model, tokenizer, tmp_path, change, message
-):
-    wrong = {name: value for name, value in {**state, **change}.items() if value is not None}
+def test_what_does_not_fit_is_refused_when_it_is_saved(parts, tmp_path, change, message):
+    wrong = {name: value for name, value in {**parts.state, **change}.items() if value is not None}
     with pytest.raises(ModelError, match=message):
-        save_adapter(
-            wrong, base, tmp_path / "a", config=model.config, template=PromptTemplate(),
-            tokenizer=tokenizer,
-        )  # fmt: skip
+        replace(parts, state=wrong).save(tmp_path / "a")
 
 
-def test_a_base_that_lacks_a_weight_is_refused(folder, model, base_file):
+def test_a_base_that_lacks_a_weight_is_refused(folder, parts):
+    model = parts.model
     weights = {k: v for k, v in model.state_dict().items() if k != "model.norm.weight"}
     adapter = adapters.load_file(folder / adapters.ADAPTER_FILE)
     with pytest.raises(ModelError, match=r"its base lacks model\.norm\.weight"):
@@ -204,9 +152,9 @@ def test_a_base_is_named_in_full_or_refused(folder, home, change, message):
         msa.load(folder)
 
 
-def test_an_adapter_on_safetensors_needs_a_tokenizer(state, base, model, tmp_path):
+def test_an_adapter_on_safetensors_needs_a_tokenizer(parts, tmp_path):
     with pytest.raises(ModelError, match=r"base\.safetensors has no tokenizer"):
-        save_adapter(state, base, tmp_path, config=model.config, template=PromptTemplate())
+        replace(parts, tokenizer=None).save(tmp_path / "a")
 
 
 def test_a_bank_made_in_one_dtype_opens_in_the_other(folder, fetched, tmp_path):
@@ -217,3 +165,11 @@ def test_a_bank_made_in_one_dtype_opens_in_the_other(folder, fetched, tmp_path):
     with msa.MemoryBank.open(tmp_path / "bank", exact) as bank:
         bank.add([msa.Document("b", "Bob was born in 1915.")])
         assert len(bank) == 2
+
+
+def test_what_a_killed_process_has_left_is_removed(folder, fetched, home):
+    target = merged_path(folder, "adapter")
+    left = target.with_name(f".{target.name}-abc")
+    left.mkdir(parents=True)
+    msa.load(folder)
+    assert [p.name for p in target.parent.iterdir()] == [target.name]

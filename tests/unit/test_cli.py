@@ -290,7 +290,7 @@ def test_index_takes_field_names_and_model(run, bank, tmp_path):
     result = run("index", path, "--bank", "b", "--model", "m", "--device", "cpu", *words)
     assert result.code == 0
     assert bank.texts == {"k": "b"}
-    assert bank.opened == [(Path("b"), Path("m"), "cpu", None)]
+    assert bank.opened == [(Path("b"), "m", "cpu", None)]
 
 
 def test_an_interrupted_index_says_what_is_safe(run, bank, tmp_path, monkeypatch):
@@ -464,15 +464,16 @@ def test_search_lists_hits_best_first(run, engine):
 def test_train_hands_on_config_and_folder_and_keeps_stdout_for_the_result(run, monkeypatch):
     calls = []
 
-    def train(config, folder, *, progress):
+    def train(config, folder, overrides, *, progress):
         print("noise of a trainer")
         progress("numbers", 5, 10, {"loss": 0.5, "learning_rate": 1e-3})
-        calls.append((config, folder))
+        calls.append((config, folder, overrides))
         return folder / "model"
 
     monkeypatch.setitem(sys.modules, "msa.training.run", SimpleNamespace(train=train))
-    result = run("train", "c.yaml", "--output", "runs/a", "--json")
-    assert calls == [(Path("c.yaml"), Path("runs/a"))]
+    changes = ["--set", "seed=3", "--set", "stages[0].steps=2"]
+    result = run("train", "c.yaml", "--output", "runs/a", "--json", *changes)
+    assert calls == [(Path("c.yaml"), Path("runs/a"), ["seed=3", "stages[0].steps=2"])]
     assert lines(result.out) == [{"model": "runs/a/model"}]
     assert "noise" in result.err
     monkeypatch.setattr(sys.modules["msa.training.run"], "train", Raises(KeyboardInterrupt()))

@@ -95,6 +95,28 @@ def test_rewinding_leaves_the_prompts_of_the_rows_that_stay(model: Any, memory: 
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 1]], ids=["one", "padded"])
+@pytest.mark.parametrize("tokens", [[7], [7, 30, 9]])
+def test_the_probability_of_going_on_is_told_without_going_on(
+    model: Any, memory: Any, rows: list[int], tokens: list[int]
+) -> None:
+    contexts = [CONTEXTS[row] for row in rows]
+    batch = prompt_batch(contexts, model.config.top_k_documents, PAD, CPU)
+    decoder = Decoder(model, batch, memory, PAD)
+    decoder.feed([[5, 6], [8]][: len(rows)])
+    likely = decoder.log_probability(tokens)
+    for made, start, value in zip(contexts, ([5, 6], [8]), likely, strict=False):
+        expected = sum(
+            float(whole(model, memory, made, start + tokens[:i]).log_softmax(-1)[token])
+            for i, token in enumerate(tokens)
+        )
+        assert value == pytest.approx(expected, abs=1e-3)
+    decoder.feed([[50]] * len(rows))  # as if nothing had been asked
+    for made, start, logits in zip(contexts, ([5, 6], [8]), decoder.logits, strict=False):
+        expected_logits = whole(model, memory, made, [*start, 50])
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+
+
 def greedy(count: int) -> list[Sampler]:
     return [Sampler(0.0, 1.0, None) for _ in range(count)]
 
@@ -119,6 +141,9 @@ def test_texts_end_with_their_marks_or_their_budgets_and_know_their_probability(
     assert ended[0].ended
     assert ended[0].tokens == texts[0].tokens[:3]
     assert [len(t.tokens) for t in ended[1:]] == [4, 1]
+    *_, some = write_texts(Decoder(model, batch, memory, PAD), greedy(3), [], [0, 4, 0])
+    assert [t.tokens for t in some] == [[], texts[1].tokens, []]
+    assert list(write_texts(Decoder(model, batch, memory, PAD), greedy(3), [], [0, 0, 0])) == []
 
 
 def numbers(*some: int) -> dict[int, list[int]]:

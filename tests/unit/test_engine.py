@@ -44,6 +44,11 @@ from msa.types import Content, Selection
         ("layer_weights", {2: -1.0}),
         ("layer_weights", {"two": 1}),
         ("layer_weights", [1, 2]),
+        ("refusal_threshold", -0.1),
+        ("refusal_threshold", 1.5),
+        ("refusal_threshold", True),
+        ("refusal_weights", [1.0]),
+        ("refusal_weights", {"bias": "x"}),
         ("prior_weight", -0.1),
         ("prior_weight", float("nan")),
         ("prior_temperature", 0.0),
@@ -61,6 +66,11 @@ def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None
         AskOptions(**{name: value})
 
 
+def test_weights_of_unknown_features_are_refused_and_the_known_ones_named() -> None:
+    with pytest.raises(ConfigError, match=r"refusal_weights has 'margin'; give some of refusal_l"):
+        AskOptions(refusal_weights={"margin": 1.0})
+
+
 def test_unknown_options_are_refused_and_the_known_ones_named() -> None:
     with pytest.raises(ConfigError, match=r"Unknown option 'rounds'; there are: max_rounds, "):
         AskOptions().with_changes(rounds=3)
@@ -72,7 +82,14 @@ def test_unknown_options_are_refused_and_the_known_ones_named() -> None:
 
 def test_options_are_kept_beside_a_checkpoint(tmp_path: Any) -> None:
     assert AskOptions.load(tmp_path) == AskOptions()
-    options = AskOptions(max_rounds=2, prior_weight=0.5, seed=7, layer_weights={2: 1, 10: 0.5})
+    options = AskOptions(
+        max_rounds=2,
+        prior_weight=0.5,
+        seed=7,
+        layer_weights={2: 1, 10: 0.5},
+        refusal_threshold=0.4,
+        refusal_weights={"bias": -1.0, "refusal_logit": 0.5},
+    )
     options.save(tmp_path)
     assert AskOptions.load(tmp_path) == options
 

@@ -41,6 +41,7 @@ WITHIN = {
         "precision",
         "pretrained",
         "bases",
+        "origin",
         "adapters",
         "calibrate",
         "convert",

@@ -8,9 +8,10 @@ import random
 
 import pytest
 
-from msa.errors import InputError
-from msa.training.pairs import PairSettings, make_pairs, read_documents, split_passages
+from msa.errors import ConfigError, InputError
+from msa.training.pairs import make_pairs, read_documents, split_passages
 from msa.training.questions import question_from, sentences
+from msa.training.router_settings import PairSettings
 from msa.types import Document
 
 TEXT = (
@@ -96,7 +97,7 @@ def test_a_short_passage_is_a_distractor_and_texts_without_sentences_are_refused
     assert all("short" not in q.gold for q in pairs.questions)
     with pytest.raises(InputError, match="no pairs can be made from 1 passages"):
         make_pairs([short])
-    with pytest.raises(InputError, match="removed=2"):
+    with pytest.raises(ConfigError, match="removed: expected 1"):
         PairSettings(removed=2)
 
 

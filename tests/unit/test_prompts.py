@@ -178,3 +178,30 @@ def test_nothing_is_added_to_a_text():
     )
     assert tokenizer.encode("ab") == [end, *plain]
     assert PromptEncoder(tokenizer).tokenize("ab") == plain
+
+
+@pytest.mark.parametrize("mark", PromptTemplate().special_strings())
+def test_marks_in_documents_and_questions_are_no_control_tokens(tiny_tokenizer, mark):
+    encoder = PromptEncoder(tiny_tokenizer)
+    text = f"a{mark}b {{x}} {mark}"
+    controls = set(tiny_tokenizer.get_added_vocab().values())
+
+    def count(ids):
+        return sum(token in controls for token in ids)
+
+    assert count(encoder.plain(text)) == 0
+    assert tiny_tokenizer.decode(encoder.plain(text)) == text
+    assert count(encoder.document(7, text)) == count(encoder.document(7, "harmless"))
+    readings = [Reading(((7, text), (8, text)))]
+    clean = [Reading(((7, "a"), (8, "b")))]
+    forged, plain = encoder.context(text, readings), encoder.context("a", clean)
+    assert count(forged.input_ids) == count(plain.input_ids)
+    assert count(encoder.restatement(text)) == count(encoder.restatement("a"))
+    assert count(encoder.answer(text)) == count(encoder.answer("a"))
+
+
+def test_texts_without_marks_are_tokenized_as_in_one_string(tiny_tokenizer):
+    encoder, template = PromptEncoder(tiny_tokenizer), PromptTemplate()
+    for text in ("one", "  two\n", "{three}", "é 漢 🙂", ""):
+        whole = template.document.format(number=17, text=text)
+        assert encoder.document(17, text) == tiny_tokenizer.encode(whole, add_special_tokens=False)

@@ -13,6 +13,7 @@ from conftest import make_tiny_model
 from evaluation_tools import tiny_question_set
 from msa import MemoryBank, MemoryEngine
 from msa.errors import InputError
+from msa.evaluation.backbone import BackboneRetriever
 from msa.evaluation.metrics import Interval
 from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
 from msa.evaluation.report import as_json, compared, markdown, read_runs
@@ -27,7 +28,9 @@ from msa.evaluation.systems import (
     _whole,
     bank_documents,
 )
+from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
+from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptTemplate
 
 TEMPLATE = PromptTemplate()
@@ -38,9 +41,18 @@ def tiny_set(tmp_path_factory):
     return tiny_question_set(tmp_path_factory.mktemp("sets"))
 
 
+def checkpoint_of(model, tokenizer):
+    return Checkpoint(model, tokenizer, TEMPLATE, AskOptions(), "tiny")
+
+
 @pytest.fixture(scope="module")
-def states(tiny_model, tiny_tokenizer, tiny_set):
-    return encode_corpus(tiny_model, tiny_tokenizer, TEMPLATE, tiny_set.documents)
+def checkpoint(tiny_model, tiny_tokenizer):
+    return checkpoint_of(tiny_model, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def states(checkpoint, tiny_set):
+    return encode_corpus(checkpoint, tiny_set.documents)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +67,8 @@ def engine(tiny_model, tiny_tokenizer, tiny_set, tmp_path_factory):
 # ---- routing
 
 
-def test_the_corpus_is_encoded_as_one_batch_would_be(tiny_model, tiny_tokenizer, tiny_set, states):
-    alone = encode_corpus(tiny_model, tiny_tokenizer, TEMPLATE, tiny_set.documents, batch_tokens=1)
+def test_the_corpus_is_encoded_as_one_batch_would_be(checkpoint, tiny_set, states):
+    alone = encode_corpus(checkpoint, tiny_set.documents, batch_tokens=1)
     torch.testing.assert_close(alone.chunk_counts, states.chunk_counts)
     for layer, found in states.layers.items():
         for name in ("pooled_keys", "pooled_values", "routing_keys"):
@@ -73,8 +85,9 @@ def test_layer_scores_rank_as_the_engine_routes(tiny_tokenizer, tiny_set, tmp_pa
         engine = MemoryEngine(model, tiny_tokenizer, bank, max_rounds=1, max_new_tokens=1)
         texts = [question.text for question in tiny_set.questions]
         answers = engine.ask(texts)
-    states = encode_corpus(model, tiny_tokenizer, TEMPLATE, tiny_set.documents)
-    found = layer_scores(model, tiny_tokenizer, TEMPLATE, states, texts, batch_size=3)
+    checkpoint = checkpoint_of(model, tiny_tokenizer)
+    states = encode_corpus(checkpoint, tiny_set.documents)
+    found = layer_scores(checkpoint, states, texts, batch_size=3)
     for layer, scores in found.items():
         for row, answer in enumerate(answers):
             routed = answer.rounds[0].routed[layer]
@@ -91,17 +104,26 @@ def test_layers_are_added_with_their_weights():
     np.testing.assert_allclose(normalized, z_scores(layers[2]) + z_scores(layers[3]))
 
 
+def test_the_backbones_own_states_find_a_text_by_itself(checkpoint, tiny_set):
+    retriever = BackboneRetriever(checkpoint, tiny_set.documents, batch_tokens=100)
+    texts = [document.content for document in tiny_set.documents]
+    scores = retriever.scores(texts)
+    np.testing.assert_allclose(scores.diagonal(), 1, atol=1e-4)
+    assert [row[0] for row in best_rows(scores, 1)] == list(range(len(texts)))
+    np.testing.assert_allclose(retriever.scores(texts[:1]), scores[:1], atol=1e-4)
+
+
 # ---- reading
 
 
 def test_the_reader_answers_as_the_engine_does_with_the_same_documents(
-    tiny_model, tiny_tokenizer, tiny_set, states, engine
+    checkpoint, tiny_set, states, engine
 ):
     """Same memory, same documents read: same prompt, same answer."""
     texts = [question.text for question in tiny_set.questions]
     answers = engine.ask(texts, max_rounds=1, max_documents_per_round=2)
-    memory = LatentMemory(states, tiny_model.config.top_k_documents)
-    reader = TextReader(tiny_model, tiny_tokenizer, TEMPLATE, max_new_tokens=12, memory=memory)
+    memory = LatentMemory(states, checkpoint.model.config.top_k_documents)
+    reader = TextReader(checkpoint, max_new_tokens=12, memory=memory)
     rows = {document.id: i for i, document in enumerate(tiny_set.documents)}
     documents = [
         [(c.number, tiny_set.documents[rows[c.id]].content) for c in answer.citations]
@@ -112,8 +134,8 @@ def test_the_reader_answers_as_the_engine_does_with_the_same_documents(
     assert [r.numbers for r in read] == [tuple(c.number for c in a.citations) for a in answers]
 
 
-def test_without_a_memory_only_the_documents_decide(tiny_model, tiny_tokenizer):
-    reader = TextReader(tiny_model, tiny_tokenizer, TEMPLATE, max_new_tokens=5)
+def test_without_a_memory_only_the_documents_decide(checkpoint):
+    reader = TextReader(checkpoint, max_new_tokens=5)
     (one,), (other,) = (reader.answer(["Where?"], [[(1, text)]]) for text in ("Rome", "Oslo"))
     assert one.text != other.text
     batch = reader.answer(["Where?"] * 2, [[(1, "Rome")], [(1, "Oslo")]])
@@ -125,7 +147,7 @@ def test_documents_without_room_are_left_out_and_a_question_without_room_is_refu
     tiny_tokenizer,
 ):
     model = make_tiny_model(max_position_embeddings=400)
-    reader = TextReader(model, tiny_tokenizer, TEMPLATE, max_new_tokens=4)
+    reader = TextReader(checkpoint_of(model, tiny_tokenizer), max_new_tokens=4)
     (found,) = reader.answer(["Where?"], [[(7, "Rome"), (9, "x" * 400)]])
     assert found.numbers == (7,)
     with pytest.raises(InputError, match="Ask a shorter question"):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from conftest import make_tiny_model
-from msa.errors import InputError, TrainingError
+from msa.errors import ConfigError, InputError, TrainingError
 from msa.text.prompts import PromptEncoder
 from msa.training import router_pretraining
 from msa.training.question_sets import QuestionSet, TrainingQuestion
-from msa.training.router_pretraining import RouterHeads, RouterSettings, pretrain_routers
+from msa.training.router_pretraining import RouterHeads, pretrain_routers
+from msa.training.router_settings import RouterSettings
 from msa.training.router_states import Query, SetStates
 from msa.types import Document
 
@@ -191,7 +192,7 @@ def test_too_little_and_out_of_range_is_said_in_one_line(train):
         train(model, make_states(2))
     for bad in ({"epochs": 0}, {"held_out": 0.0}, {"temperature": -1.0}, {"learning_rate": 2.0}):
         (name,) = bad
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(ConfigError, match=name):
             RouterSettings(**bad)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_tiny_model
-from msa.errors import InputError, TrainingError
+from msa.errors import ConfigError, InputError, TrainingError
 from msa.memory.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.ops.routing import document_scores
@@ -16,7 +16,8 @@ from msa.text.prompts import PromptEncoder
 from msa.training import router_states
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.training.router_pretraining import RouterHeads
-from msa.training.router_states import StateSettings, make_queries, set_states
+from msa.training.router_settings import StateSettings
+from msa.training.router_states import make_queries, set_states
 from msa.types import Document
 
 TEXTS = ["Halden lies in Norway.", "Erik built it.", "A longer text about timber and trade."]
@@ -168,9 +169,9 @@ def test_what_cannot_be_used_is_said_in_one_line(prompts, questions, tmp_path):
     nothing = replace(questions, questions=questions.questions[2:3])
     with pytest.raises(InputError, match="no question names a gold document"):
         set_states(model, prompts, nothing, tmp_path)
-    with pytest.raises(InputError, match="dtype='float8'"):
+    with pytest.raises(ConfigError, match=r"dtype: expected .*, got 'float8'"):
         StateSettings(dtype="float8")
-    with pytest.raises(InputError, match="max_document_tokens=0"):
+    with pytest.raises(ConfigError, match="max_document_tokens: expected 1 or more"):
         StateSettings(max_document_tokens=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot be written"):

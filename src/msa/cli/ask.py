@@ -245,7 +245,8 @@ def print_answer(console: Console, answer: Answer, *, trace: bool) -> None:
 def print_cost(console: Console, answer: Answer) -> None:
     """One line: rounds, tokens, time, and why it stopped if not by itself."""
     usage = answer.usage
-    why = "" if answer.stopped == "answered" else f", stopped by {answer.stopped}"
+    silent = answer.stopped in ("answered", "not_found")  # the text says the latter
+    why = "" if silent else f", stopped by {answer.stopped}"
     console.print(
         f"  {output.plural(len(answer.rounds), 'round')}, {output.number(usage.prompt_tokens)} + "
         f"{output.plural(usage.generated_tokens, 'token')}, {usage.total_seconds:.2f} s{why}",

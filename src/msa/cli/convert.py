@@ -96,9 +96,9 @@ def _pairs(paths: list[Path], seed: int) -> tuple[list[str], list[tuple[str, int
 
     with output.progress("Reading the texts"):
         documents, failures = read_documents(paths)
-        found = make_pairs(split_passages(documents), seed=seed, limit=PASSAGES)
     for failure in failures:
         output.print_note(f"left out: {failure}")
+    found = make_pairs(split_passages(documents), seed=seed, limit=PASSAGES)
     rows = {name: row for row, name in enumerate(found.documents)}
     questions = [(q.question, rows[q.gold[0]]) for q in found.questions]
     return [document.content for document in found.documents.values()], questions

@@ -47,7 +47,8 @@ SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 def demo(
     model: ModelOption = None,
     worlds: Annotated[
-        bool, typer.Option("--worlds", help="The small model on its generated worlds.")
+        bool,
+        typer.Option("--worlds", help="The small model on generated documents; fetches nothing."),
     ] = False,
     questions: Annotated[
         int | None,

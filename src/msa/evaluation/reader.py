@@ -10,22 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
 from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import Decoder, Sampler, write_texts
+from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from msa.model.modeling_msa import MSAForCausalLM
-
-ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +48,20 @@ class TextReader:
     """Answers questions from given documents, greedily, in batches.
 
     Args:
-        model: put into evaluation mode.
-        tokenizer: the model's.
-        template: text format.
+        checkpoint: the model, with its tokenizer and text format.
         max_new_tokens: of an answer.
         memory: attended to beside the documents, routed from as the context says; none by default.
     """
 
     def __init__(
         self,
-        model: MSAForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        template: PromptTemplate,
+        checkpoint: Checkpoint,
         *,
-        max_new_tokens: int = ANSWER_TOKENS,
+        max_new_tokens: int = 64,
         memory: MemoryReader | None = None,
     ) -> None:
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        template = checkpoint.template
         self._model = model.eval()
         self._encoder = PromptEncoder(tokenizer, template)
         self._memory = memory

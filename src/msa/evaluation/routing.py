@@ -9,7 +9,6 @@ Shapes: Q questions, N documents, C chunks, G KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,21 +18,15 @@ from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.latent import LatentMemory
-from msa.text.prompts import PromptEncoder, PromptTemplate
+from msa.model.checkpoint import Checkpoint
+from msa.text.prompts import PromptEncoder
 from msa.types import Document, LatentStates, LayerStates
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from msa.model.modeling_msa import MSAForCausalLM
 
 QUESTION_BATCH = 32
 
 
 def encode_corpus(
-    model: MSAForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
+    checkpoint: Checkpoint,
     documents: Sequence[Document],
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
@@ -42,14 +35,12 @@ def encode_corpus(
     """Latent states of a corpus in memory, document i with the number i + 1; none is split.
 
     Args:
-        model: encodes, in its own dtype.
-        tokenizer: the model's.
-        template: text format.
+        checkpoint: encodes, in its model's dtype.
         documents: the corpus.
         batch_tokens: of a batch of documents of similar length, padding included.
         progress: called with the tokens encoded so far, and all of them.
     """
-    encoder = DocumentEncoder(model, tokenizer, template)
+    encoder = DocumentEncoder(checkpoint.model, checkpoint.tokenizer, checkpoint.template)
     tokens = [(i + 1, encoder.tokens(i + 1, d)) for i, d in enumerate(documents)]
     whole, done = sum(len(ids) for _, ids in tokens), 0
     batches = []
@@ -81,9 +72,7 @@ def encode_corpus(
 
 @torch.no_grad()
 def layer_scores(
-    model: MSAForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
+    checkpoint: Checkpoint,
     states: LatentStates,
     questions: Sequence[str],
     *,
@@ -94,9 +83,7 @@ def layer_scores(
     Every layer sees what the layers below selected, as when a bank is asked.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        template: text format.
+        checkpoint: the model, with its tokenizer and text format.
         states: of the corpus, of `encode_corpus`.
         questions: as asked.
         batch_size: questions in one forward.
@@ -104,7 +91,8 @@ def layer_scores(
     Returns:
         Routing layer -> [Q, N] float32.
     """
-    prompts = PromptEncoder(tokenizer, template)
+    model = checkpoint.model
+    prompts = PromptEncoder(checkpoint.tokenizer, checkpoint.template)
     contexts = [prompts.context(question) for question in questions]
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].input_ids))
     shape = (len(questions), len(states.chunk_counts))

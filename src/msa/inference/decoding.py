@@ -136,13 +136,36 @@ class Decoder:
                 self._prompt_mask = self._prompt_mask[index]
         self._back_to_prompts()
 
-    @torch.no_grad()
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run the model on further tokens, and get the logits behind them.
 
         Args:
             tokens: per row any number of token ids; rows without any get logits of no meaning.
         """
+        self.logits = self._run(tokens, 1)[:, -1]
+
+    def log_probability(self, tokens: Sequence[int]) -> list[float]:
+        """Of every row going on with these tokens, logarithms; nothing is written thereby.
+
+        Args:
+            tokens: at least one.
+        """
+        rows = len(self.positions)
+        logits, mask, positions = self.logits, self._mask, list(self.positions)
+        length = self.cache.get_seq_length()
+        behind = [logits[:, None]]
+        if len(tokens) > 1:
+            behind.append(self._run([tokens[:-1]] * rows, len(tokens) - 1))
+            self.cache.truncate(length)
+            self._mask, self.positions = mask, positions
+        by_token = torch.cat(behind, dim=1).float().log_softmax(dim=-1)  # [B, len(tokens), V]
+        wanted = torch.tensor(list(tokens), device=self._device).expand(rows, -1)
+        total: list[float] = by_token.gather(2, wanted[..., None]).sum(dim=(1, 2)).tolist()
+        return total
+
+    @torch.no_grad()
+    def _run(self, tokens: Sequence[Sequence[int]], logits_to_keep: int) -> Tensor:
+        """Feed tokens; logits [B, logits_to_keep, V] of the last of them."""
         width = max(len(row) for row in tokens)
         padded = any(len(row) != width for row in tokens)
         positions = [
@@ -162,11 +185,12 @@ class Decoder:
             attention_mask=self._mask,
             position_ids=left_padded(positions, None, self._device),
             cache=self.cache,
-            logits_to_keep=1,
+            logits_to_keep=logits_to_keep,
             use_cache=True,
         )
-        assert out.logits is not None
-        self.logits = out.logits[:, -1]
+        logits: Tensor | None = out.logits
+        assert logits is not None
+        return logits
 
 
 @dataclass(slots=True)
@@ -235,14 +259,14 @@ def write_texts(
         decoder: behind what the rows are to continue.
         samplers: one per row.
         ends: token sequences, each of which ends a row.
-        budgets: tokens that a row may write, at least 1.
+        budgets: tokens that a row may write; a row with 0 writes nothing.
 
     Raises:
         ModelError: the model's logits are not numbers.
     """
     texts = [Text() for _ in samplers]
-    open_rows = [True] * len(texts)
-    while True:
+    open_rows = [budget > 0 for budget in budgets]
+    while any(open_rows):
         step: list[list[int]] = [[] for _ in texts]
         chosen = choose(decoder.logits, samplers, None, open_rows)
         for row, (token, log_probability) in enumerate(chosen):
@@ -255,9 +279,8 @@ def write_texts(
             open_rows[row] = not text.ended and len(text.tokens) < budgets[row]
             step[row] = [token] if open_rows[row] else []
         yield texts
-        if not any(open_rows):
-            return
-        decoder.feed(step)
+        if any(open_rows):
+            decoder.feed(step)
 
 
 def choose(

@@ -30,7 +30,15 @@ from msa.inference.decoding import (
 )
 from msa.inference.fusion import Fused
 from msa.inference.library import Library
-from msa.inference.options import AskOptions
+from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
+from msa.inference.refusal import (
+    is_refusal,
+    logit,
+    needs_answer,
+    refusal_score,
+    routing_features,
+)
+from msa.inference.spans import find_span
 from msa.inference.trace import CandidateReader, candidates
 from msa.memory.lexical import LexicalQuery
 from msa.memory.reports import StoredDocument
@@ -67,6 +75,8 @@ class _Question:
     generated_tokens: int = 0
     routing_seconds: float = 0.0
     forced: str | None = None  # why the engine ended the retrieval, if it did
+    scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
+    refused: bool = False
 
     @property
     def read(self) -> set[int]:
@@ -138,6 +148,9 @@ class Interleave:
         self._lead_in = encoder.tokenize(template.answer) if options.force_answer_prefix else []
         ends = [encoder.tokenize(template.end), *([e] for e in _eos_tokens(model))]
         self._answers = AnswerText(tokenizer, template, [end for end in ends if end])
+        self._refusal: list[int] = []  # as the model would write it where it writes an answer
+        if template.refusal:
+            self._refusal = encoder.answer(template.refusal)[len(self._lead_in) :]
         pad = tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else 0
 
@@ -171,6 +184,8 @@ class Interleave:
             for question, found, wrote in zip(active, routed, written, strict=True):
                 yield question.row, Event("routing", index, found.round(index))
                 read = self._read(question, index, texts, wrote)
+                if index == 1:
+                    question.scores |= routing_features([f.score for f in found.fused.values()])
                 question.rounds.append(found.round(index, read))
                 for citation in read:
                     yield question.row, Event("reading", index, citation)
@@ -317,25 +332,68 @@ class Interleave:
             end = self._end_of_retrieve if question.forced else []  # else the model wrote it
             question.prompt_tokens += len(ids) + len(end)
         decoder.feed([self._end_of_retrieve + ids for ids in handed])
+        self._refuse_early(questions, decoder)
         budgets = [
-            min(self._options.max_new_tokens, self._max_positions - start)
-            for start in decoder.positions
+            0 if q.refused else min(self._options.max_new_tokens, self._max_positions - start)
+            for q, start in zip(questions, decoder.positions, strict=True)
         ]
         samplers = [question.sampler for question in questions]
+        number = len(questions[0].rounds)  # of the last round; a stream has one question
+        held = questions[0].refused or self._refuses_late
         pieces = AnswerPieces(self._answers)
-        texts: list[Text] = []
+        texts = [Text() for _ in questions]
         for texts in write_texts(decoder, samplers, self._answers.ends, budgets):
-            if stream and (piece := pieces.push(texts[0].tokens[-1])):
-                yield questions[0].row, Event("token", len(questions[0].rounds), piece)
-        if stream and (piece := pieces.finish()):
-            yield questions[0].row, Event("token", len(questions[0].rounds), piece)
-        for question, text in zip(questions, texts, strict=True):
-            answer = self._finished(question, text)
+            if stream and not held and (piece := pieces.push(texts[0].tokens[-1])):
+                yield questions[0].row, Event("token", number, piece)
+        answers = [self._finished(q, text) for q, text in zip(questions, texts, strict=True)]
+        if stream and (piece := answers[0].text if held else pieces.finish()):
+            yield questions[0].row, Event("token", number, piece)
+        for question, answer in zip(questions, answers, strict=True):
             yield question.row, Event("answer", len(question.rounds), answer)
 
-    def _finished(self, question: _Question, text: Text) -> Answer:
-        question.generated_tokens += len(text.tokens)
-        stopped = question.forced or "answered"
+    def _refuse_early(self, questions: Sequence[_Question], decoder: Decoder) -> None:
+        """Refuse before anything is written, where that can be told by then."""
+        for question in questions:
+            nothing = not question.citations and question.forced is None
+            question.refused = nothing and not self._options.allow_unread
+        if self._options.refusal_threshold is None or not self._refusal:
+            return
+        likely = decoder.log_probability(self._refusal)
+        for question, log_probability in zip(questions, likely, strict=True):
+            question.scores[REFUSAL_LOGIT] = logit(log_probability)
+            if not self._refuses_late:
+                self._judge(question)
+
+    @property
+    def _refuses_late(self) -> bool:
+        """Whether an answer must be written in full before it is known to be refused."""
+        options = self._options
+        return options.refusal_threshold is not None and needs_answer(options.refusal_weights)
+
+    def _judge(self, question: _Question) -> None:
+        threshold = self._options.refusal_threshold
+        if threshold is None or not self._refusal:
+            return
+        score = refusal_score(question.scores, self._options.refusal_weights)
+        question.scores["refusal"] = score
+        question.refused |= score > threshold
+
+    def _finished(self, question: _Question, written: Text) -> Answer:
+        """The answer from what was written for it."""
+        question.generated_tokens += len(written.tokens)
+        text, stopped = self._answers.text(written.tokens), question.forced or "answered"
+        if not written.ended:
+            stopped = "max_tokens"
+        if written.tokens:
+            mean = written.log_probability / len(written.tokens)
+            question.scores[ANSWER_LOG_PROBABILITY] = mean
+            if self._refuses_late:
+                self._judge(question)
+        citations = [
+            replace(c, span=find_span(c.text, text, question.text)) for c in question.citations
+        ]
+        if question.refused or is_refusal(text, self._encoder.template):
+            text, stopped, citations = self._encoder.template.refusal, "not_found", []
         usage = Usage(
             prompt_tokens=question.prompt_tokens,
             generated_tokens=question.generated_tokens,
@@ -344,11 +402,12 @@ class Interleave:
         )
         return Answer(
             question=question.text,
-            text=self._answers.text(text.tokens),
-            citations=tuple(question.citations),
+            text=text,
+            citations=tuple(citations),
             rounds=tuple(question.rounds),
             usage=usage,
-            stopped=stopped if text.ended else "max_tokens",
+            stopped=stopped,
+            scores=question.scores,
         )
 
 

@@ -20,6 +20,16 @@ _COUNTS = (
     "candidates",
     "batch_size",
 )
+# Features of the refusal's score (msa.inference.refusal):
+# log(p / (1 - p)) of the whole refusal in place of an answer, by the model
+REFUSAL_LOGIT = "refusal_logit"
+# best fused score of the first round, and how far the second is below it
+ROUTING_SCORE = "routing_score"
+ROUTING_MARGIN = "routing_margin"
+# mean over the answer's tokens of the logarithm of their probability
+ANSWER_LOG_PROBABILITY = "answer_log_probability"
+FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
+BIAS = "bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +57,11 @@ class AskOptions:
             that generator's seed from torch's global one.
         force_answer_prefix: hand the template's answer lead-in to the model instead of letting it
             write it: the same tokens for a trained model, fewer steps, and no way round it.
+        refusal_threshold: refuse to answer when the refusal's score (`refusal.refusal_score`) is
+            above it; None neither refuses nor computes the score, 1 computes it and never refuses.
+            What the model refuses by itself stays refused.
+        refusal_weights: weights of the score's features (`refusal.FEATURES`) and "bias"; None
+            takes the probability that the model gives to the refusal.
         allow_unread: let the model answer without having read a document.
         batch_size: questions that are run through the model together.
     """
@@ -64,6 +79,8 @@ class AskOptions:
     top_p: float = 1.0
     seed: int | None = None
     force_answer_prefix: bool = True
+    refusal_threshold: float | None = None
+    refusal_weights: Mapping[str, float] | None = None
     allow_unread: bool = False
     batch_size: int = 16
 
@@ -78,6 +95,12 @@ class AskOptions:
                 f"most max_documents_per_round, which is {self.max_documents_per_round}."
             )
         object.__setattr__(self, "layer_weights", _layer_weights(self.layer_weights))
+        threshold = self.refusal_threshold
+        if threshold is not None and (not _is_finite(threshold) or not 0 <= threshold <= 1):
+            raise ConfigError(
+                f"refusal_threshold is {threshold!r}; give a number from 0 to 1, or None."
+            )
+        _check_refusal_weights(self.refusal_weights)
         for name in ("prior_weight", "lexical_weight", "temperature"):
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
@@ -156,6 +179,22 @@ def _layer_weights(weights: object) -> dict[int, float] | None:
     if not any(found.values()):
         raise ConfigError(wrong)
     return found
+
+
+def _check_refusal_weights(weights: object) -> None:
+    """Refuse weights of features that there are not."""
+    names = (*FEATURES, BIAS)
+    if weights is None:
+        return
+    if not isinstance(weights, Mapping) or not all(_is_finite(w) for w in weights.values()):
+        raise ConfigError(
+            f"refusal_weights is {weights!r}; give numbers by name ({', '.join(names)}), or None."
+        )
+    unknown = sorted(set(map(str, weights)) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"refusal_weights has {unknown[0]!r}; give some of {', '.join(names)}, or None."
+        )
 
 
 def _is_int(value: object) -> bool:

@@ -84,6 +84,6 @@ class Cutter:
                 f"its title leaves no room for text: {frame} of {self._max_tokens} tokens"
             )
         try:
-            return split_text(document.text, room, lambda s: len(self._encoder.prompts.tokenize(s)))
+            return split_text(document.text, room, lambda s: len(self._encoder.prompts.plain(s)))
         except InputError as error:
             raise RejectedError(f"it cannot be split: {error}") from error

@@ -226,7 +226,7 @@ class Manifest:
             self.torch_dtype,
             None,
         )
-        advice = f"Open it with the model it was made with ({self.model}), or index again"
+        advice = self._advice()
         for name in ("chunk_size", "routing_layers", "num_key_value_heads", "head_dim"):
             mine, other = getattr(self, name), getattr(given, name)
             if mine != other:
@@ -244,3 +244,15 @@ class Manifest:
                 raise BankMismatchError(
                     f"Bank '{folder}' was made with other {words} than those given. {advice}"
                 )
+
+    def _advice(self) -> str:
+        """What to do with a bank that another model was given for."""
+        from msa.model.loading import loadable_name
+
+        name = loadable_name(self.model)
+        if name is None:
+            return f"Open it with the model it was made with ({self.model}), or index again"
+        return (
+            f"It was made with {name}: give that (msa ask --model {name}, or msa.load({name!r})), "
+            "or index the documents again"
+        )

@@ -179,9 +179,10 @@ def merge(
         if weight is not None and weight.shape == shapes[module + ".weight"]:
             update = tensor.float() @ adapter[module + A].float()
             merged[module + ".weight"] = weight + update
+    merged.setdefault("temperature", torch.tensor(float(config.aux_temperature)))
     if config.tie_word_embeddings:
         merged.pop("lm_head.weight", None)
-    needed = set(shapes) - (MADE_ANEW if config.tie_word_embeddings else {"temperature"})
+    needed = set(shapes) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     wrong = sorted(needed - set(merged))
     wrong += sorted(n for n, tensor in merged.items() if tensor.shape != shapes[n])
     if wrong:

@@ -19,6 +19,9 @@ from pathlib import Path
 from msa.errors import FetchError
 
 OFFLINE = ("MSA_OFFLINE", "HF_HUB_OFFLINE")
+_WRITING = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR")
+}
 
 
 def home() -> Path:
@@ -78,12 +81,17 @@ def exclusive(name: str, waiting: Callable[[], None]) -> Iterator[None]:
 def made_whole(target: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the target's name when the block is done, or goes away.
 
+    To be used under the target's lock (`exclusive`): what a killed process has left is removed.
+
     Raises:
         FetchError: the disk refused.
     """
     with write_errors():
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+        prefix = f".{target.name}-"
+        for left in target.parent.glob(prefix + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         with write_errors():
             yield folder
@@ -105,7 +113,7 @@ def write_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _WRITING:
             raise
         raise FetchError(
             f"{home()}: cannot be written ({error.strerror}); free space there, or name another "

@@ -148,6 +148,18 @@ def shipped_names() -> list[str]:
     return sorted(path.name for path in found if (path / CONFIG_FILE).is_file())
 
 
+def loadable_name(model: str) -> str | None:
+    """What to give `load` for the model that a bank says made it; None if it is not to be had.
+
+    Args:
+        model: `Manifest.model`: a name, a Hub id or a folder.
+    """
+    if Path(model).parts[-2:] == ("default_model", "checkpoint"):  # where the first default lay
+        return "worlds"
+    there = model in shipped_names() or (Path(model) / CONFIG_FILE).is_file() or is_hub_id(model)
+    return model if there else None
+
+
 def default_name() -> str:
     """What is loaded when no model is named: $MSA_MODEL, else the first of `PREFERRED` there is.
 
@@ -239,8 +251,12 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    shown, said = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is said below
     try:
         model, report = MSAForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
@@ -252,6 +268,7 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: cannot be loaded as an MSA checkpoint ({reason})") from error
     finally:
+        transformers_logging.set_verbosity(said)
         if shown:
             transformers_logging.enable_progress_bar()
     missing = sorted(set(report["missing_keys"]) - MADE_ANEW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,18 @@ def _check_gguf(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers and huggingface_hub show no progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _reading(source: str | Path) -> Iterator[None]:
     """Let transformers read in silence, and turn what it raises into one line.
 
@@ -142,11 +155,13 @@ def _reading(source: str | Path) -> Iterator[None]:
         FetchError: a Hub id is not here, and offline or not to be had.
         ModelError: anything else went wrong.
     """
-    shown = logging.is_progress_bar_enabled()
-    if Path(source).exists():
-        logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if Path(source).exists():
+                stack.enter_context(without_bars())
+            if is_gguf(source):  # its bar cannot be turned off
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
     except Exception as error:  # transformers raises what its parts raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if Path(source).exists():
@@ -159,6 +174,3 @@ def _reading(source: str | Path) -> Iterator[None]:
                 "folder"
             ) from error
         raise FetchError(f"{source}: cannot be had from the Hub ({reason})") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -8,8 +8,11 @@ tokens route (Eq. 2) and which see the memory (Eq. 3). Training and inference bo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,22 +141,63 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template or PromptTemplate()
+        self._added: dict[str, int] = dict(tokenizer.get_added_vocab())
+        self._controls = frozenset(self._added.values())
+        longest_first = sorted(self._added, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        self._marks = re.compile(f"({pattern})") if pattern else None
         self._prefix = self.tokenize(self.template.prefix)
         self._tail = self.tokenize(self.template.tail)
         self._end_of_read = self.tokenize(self.template.end_of_read)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def tokenize(self, template: str) -> list[int]:
+        """Token ids of a string of the template; nothing is added."""
+        return self._format((template.replace("{", "{{").replace("}", "}}"), {}))
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text that is somebody's own: none of them is a control token.
+
+        What reads like a mark of the template, `<|im_end|>` say, becomes the characters it is
+        written with. Texts without such strings are tokenized as they are anywhere.
+        """
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if not self._controls.intersection(ids):
+            return ids
+        if len(text) == 1:
+            return self.plain("\ufffd")
+        assert self._marks is not None
+        cuts = [found.start() + 1 for found in self._marks.finditer(text)]
+        cuts = [cut for cut in cuts if cut < len(text)] or [1]
+        bounds = [0, *cuts, len(text)]
+        return [token for a, b in pairwise(bounds) for token in self.plain(text[a:b])]
+
+    def _format(self, *templates: tuple[str, Mapping[str, object]]) -> list[int]:
+        """Token ids of templates, one behind the other, with the values of their fields.
+
+        Marks in the templates are control tokens, those in values are not. Literals and values
+        between two marks are tokenized together, as in a whole string.
+        """
+        ids: list[int] = []
+        pending = ""
+        for template, values in templates:
+            for literal, field_name, _, _ in string.Formatter().parse(template):
+                for part in self._marks.split(literal) if self._marks else [literal]:
+                    if part in self._added:
+                        ids += [*self.plain(pending), self._added[part]]
+                        pending = ""
+                    else:
+                        pending += part
+                if field_name is not None:
+                    pending += str(values[field_name])
+        return ids + self.plain(pending)
 
     def document(self, number: int, text: str) -> list[int]:
         """What stage 1 encodes for one document."""
-        return self.tokenize(self.template.document.format(number=number, text=text))
+        return self._format((self.template.document, {"number": number, "text": text}))
 
     def number(self, number: int) -> list[int]:
         """A document's number as the model writes it."""
-        return self.tokenize(self.template.number.format(number=number))
+        return self._format((self.template.number, {"number": number}))
 
     def written(self, numbers: Sequence[int]) -> list[int]:
         """A whole round as the model writes it: the numbers, then the end mark."""
@@ -161,9 +205,8 @@ class PromptEncoder:
 
     def reading(self, reading: Reading) -> list[int]:
         """The texts that the model is handed, without the end mark."""
-        template = self.template.read
-        text = "".join(template.format(number=n, text=t) for n, t in reading.documents)
-        return self.tokenize(text)
+        read = self.template.read
+        return self._format(*((read, {"number": n, "text": t}) for n, t in reading.documents))
 
     def context(self, question: str, readings: Sequence[Reading] = ()) -> LocalContext:
         """The local context at the beginning of a round.
@@ -172,15 +215,12 @@ class PromptEncoder:
         and by the text read last (paper 3.5; the released code's layout).
         """
         template = self.template
-        text = template.question.format(question=question)
-        end = template.question_end if readings else ""
-        if end and text.endswith(end):
-            text = text[: -len(end)]
-        else:
-            end = ""
+        asked = template.question
+        end = template.question_end if readings and asked.endswith(template.question_end) else ""
+        asked = asked.removesuffix(end)
         context = LocalContext(prefix_length=len(self._prefix))
         context.extend(self._prefix, sees_memory=False)
-        context.extend(self.tokenize(text), routes=True)
+        context.extend(self._format((asked, {"question": question})), routes=True)
         context.extend(self.tokenize(end) if end else [])
         context.extend(self._tail)
         for i, reading in enumerate(readings):
@@ -195,8 +235,9 @@ class PromptEncoder:
 
     def restatement(self, question: str) -> list[int]:
         """What is handed to the model after it has ended its retrieval."""
-        return self.tokenize(self.template.restate.format(question=question))
+        return self._format((self.template.restate, {"question": question}))
 
     def answer(self, answer: str) -> list[int]:
         """A whole answer as the model writes it, for training."""
-        return self.tokenize(f"{self.template.answer} {answer}{self.template.end}")
+        template = self.template
+        return self._format((f"{template.answer} {{answer}}{template.end}", {"answer": answer}))

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from msa.errors import InputError
@@ -19,6 +19,7 @@ from msa.memory.reports import part_id
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.training.questions import question_from, sentences
+from msa.training.router_settings import PairSettings
 from msa.types import Document
 
 MIN_PASSAGE_WORDS = 24
@@ -27,33 +28,6 @@ MAX_SAME_TITLE = 4
 """A title that more passages share says too little about each."""
 _WORD = re.compile(r"[^\W\d_]{4,}")
 _HEADING = re.compile(r"\A#{1,6} +(\S[^\n]*)\n+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairSettings:
-    """How pairs are made; chances are from 0 to 1, drawn for every passage.
-
-    Attributes:
-        sentence: a sentence is asked.
-        removed: the sentence asked is taken out of its passage.
-        title: the title or heading is asked, and then does not stand in front of the passage.
-        question: a question is made from another sentence.
-    """
-
-    sentence: float = 1.0
-    removed: float = 0.8
-    title: float = 0.3
-    question: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: a chance is out of range; the message names it.
-        """
-        for name in ("sentence", "removed", "title", "question"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
 
 
 def count_words(text: str) -> int:

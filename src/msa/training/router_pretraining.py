@@ -29,7 +29,8 @@ from msa.text.prompts import PromptEncoder
 from msa.training.losses import routing_loss
 from msa.training.negatives import HardNegatives, hard_negatives
 from msa.training.question_sets import QuestionSet
-from msa.training.router_states import Progress, SetStates, StateSettings, set_states
+from msa.training.router_settings import RouterSettings, StateSettings
+from msa.training.router_states import Progress, SetStates, set_states
 
 if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
@@ -37,55 +38,6 @@ if TYPE_CHECKING:
 RECALLS = (1, 5, 16)
 MAX_SKIPPED_IN_A_ROW = 8
 EVALUATION_BATCH = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSettings:
-    """How routers are trained.
-
-    Attributes:
-        learning_rate: AdamW's; rises over `warmup_steps`, then falls along a cosine to a tenth.
-        weight_decay: AdamW's.
-        epochs: at most; `patience` of them without a better recall end the training.
-        queries: per step.
-        documents: per step, gold ones and hard negatives first, then others of the set.
-        negatives: hard negatives of each query.
-        temperature: τ of Eq. 5; None for the model's `aux_temperature`.
-        together: weight of the loss over the mean of the layers' scores; each layer's own loss
-            weighs 1 / layers.
-        held_out: share of the articles whose questions are kept for measuring recall.
-        max_held_out: queries of a set that recall is measured on, at most.
-        seed: of the split and of the order.
-    """
-
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 20
-    epochs: int = 8
-    patience: int = 2
-    queries: int = 256
-    documents: int = 2000
-    negatives: int = 4
-    temperature: float | None = None
-    together: float = 1.0
-    held_out: float = 0.05
-    max_held_out: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: a field is out of range; the message names it.
-        """
-        for name in ("epochs", "patience", "queries", "documents", "max_held_out"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a whole number from 1")
-        for name in ("learning_rate", "held_out"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a number between 0 and 1")
-        if self.temperature is not None and self.temperature <= 0:
-            raise InputError(f"temperature={self.temperature}: expected a number above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +133,7 @@ def pretrain_routers(
     *,
     settings: RouterSettings | None = None,
     state_settings: StateSettings | None = None,
+    negatives: Mapping[str, HardNegatives] | None = None,
     progress: Progress | None = None,
 ) -> RouterReport:
     """Train the routers of a frozen model on question sets; they are changed in place.
@@ -191,6 +144,7 @@ def pretrain_routers(
         sets: labeled (`QuestionSet.load`) or made from texts (`pairs.make_pairs`).
         cache: folder for states and negatives; what is there is not computed again.
         settings, state_settings: by default those of the classes.
+        negatives: set's name -> hard negatives of its questions, where they are known already.
         progress: called while states are made and after every epoch.
 
     Raises:
@@ -201,8 +155,10 @@ def pretrain_routers(
     data = []
     for questions in sets:
         states = set_states(model, prompts, questions, cache, state_settings, progress)
-        negatives = hard_negatives(questions, cache=cache) if settings.negatives else None
-        data.append(_Data(questions, states, negatives, settings))
+        hard = (negatives or {}).get(questions.name)
+        if hard is None and settings.negatives:
+            hard = hard_negatives(questions, cache=cache)
+        data.append(_Data(questions, states, hard, settings))
     trainer = _RouterTrainer(RouterHeads(model), data, settings, model.config.aux_temperature)
     report = trainer.run(progress)
     trainer.heads.write_to(model)
@@ -452,8 +408,9 @@ class _RouterTrainer:
                 scores[str(layer)] = document_scores(vectors, mask, keys[layer], counts)
             scores["all"] = torch.stack(list(scores.values())).mean(0)
             for name, values in scores.items():
-                ranked = values.masked_fill(ignored, -torch.inf).argsort(dim=1, descending=True)
-                right = positives.gather(1, ranked[:, : RECALLS[-1]]).float()
+                deepest = min(RECALLS[-1], values.shape[1])
+                ranked = values.masked_fill(ignored, -torch.inf).topk(deepest, dim=1).indices
+                right = positives.gather(1, ranked).float()
                 for k in RECALLS:
                     share = right[:, :k].sum(1) / positives.sum(1).clamp(max=k)
                     found[name][k] += float(share.sum())

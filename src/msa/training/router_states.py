@@ -36,52 +36,17 @@ from msa.ops.pooling import chunk_counts, pool_chunks
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.training.negatives import data_hash, plain_words
 from msa.training.question_sets import QuestionSet
+from msa.training.router_settings import StateSettings
 
 if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
 
 FORMAT_VERSION = 1
-SHARD = 1024
+SHARD = 256
 """Documents or queries of a file; what a run that was interrupted does again, at most."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done ("documents of squad"), how many are done, and of how many."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateSettings:
-    """What is encoded, and how it is kept.
-
-    Attributes:
-        max_document_tokens: longer documents are cut (as `msa index` would split them).
-        batch_tokens: tokens that are encoded together.
-        later_rounds: beside every question of several gold documents, the same question after one
-            of them was read, which asks for the others.
-        token_states: keep all routing tokens of a query even where their average would do, so that
-            the weights of the tokens can be trained.
-        dtype: on disk: "float16", "bfloat16" or "float32".
-        seed: of the draw of what was read.
-    """
-
-    max_document_tokens: int = 512
-    batch_tokens: int = 8192
-    later_rounds: bool = True
-    token_states: bool = False
-    dtype: str = "float16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: a field is out of range; the message names it.
-        """
-        for name in ("max_document_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a whole number from 1")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +206,9 @@ class _StateEncoder:
         self.asked = queries
         self.settings = settings
         self.layers: list[int] = list(model.config.routing_layers)
-        self.dtype = DTYPES[settings.dtype]
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        # adapters and routers in float32 on a frozen base in bfloat16
+        self.mixed = len({p.dtype for p in model.parameters()}) > 1
 
     @torch.no_grad()
     def documents(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -300,7 +267,9 @@ class _StateEncoder:
             if positions is not None:
                 rows = [torch.tensor(positions[place]) for place in places]
                 at = pad_sequence(rows, batch_first=True).to(device)
-            yield places, lengths, router_inputs(self.model, ids, self.layers, at)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+                states = router_inputs(self.model, ids, self.layers, at)
+            yield places, lengths, states
 
     def _joined(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         joined = {name: torch.cat([r[name] for r in rows]) for name in rows[0]}

@@ -104,7 +104,7 @@ class SampleBuilder:
         }
 
     def _cut(self, text: str, max_tokens: int) -> str:
-        ids = self.encoder.tokenize(text)
+        ids = self.encoder.plain(text)
         if len(ids) <= max_tokens:
             return text
         cut: str = self.encoder.tokenizer.decode(ids[:max_tokens])
@@ -186,7 +186,7 @@ class _WorldSamples:
 
     def _piece(self, shortest: int, longest: int) -> list[int]:
         """Some consecutive tokens of some document."""
-        ids = self.encoder.tokenize(self.rng.choice(self.texts))
+        ids = self.encoder.plain(self.rng.choice(self.texts))
         length = min(len(ids), self.rng.randint(shortest, longest))
         start = self.rng.randint(0, len(ids) - length)
         return ids[start : start + length]
@@ -240,6 +240,23 @@ def collate(samples: Sequence[Sample], num_documents: int, top_k: int) -> dict[s
         "weights": pad([torch.tensor(s.weights) for s in samples], 0.0),
         "positives": positives,
         "read": read,
+    }
+
+
+def empty_group(num_documents: int, device: torch.device, *, route_only: bool) -> dict[str, Tensor]:
+    """A group, as `collate` gives one, that asks nothing and teaches nothing."""
+    shape = (1, 2)
+    nothing = torch.zeros(1, num_documents, dtype=torch.bool, device=device)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(2, device=device)[None],
+        "routing_mask": torch.zeros(shape, dtype=torch.bool, device=device),
+        "memory_mask": torch.zeros(shape, dtype=torch.bool, device=device),
+        "labels": torch.full(shape, IGNORED, device=device),
+        "weights": torch.zeros(shape, device=device),
+        "positives": nothing,
+        "read": nothing,
+        "route_only": torch.tensor([route_only], device=device),
     }
 
 

@@ -1,0 +1,52 @@
+"""The score of a refusal, and how an answer that is refused comes out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msa.inference.options import ANSWER_LOG_PROBABILITY, FEATURES, REFUSAL_LOGIT
+from msa.inference.refusal import is_refusal, logit, needs_answer, refusal_score, routing_features
+from msa.text.prompts import PromptTemplate
+
+
+@given(st.floats(1e-9, 1 - 1e-9))
+def test_without_weights_the_score_is_the_models_probability_of_the_refusal(p: float) -> None:
+    features = {REFUSAL_LOGIT: logit(math.log(p)), "routing_score": 0.7}
+    assert refusal_score(features, None) == pytest.approx(p, rel=1e-6, abs=1e-9)
+
+
+def test_probabilities_of_0_and_1_have_finite_logits() -> None:
+    assert -30 < logit(-math.inf) < logit(-5.0) < logit(0.0) < 30
+
+
+def test_the_score_is_a_logistic_function_of_the_weighted_features() -> None:
+    features = dict(zip(FEATURES, (2.0, 0.5, 0.25, -1.0), strict=True))
+    weights = {"bias": 1.0, "refusal_logit": 0.5, "answer_log_probability": -2.0}
+    assert refusal_score(features, weights) == pytest.approx(1 / (1 + math.exp(-4.0)))
+    assert refusal_score({}, weights) == pytest.approx(1 / (1 + math.exp(-1.0)))
+    assert refusal_score(features, {"bias": 1e9}) == 1.0
+    assert refusal_score(features, {"bias": -1e9}) == pytest.approx(0.0)
+
+
+def test_a_score_that_weighs_the_answer_needs_it() -> None:
+    assert not needs_answer(None)
+    assert not needs_answer({REFUSAL_LOGIT: 1.0, ANSWER_LOG_PROBABILITY: 0.0})
+    assert needs_answer({ANSWER_LOG_PROBABILITY: -0.5})
+
+
+def test_features_of_a_ranking() -> None:
+    assert routing_features([0.75, 0.5, 0.1]) == {"routing_score": 0.75, "routing_margin": 0.25}
+    assert routing_features([0.75]) == {"routing_score": 0.75, "routing_margin": 0.0}
+    assert routing_features([]) == {}
+
+
+@pytest.mark.parametrize("text", ["not in this memory", " Not in this\nmemory. "])
+def test_a_refusal_is_known_by_its_words(text: str) -> None:
+    assert is_refusal(text, PromptTemplate())
+    assert not is_refusal(text, PromptTemplate(refusal=""))
+    assert not is_refusal(text + " of mine", PromptTemplate())
+    assert not is_refusal("", PromptTemplate())
