@@ -16,7 +16,7 @@ from rich.console import Console
 
 from msa.cli import ask, index, main, options, output
 from msa.errors import BankNotFoundError, InputError
-from msa.types import Answer, Citation, Document, Event, Hit, Round, RoutedDocument, Usage
+from msa.types import Answer, Citation, Event, Hit, Round, RoutedDocument, Usage
 
 ROOT = Path(__file__).resolve().parents[2]
 
