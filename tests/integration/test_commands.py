@@ -200,7 +200,7 @@ def test_the_demo_asks_adds_changes_and_deletes(run, model_folder, tmp_path, mon
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setattr(material.resources, "files", lambda _: tmp_path)
     result = run("demo", "--model", model_folder, "--json")
-    assert result.code == 0
+    assert result.code == 0, result.err
     index, *answers = result.json
     assert (index["documents"], index["tokens"] > 300) == (30, True)
     assert [row["step"] for row in answers] == ["ask", "ask", "add", "update", "delete"]

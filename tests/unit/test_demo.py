@@ -342,8 +342,9 @@ def scripted(monkeypatch, tmp_path):
         write(tmp_path / "demo" / name, DOCUMENTS, STEPS)
     monkeypatch.setattr(files.resources, "files", lambda _: tmp_path)
     monkeypatch.setattr(demo, "load_model", load_model)
-    monkeypatch.setattr("msa.memory.bank.MemoryBank", FakeBank)
+    # the engine first: importing it later would bind the stand-in of the bank for good
     monkeypatch.setattr("msa.inference.engine.MemoryEngine", FakeEngine)
+    monkeypatch.setattr("msa.memory.bank.MemoryBank", FakeBank)
     return SimpleNamespace(rows=rows, answers=answers, loaded=loaded)
 
 
