@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa.inference.options import ANSWER_LOG_PROBABILITY, FEATURES, REFUSAL_LOGIT
 from msa.inference.refusal import (
-    ANSWER_LOG_PROBABILITY,
-    FEATURES,
-    REFUSAL_LOGIT,
     is_refusal,
     logit,
     needs_answer,
@@ -21,6 +19,7 @@ from msa.inference.refusal import (
 from msa.text.prompts import PromptTemplate
 
 
+@settings(deadline=None)
 @given(st.floats(1e-9, 1 - 1e-9))
 def test_without_weights_the_score_is_the_models_probability_of_the_refusal(p: float) -> None:
     features = {REFUSAL_LOGIT: logit(math.log(p)), "routing_score": 0.7}

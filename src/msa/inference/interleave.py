@@ -30,10 +30,8 @@ from msa.inference.decoding import (
 )
 from msa.inference.fusion import Fused
 from msa.inference.library import Library
-from msa.inference.options import AskOptions
+from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
-    ANSWER_LOG_PROBABILITY,
-    REFUSAL_LOGIT,
     is_refusal,
     logit,
     needs_answer,

@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import ConfigError
-from msa.inference.refusal import BIAS, FEATURES
 
 ASK_OPTIONS_FILE = "ask_options.json"
+
+# Features of the score of a refusal (`msa.inference.refusal`):
+# log(p / (1 - p)) of the whole refusal in place of an answer, by the model;
+REFUSAL_LOGIT = "refusal_logit"
+# the best fused score of the first round, and how far the second is below it;
+ROUTING_SCORE = "routing_score"
+ROUTING_MARGIN = "routing_margin"
+# the mean over the answer's tokens of the logarithm of their probability.
+ANSWER_LOG_PROBABILITY = "answer_log_probability"
+FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
+BIAS = "bias"
+
 _COUNTS = (
     "max_rounds",
     "max_documents_per_round",
@@ -51,7 +62,7 @@ class AskOptions:
         refusal_threshold: refuse to answer when the refusal's score (`refusal.refusal_score`) is
             above it; None neither refuses nor computes the score, 1 computes it and never refuses.
             What the model refuses by itself stays refused.
-        refusal_weights: weights of the score's features (`refusal.FEATURES`) and "bias"; None
+        refusal_weights: weights of the score's features (`FEATURES`) and "bias"; None
             takes the probability that the model gives to the refusal.
         allow_unread: let the model answer without having read a document.
         batch_size: questions that are run through the model together.

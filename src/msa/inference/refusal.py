@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from msa.inference.options import (
+    ANSWER_LOG_PROBABILITY,
+    BIAS,
+    REFUSAL_LOGIT,
+    ROUTING_MARGIN,
+    ROUTING_SCORE,
+)
 from msa.text.prompts import PromptTemplate
-
-# log(p / (1 - p)) of the whole refusal in place of an answer, by the model
-REFUSAL_LOGIT = "refusal_logit"
-# best fused score of the first round, and how far the second is below it
-ROUTING_SCORE = "routing_score"
-ROUTING_MARGIN = "routing_margin"
-# mean over the answer's tokens of the logarithm of their probability
-ANSWER_LOG_PROBABILITY = "answer_log_probability"
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
-BIAS = "bias"
 
 # Without weights of a checkpoint's own the score is the probability of the refusal.
 PLAIN_WEIGHTS: Mapping[str, float] = {REFUSAL_LOGIT: 1.0}
