@@ -50,6 +50,7 @@ SYSTEMS = (
     "msa",
     "gold",
 )
+RETRIEVAL = "retrieval.json"  # in a folder of runs, for the report
 RETRIEVAL_AUGMENTED = ("bm25-1", "bm25-2", "bm25-4", "minilm-1", "minilm-4")
 Scores = np.ndarray
 
@@ -73,7 +74,8 @@ def retrieval(args: argparse.Namespace) -> None:
     pools = checkpoint and checkpoint.model.config.query_reduction == "pooled"
     if not pools and "pooled" in (args.reductions or []):
         raise InputError("--reductions pooled: expected a --model that was made to pool")
-    results: dict[str, object] = {"about": provenance(args.seed, **about)}
+    results: dict[str, dict] = {}
+    about = {"about": provenance(args.seed, **about)}
     for folder in args.sets:
         questions = read(folder, args)
         name = questions.name + (" + title hints" if args.title_hints else "")
@@ -91,7 +93,7 @@ def retrieval(args: argparse.Namespace) -> None:
             "questions": len(questions.questions),
             "data": questions.data_hash,
             "seconds": round(time.perf_counter() - began, 1),
-            "systems": {system: figures(found, args.seed) for system, found in ranks.items()},
+            "systems": {s: figures(found, args.seed) | about for s, found in ranks.items()},
         }
         results[name] = row
         show(name, row)
@@ -215,31 +217,56 @@ def answers(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Write real_documents.md and .json from a folder of runs."""
-    runs = read_runs(args.runs)
-    table = markdown(runs, args.seed)
+    found = retrieval_tables(args.runs / RETRIEVAL)
+    runs = {} if found and not list(args.runs.glob("*.jsonl")) else read_runs(args.runs)
+    table = markdown(runs, args.seed) if runs else ""
     lines = []
     for one, others, title in (
         ("msa", RETRIEVAL_AUGMENTED, "F1 of `msa` less the best retrieval-augmented reader"),
         ("msa", ["msa:max_rounds=1"], "F1 of `msa` less the same in one round"),
     ):
-        found = compared(runs, one, others, "f1", args.seed)
-        if found:
+        if by_set := compared(runs, one, others, "f1", args.seed):
             lines += [f"## {title}\n", "| set | against | difference | 95% interval |"]
             lines += ["|---|---|---|---|"]
             lines += [
                 f"| {name} | {best} | {100 * by.mean:+.1f} "
                 f"| {100 * by.low:+.1f} to {100 * by.high:+.1f} |"
-                for name, (best, by) in found.items()
+                for name, (best, by) in by_set.items()
             ]
             lines.append("")
     head = "# Real questions over real documents\n\nWritten by `python benchmarks/real_documents.py"
-    text = f"{head} report`.\n\n{table}\n" + "\n".join(lines)
+    text = f"{head} report`.\n\n{table}\n" + "\n".join([*lines, *found])
     if args.output:
         Path(args.output).mkdir(parents=True, exist_ok=True)
         Path(args.output, "real_documents.md").write_text(text, encoding="utf-8")
-        data = json.dumps(as_json(runs, args.seed), indent=1) + "\n"
+        held = {"answers": as_json(runs, args.seed), "retrieval": read_json(args.runs / RETRIEVAL)}
+        data = json.dumps(held, indent=1) + "\n"
         Path(args.output, "real_documents.json").write_text(data, encoding="utf-8")
     print(text)
+
+
+def retrieval_tables(path: Path) -> list[str]:
+    """What `retrieval --output` has written, as lines of Markdown."""
+    held = read_json(path)
+    if not held:
+        return []
+    heads = [f"{kind}@{k}" for kind in ("R", "share") for k in DEPTHS]
+    made = [found["about"] for row in held.values() for found in row["systems"].values()]
+    lines = [
+        "## Retrieval alone\n",
+        "*share@k*: the share of the gold documents within the first k.\n",
+        *dict.fromkeys(f"`{about['command']}` ({about['commit']})\n" for about in made),
+        f"| set | questions | documents | ranked by | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 4) + "|",
+    ]
+    for name, row in held.items():
+        for system, found in row["systems"].items():
+            cells = " | ".join(f"{found[head]:.1f}" for head in heads)
+            lines.append(
+                f"| {name} {row['split']} | {row['questions']:,} | {row['documents']:,} | {system} "
+                f"| {cells} |"
+            )
+    return [*lines, ""]
 
 
 # What the commands share
@@ -264,7 +291,7 @@ def workplace(args: argparse.Namespace) -> Workplace:
         cache=Path(args.cache),
         minilm=Path(args.minilm) if args.minilm else None,
         batch_tokens=args.batch_tokens,
-        max_new_tokens=getattr(args, "max_new_tokens", 0),
+        max_new_tokens=getattr(args, "max_new_tokens", None),
         progress=progress,
     )
 
@@ -278,15 +305,20 @@ def read(folder: str, args: argparse.Namespace) -> QuestionSet:
 
 def merge_json(path: Path, results: dict) -> None:
     """Write results, keeping what the file holds of other sets and systems."""
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    held = read_json(path)
     for name, row in results.items():
-        if name in held and name != "about":
+        if name in held:
             row = row | {"systems": held[name]["systems"] | row["systems"]}
         held[name] = row
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """What a file holds; nothing if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def progress(work: str, unit: str) -> Callable[[int, int], None]:
@@ -342,18 +374,20 @@ def arguments() -> argparse.Namespace:
     )
     command.add_argument("--lexical-weight", type=float, help="by default the checkpoint's")
     command.add_argument("--documents", type=int, help="of a smaller corpus, for a quick look")
-    command.add_argument("--output", help="JSON file; results of other sets in it are kept")
+    command.add_argument(
+        "--output", help="JSON file to add to; the report reads RUNS/retrieval.json"
+    )
     command.set_defaults(run=retrieval)
     command = commands.add_parser("answers", parents=[common], help=answers.__doc__)
     command.add_argument("--systems", nargs="+", default=list(SYSTEMS))
     command.add_argument("--hide-gold", action="store_true", help="ask without the gold documents")
     command.add_argument("--batch-size", type=int, default=16, help="questions asked together")
-    command.add_argument("--max-new-tokens", type=int, default=32, help="of a reader's answer")
+    command.add_argument("--max-new-tokens", type=int, help="of a reader; by default as for msa")
     command.add_argument("--banks", help="folder of the banks; by default OUTPUT/banks")
     command.add_argument("--output", required=True, help="folder of the runs")
     command.set_defaults(run=answers)
     command = commands.add_parser("report", help=report.__doc__)
-    command.add_argument("runs", help="folder of the runs")
+    command.add_argument("runs", type=Path, help="folder of the runs")
     command.add_argument("--output", help="such as docs/results")
     command.add_argument("--seed", type=int, default=7, help="of the bootstrap")
     command.set_defaults(run=report, threads=None)

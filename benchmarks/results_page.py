@@ -13,6 +13,7 @@ SETS = {"one_hop": "one hop", "two_hop": "two hops", "questions": "as asked"}
 NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
 OTHERS = {
+    "real_documents.md": "real questions over real documents, beside retrieval-augmented readers",
     "bench.md": "`msa bench`: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
 }

@@ -65,14 +65,15 @@ def routing_vectors_of(batch: int, tokens: int, seed: int = 0):
     return routing_vectors(queries, 2, "cosine"), torch.ones(batch, tokens, dtype=torch.bool)
 
 
-def make_tiny_tokenizer():
-    """Byte-level, no merges: every byte a token, every special string a token."""
+def make_tiny_tokenizer(marks=None):
+    """Byte-level, no merges: every byte a token, every special string (or these marks) a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from msa.text.prompts import PromptTemplate
 
-    specials = ["<|pad|>", "<|im_end|>", *PromptTemplate().special_strings()]
+    marks = PromptTemplate().special_strings() if marks is None else marks
+    specials = ["<|pad|>", "<|im_end|>", *marks]
     specials = list(dict.fromkeys(specials))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*specials, *alphabet])}

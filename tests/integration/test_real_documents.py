@@ -58,24 +58,27 @@ def test_answers_are_kept_and_reported(command, places, tmp_path):
     folder, model = places
     runs = tmp_path / "runs"
     asked = ("answers", folder, "--model", model, "--output", runs, "--max-new-tokens", 4)
-    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory"]
+    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory", "backbone-1"]
     command(*asked, "--systems", *one)
     command(*asked, "--systems", *one[:2], "--hide-gold")
     before = {path: path.read_bytes() for path in runs.glob("*.jsonl")}
-    assert len(before) == 5
+    assert len(before) == 6
     command(*asked, "--systems", *one)  # all is there already
     assert {path: path.read_bytes() for path in runs.glob("*.jsonl")} == before
+    command("retrieval", folder, "--output", runs / "retrieval.json")
     out = command("report", runs, "--output", tmp_path)
+    assert "| tiny dev | 4 | 5 | BM25 | 66.7 |" in out
     assert "| gold+memory | 4 |" in out
     assert "## Refusals" in (tmp_path / "real_documents.md").read_text()
     data = json.loads((tmp_path / "real_documents.json").read_text())
-    assert data["tiny dev"]["bm25-1"]["about"]["model"]
+    assert data["answers"]["tiny dev"]["bm25-1"]["about"]["model"]
+    assert data["retrieval"]["tiny"]["systems"]["BM25"]["about"]["commit"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--systems", "bm25"), "system 'bm25': expected bm25-K"),
+        (("--systems", "bm25"), "system 'bm25': expected one of bm25-K"),
         (("--systems", "minilm-1", "--minilm", "nowhere"), "nowhere: no config.json"),
         (("--systems", "@nothing"), "no group '@nothing'; there are: @documents"),
         (("--systems", "msa:max_rounds"), "option 'max_rounds': expected NAME=VALUE"),

@@ -507,15 +507,16 @@ def test_the_demo_that_ships_asks_of_its_own_documents_with_one_hop_and_two():
 def test_train_hands_on_config_and_folder_and_keeps_stdout_for_the_result(run, monkeypatch):
     calls = []
 
-    def train(config, folder, *, progress):
+    def train(config, folder, overrides, *, progress):
         print("noise of a trainer")
         progress("numbers", 5, 10, {"loss": 0.5, "learning_rate": 1e-3})
-        calls.append((config, folder))
+        calls.append((config, folder, overrides))
         return folder / "model"
 
     monkeypatch.setitem(sys.modules, "msa.training.run", SimpleNamespace(train=train))
-    result = run("train", "c.yaml", "--output", "runs/a", "--json")
-    assert calls == [(Path("c.yaml"), Path("runs/a"))]
+    changes = ["--set", "seed=3", "--set", "stages[0].steps=2"]
+    result = run("train", "c.yaml", "--output", "runs/a", "--json", *changes)
+    assert calls == [(Path("c.yaml"), Path("runs/a"), ["seed=3", "stages[0].steps=2"])]
     assert lines(result.out) == [{"model": "runs/a/model"}]
     assert "noise" in result.err
     monkeypatch.setattr(sys.modules["msa.training.run"], "train", Raises(KeyboardInterrupt()))

@@ -40,6 +40,7 @@ WITHIN = {
         "precision",
         "pretrained",
         "bases",
+        "origin",
         "adapters",
         "calibrate",
         "convert",

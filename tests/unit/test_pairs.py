@@ -97,7 +97,7 @@ def test_a_short_passage_is_a_distractor_and_texts_without_sentences_are_refused
     assert all("short" not in q.gold for q in pairs.questions)
     with pytest.raises(InputError, match="no pairs can be made from 1 passages"):
         make_pairs([short])
-    with pytest.raises(ConfigError, match="removed=2"):
+    with pytest.raises(ConfigError, match="removed: expected 1"):
         PairSettings(removed=2)
 
 

@@ -13,6 +13,7 @@ from conftest import make_tiny_model
 from evaluation_tools import tiny_question_set
 from msa import MemoryBank, MemoryEngine
 from msa.errors import InputError
+from msa.evaluation.backbone import BackboneRetriever
 from msa.evaluation.metrics import Interval
 from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
 from msa.evaluation.report import as_json, compared, markdown, read_runs
@@ -101,6 +102,15 @@ def test_layers_are_added_with_their_weights():
     np.testing.assert_allclose(fuse(layers, {3: 0.1}), [[1, 0]])
     normalized = fuse(layers, normalized=True)
     np.testing.assert_allclose(normalized, z_scores(layers[2]) + z_scores(layers[3]))
+
+
+def test_the_backbones_own_states_find_a_text_by_itself(checkpoint, tiny_set):
+    retriever = BackboneRetriever(checkpoint, tiny_set.documents, batch_tokens=100)
+    texts = [document.content for document in tiny_set.documents]
+    scores = retriever.scores(texts)
+    np.testing.assert_allclose(scores.diagonal(), 1, atol=1e-4)
+    assert [row[0] for row in best_rows(scores, 1)] == list(range(len(texts)))
+    np.testing.assert_allclose(retriever.scores(texts[:1]), scores[:1], atol=1e-4)
 
 
 # ---- reading

@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa.inference.options import ANSWER_LOG_PROBABILITY, FEATURES, REFUSAL_LOGIT
-from msa.inference.refusal import (
-    is_refusal,
-    logit,
-    needs_answer,
-    refusal_score,
-    routing_features,
-)
+from msa.inference.refusal import is_refusal, logit, needs_answer, refusal_score, routing_features
 from msa.text.prompts import PromptTemplate
 
 

@@ -103,7 +103,9 @@ def test_a_stage_of_routers_runs_and_is_not_run_again(tmp_path, checkpoint, monk
     made = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.router_k_proj.0.weight"
     assert torch.equal(done[name], made[name])
-    monkeypatch.setattr("msa.training.run._train_routers", None)  # would fail if it were called
+    monkeypatch.setattr(
+        "msa.training.run._Run._train_routers", None
+    )  # would fail if it were called
     again = load_file(train(tmp_path / "c.yaml", tmp_path / "run") / "model.safetensors")
     assert torch.equal(again[name], made[name])
 
@@ -119,12 +121,12 @@ def write_stage(tmp_path, **values):
     ("values", "message"),
     [
         ({"texts": []}, "stage 'r' trains routers on nothing"),
-        ({"passages": 0}, "passages=0"),
-        ({"training": {"epochs": 0}}, "epochs=0"),
-        ({"states": {"dtype": "int8"}}, "dtype='int8'"),
-        ({"pairs": {"removed": 3.0}}, "removed=3.0"),
-        ({"training": {"epoch": 1}}, "unknown .'epoch'"),
-        ({"kind": "router"}, "kind='router': expected 'questions' or 'routers'"),
+        ({"passages": 0}, "passages: expected 1 or more, got 0"),
+        ({"training": {"epochs": 0}}, r"training\.epochs: expected 1 or more, got 0"),
+        ({"states": {"dtype": "int8"}}, r"states\.dtype: expected .*, got 'int8'"),
+        ({"pairs": {"removed": 3.0}}, r"pairs\.removed: expected 1.0 or less, got 3.0"),
+        ({"training": {"epoch": 1}}, "unknown key 'epoch'"),
+        ({"kind": "router"}, r"kind: expected one of .*, got 'router'"),
     ],
 )
 def test_a_stage_that_cannot_be_run_is_said_in_one_line(tmp_path, values, message):
@@ -166,6 +168,7 @@ def test_the_command_hands_on_what_it_is_given(tmp_path, monkeypatch, capsys):
         ({}, "give a CONFIG.yaml, or --routers-only"),
         ({"routers_only": True}, "needs the bank"),
         ({"config": "c.yaml"}, "name the folder of the run"),
+        ({"routers_only": True, "changes": ["seed=3"]}, "changes a CONFIG.yaml"),
     ],
 )
 def test_the_command_says_what_is_missing(options, message):

@@ -38,6 +38,16 @@ def train(
             show_default=False,
         ),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Put a value into the configuration, such as seed=3, 'stages[0].steps=10' or "
+            "'stages[*].documents=16'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     routers_only: Annotated[
         bool,
         typer.Option(
@@ -73,18 +83,19 @@ def train(
         raise typer.BadParameter(
             "give a CONFIG.yaml, or --routers-only with --bank", param_hint="CONFIG.yaml"
         )
-    if not routers_only:
+    if config is not None:
         if folder is None:
             raise typer.BadParameter("name the folder of the run", param_hint="--output")
-        assert config is not None
-        _train(config, folder, json)
+        _train(config, folder, changes or [], json)
         return
+    if changes:
+        raise typer.BadParameter("changes a CONFIG.yaml, and there is none", param_hint="--set")
     if bank is None:
         raise typer.BadParameter("--routers-only needs the bank", param_hint="--bank")
     _train_routers(bank, folder, model, device, passages, seed, json)
 
 
-def _train(config: Path, folder: Path, json: bool) -> None:
+def _train(config: Path, folder: Path, changes: list[str], json: bool) -> None:
     from msa.training.run import train as run
 
     with output.progress("Training", total=1.0) as bar:
@@ -95,7 +106,7 @@ def _train(config: Path, folder: Path, json: bool) -> None:
 
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the trainer's own prints
-                model = run(config, folder, progress=show)
+                model = run(config, folder, changes, progress=show)
         except KeyboardInterrupt:
             raise output.Interrupted(
                 "Interrupted. The same command goes on from the last checkpoint."

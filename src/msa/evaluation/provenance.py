@@ -20,11 +20,10 @@ def provenance(seed: int, **more: Any) -> dict[str, Any]:
     import torch
 
     script = Path(sys.argv[0])
-    name = f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
+    is_file = script.suffix == ".py"
+    name = f"python {script.parent.name}/{script.name}" if is_file else script.name
     return {
-        "command": " ".join(
-            ["python" if script.suffix == ".py" else "", name, *sys.argv[1:]]
-        ).strip(),
+        "command": " ".join([name, *(_shown(word) for word in sys.argv[1:])]),
         "commit": _commit(),
         "machine": f"{platform.machine()}, {_processor()}",
         "cores": os.cpu_count(),
@@ -33,6 +32,12 @@ def provenance(seed: int, **more: Any) -> dict[str, Any]:
         "seed": seed,
         **more,
     }
+
+
+def _shown(word: str) -> str:
+    """An argument; of an absolute path its last three parts, which do not depend on the machine."""
+    path = Path(word)
+    return "/".join(path.parts[1:][-3:]) if path.is_absolute() else word
 
 
 def _commit() -> str:

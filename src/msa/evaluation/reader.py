@@ -20,8 +20,6 @@ from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
 
-ANSWER_TOKENS = 64
-
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
@@ -59,7 +57,7 @@ class TextReader:
         self,
         checkpoint: Checkpoint,
         *,
-        max_new_tokens: int = ANSWER_TOKENS,
+        max_new_tokens: int = 64,
         memory: MemoryReader | None = None,
     ) -> None:
         model, tokenizer = checkpoint.model, checkpoint.tokenizer

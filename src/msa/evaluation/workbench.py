@@ -1,9 +1,10 @@
 """Systems by name over one question set; what they share is made once, when it is needed.
 
-Names: `bm25-K`, `minilm-K`, `hybrid-K` (the model's reader, handed the K best documents of a
-retriever), `gold` (handed the gold documents), `closed` (handed none), each perhaps with `+memory`
-behind it (and the compressed memory to attend to); `msa` (a memory bank), perhaps with options of
-`MemoryEngine.ask` behind it, as in `msa:max_rounds=1,lexical_weight=0`.
+Names: `bm25-K`, `minilm-K`, `hybrid-K` (both), `backbone-K` (mean-pooled states of the model): the
+model's reader, handed the K best documents of a retriever; `gold` (handed the gold documents) and
+`closed` (handed none); each perhaps with `+memory` behind it (and the compressed memory to attend
+to); `msa` (a memory bank), perhaps with options of `MemoryEngine.ask` behind it, as in
+`msa:max_rounds=1,lexical_weight=0`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import InputError
+from msa.evaluation.backbone import BackboneRetriever
 from msa.evaluation.minilm import minilm_folder
 from msa.evaluation.question_sets import QuestionSet
-from msa.evaluation.reader import ANSWER_TOKENS, TextReader
+from msa.evaluation.reader import TextReader
 from msa.evaluation.retrieval import (
     BM25Retriever,
     DenseRetriever,
@@ -38,6 +40,7 @@ from msa.model.checkpoint import Checkpoint
 from msa.model.identity import model_fingerprints
 from msa.types import LatentStates
 
+RETRIEVERS = ("bm25", "minilm", "hybrid", "backbone")
 ABLATIONS = {
     "@documents": tuple(
         f"msa:max_rounds=1,min_documents_per_round={n},max_documents_per_round={n}"
@@ -59,7 +62,7 @@ class Workplace:
         cache: folder of embeddings.
         minilm: folder of the dense baseline; None to fetch it.
         batch_tokens: of documents encoded at once.
-        max_new_tokens: of a reader's answer.
+        max_new_tokens: of a reader's answer; by default as the checkpoint's options say.
         progress: makes a function that is told what is done, from a name of the work and its unit.
     """
 
@@ -67,7 +70,7 @@ class Workplace:
     cache: Path
     minilm: Path | None = None
     batch_tokens: int = DEFAULT_BATCH_TOKENS
-    max_new_tokens: int = ANSWER_TOKENS
+    max_new_tokens: int | None = None
     progress: Callable[[str, str], Progress] | None = None
 
 
@@ -118,12 +121,12 @@ class Workbench:
                 return GoldSystem(
                     self._reader(bool(more)), documents, None if first == "gold" else 0
                 )
-            if kind in ("bm25", "minilm", "hybrid") and depth.isdecimal() and int(depth):
+            if kind in RETRIEVERS and depth.isdecimal() and int(depth):
                 retriever: Retriever = getattr(self, kind)
                 return ReaderSystem(self._reader(bool(more)), retriever, documents, int(depth))
         raise InputError(
-            f"system {name!r}: expected bm25-K, minilm-K, hybrid-K, gold or closed, perhaps with "
-            "+memory behind it, or msa:OPTION=VALUE,..."
+            f"system {name!r}: expected one of {'-K, '.join(RETRIEVERS)}-K, gold or closed, "
+            "perhaps with +memory behind it, or msa:OPTION=VALUE,..."
         )
 
     @property
@@ -148,6 +151,14 @@ class Workbench:
     def hybrid(self) -> Retriever:
         """Z-scores of the two, added."""
         return HybridRetriever([self.bm25, self.minilm])
+
+    @cached_property
+    def backbone(self) -> Retriever:
+        """Over the whole corpus."""
+        tell = self._progress("embedding", "documents")
+        return BackboneRetriever(
+            self._checkpoint, self._set.documents, self._place.batch_tokens, tell
+        )
 
     @cached_property
     def states(self) -> LatentStates:
@@ -186,11 +197,11 @@ class Workbench:
 
     def _reader(self, with_memory: bool) -> TextReader:
         """The model's reader; with the whole corpus as its memory if asked for."""
-        top_k = self._checkpoint.model.config.top_k_documents
+        held = self._checkpoint
+        top_k = held.model.config.top_k_documents
         memory = LatentMemory(self.states, top_k) if with_memory else None
-        return TextReader(
-            self._checkpoint, max_new_tokens=self._place.max_new_tokens, memory=memory
-        )
+        tokens = self._place.max_new_tokens or held.ask_options.max_new_tokens
+        return TextReader(held, max_new_tokens=tokens, memory=memory)
 
     def _progress(self, work: str, unit: str) -> Progress:
         if self._place.progress is None:

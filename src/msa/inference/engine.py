@@ -14,7 +14,7 @@ from msa.errors import InputError, RankError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
-from msa.inference.library import Filter, Library, Shelf
+from msa.inference.library import BankLibrary, Filter, Library, Shelf
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
@@ -189,26 +189,49 @@ class MemoryEngine:
         questions = _checked(question)
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1.")
-        visible = self.model.config.top_k_documents
-        library = self._shelf.library(max(top_k, visible, self.options.candidates), filter)
-        rounds = Interleave(self.model, self._encoder, library, self.options)
-        for text in questions:
-            rounds.check_length(text)
-        hits: list[list[Hit]] = []
-        for batch in _batches(questions, self.options.batch_size):
-            hits += self._hits(batch, library, top_k)
+        library = self._library(self.options, filter, top_k)
+        found = self._routed(questions, library, self.options)
+        hits = [self._ranked(some, library, top_k) for some in found]
         return hits[0] if isinstance(question, str) else hits
 
+    def candidates(
+        self, questions: Sequence[str], filter: Filter | None = None, **changes: Any
+    ) -> list[Candidates]:
+        """What every question is routed to in round 1, per layer and fused; no texts are read.
+
+        Args:
+            questions: one or more.
+            filter: as in `ask`.
+            **changes: fields of `AskOptions` that are to differ.
+
+        Raises:
+            EmptyBankError, InputError, ConfigError, ModelError, LexicalIndexError: see `ask`.
+        """
+        options = self.options.with_changes(**changes)
+        return self._routed(_checked(questions), self._library(options, filter), options)
+
+    def _library(self, options: AskOptions, filter: Filter | None, top_k: int = 1) -> BankLibrary:
+        """The bank as it is now; its layers select as many documents as anybody wants."""
+        visible: int = self.model.config.top_k_documents
+        return self._shelf.library(max(top_k, visible, options.candidates), filter)
+
     @torch.no_grad()
-    def _hits(self, questions: Sequence[str], library: Library, top_k: int) -> list[list[Hit]]:
+    def _routed(
+        self, questions: Sequence[str], library: Library, options: AskOptions
+    ) -> list[Candidates]:
+        """Candidates of round 1: the layers up to the last routing layer, nothing written."""
+        rounds = Interleave(self.model, self._encoder, library, options)
+        for text in questions:
+            rounds.check_length(text)
         visible = self.model.config.top_k_documents
-        contexts = [self._encoder.context(q) for q in questions]
-        batch = prompt_batch(contexts, visible, 0, self.model.device)
-        reader = CandidateReader(library.reader, visible)
-        prefill(self.model, batch, reader, routing_only=True)
-        queries = [LexicalQuery(q) for q in questions]
-        found = candidates(reader, library, self.options, queries)
-        return [self._ranked(some, library, top_k) for some in found]
+        found: list[Candidates] = []
+        for some in _batches(questions, options.batch_size):
+            contexts = [self._encoder.context(q) for q in some]
+            batch = prompt_batch(contexts, visible, 0, self.model.device)
+            reader = CandidateReader(library.reader, visible)
+            prefill(self.model, batch, reader, routing_only=True)
+            found += candidates(reader, library, options, [LexicalQuery(q) for q in some])
+        return found
 
     @staticmethod
     def _ranked(found: Candidates, library: Library, top_k: int) -> list[Hit]:
@@ -297,8 +320,7 @@ class MemoryEngine:
                 f"A list of {len(questions)} questions cannot be streamed; ask them one by one, or "
                 "without stream=True."
             )
-        top_k = max(self.model.config.top_k_documents, options.candidates)
-        library = self._shelf.library(top_k, filter)
+        library = self._library(options, filter)
         rounds = Interleave(self.model, self._encoder, library, options)
         for text in questions:
             rounds.check_length(text)

@@ -12,18 +12,6 @@ from typing import Any
 from msa.errors import ConfigError
 
 ASK_OPTIONS_FILE = "ask_options.json"
-
-# Features of the score of a refusal (`msa.inference.refusal`):
-# log(p / (1 - p)) of the whole refusal in place of an answer, by the model;
-REFUSAL_LOGIT = "refusal_logit"
-# the best fused score of the first round, and how far the second is below it;
-ROUTING_SCORE = "routing_score"
-ROUTING_MARGIN = "routing_margin"
-# the mean over the answer's tokens of the logarithm of their probability.
-ANSWER_LOG_PROBABILITY = "answer_log_probability"
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
-BIAS = "bias"
-
 _COUNTS = (
     "max_rounds",
     "max_documents_per_round",
@@ -32,6 +20,16 @@ _COUNTS = (
     "candidates",
     "batch_size",
 )
+# Features of the refusal's score (msa.inference.refusal):
+# log(p / (1 - p)) of the whole refusal in place of an answer, by the model
+REFUSAL_LOGIT = "refusal_logit"
+# best fused score of the first round, and how far the second is below it
+ROUTING_SCORE = "routing_score"
+ROUTING_MARGIN = "routing_margin"
+# mean over the answer's tokens of the logarithm of their probability
+ANSWER_LOG_PROBABILITY = "answer_log_probability"
+FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
+BIAS = "bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

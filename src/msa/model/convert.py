@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from msa.model.configuration_msa import MSAConfig
 from msa.model.export import save_released
 from msa.model.marks import Marks, fit_template
 from msa.model.modeling_msa import MSAForCausalLM
+from msa.model.origin import Origin, base_of
 from msa.model.pretrained import is_gguf, read_config, read_model, read_tokenizer
 from msa.text.prompts import PromptEncoder
 
@@ -206,7 +208,7 @@ def convert_checkpoint(
     tokenizer = read_tokenizer(source)
     backbone = read_model(source, torch.float32 if is_gguf(source) else "auto")
     marks = fit_template(tokenizer, int(backbone.config.vocab_size))
-    _make_room(backbone, len(tokenizer))
+    enlarged = _make_room(backbone, len(tokenizer))
     count = int(backbone.config.num_hidden_layers)
     candidates = None if layers else _candidates(count)
     model = convert_backbone(backbone, routing_layers=list(layers or candidates or []), **settings)
@@ -222,6 +224,8 @@ def convert_checkpoint(
     )
     keep_layers(model, calibration.layers)
     _save(model, tokenizer, marks, folder, export)
+    if (base := base_of(source)) is not None and export == "msa":
+        Origin(base, tuple(enlarged), bool(marks.added)).save(folder)
     return ConversionReport(
         backbone=model.config.backbone,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -270,14 +274,20 @@ def _candidates(count: int) -> list[int]:
     return list(range(step, 3 * count // 4 + 1, step)) or [count - 1]
 
 
-def _make_room(backbone: PreTrainedModel, tokens: int) -> None:
-    """Rows for tokens that were added to the tokenizer, each the mean of the others."""
+def _make_room(backbone: PreTrainedModel, tokens: int) -> list[str]:
+    """Rows for tokens that were added to the tokenizer, each the mean of the others.
+
+    Returns:
+        Names of the weights that were enlarged.
+    """
     before = int(backbone.config.vocab_size)
     if tokens <= before:
-        return
+        return []
     backbone.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
         layer.weight.data[before:] = layer.weight.data[:before].mean(0)
+    tied = bool(backbone.config.tie_word_embeddings)
+    return ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
 
 
 def _save(
@@ -287,10 +297,17 @@ def _save(
     folder: Path,
     export: str,
 ) -> None:
-    if export == "released":
-        save_released(model, marks.template, folder)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    marks.template.save(folder)
-    ASK_OPTIONS.save(folder)
+    scratch = folder.absolute().with_name(f".{folder.absolute().name}-partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        if export == "released":
+            save_released(model, marks.template, scratch)
+        else:
+            model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        marks.template.save(scratch)
+        ASK_OPTIONS.save(scratch)
+        scratch.replace(folder)  # an empty folder gives way
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

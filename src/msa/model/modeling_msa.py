@@ -16,15 +16,18 @@ D head dim, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from msa.errors import InputError
+from msa.errors import ConfigError, InputError
 from msa.model.backbones import Backbone, get_backbone
 from msa.model.cache import MSACache
 from msa.model.configuration_msa import MSAConfig
@@ -220,6 +223,31 @@ class MSAPreTrainedModel(PreTrainedModel):
         if isinstance(module, MSAForCausalLM):
             torch.nn.init.constant_(module.temperature, self.config.aux_temperature)
 
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Keep the inputs of the layers only, and compute the rest again in the backward pass."""
+        self._set_gradient_checkpointing(enable)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **options: Any,
+    ) -> None:
+        """All of transformers' ways to checkpoint activations end here.
+
+        Raises:
+            ConfigError: of the reentrant kind, which returns no gradients for what a layer leaves
+                beside its output: pooled states and scores, and so for the routers.
+        """
+        given = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and given.get("use_reentrant"):
+            raise ConfigError(
+                "use_reentrant=True: routers would get no gradients, in silence; leave it out, or "
+                "give use_reentrant=False"
+            )
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **options)
+
 
 class MSAModel(MSAPreTrainedModel):
     """Embeddings, layers and final norm."""
@@ -250,11 +278,13 @@ class MSAModel(MSAPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden, position_ids)
         last = max(self.config.routing_layers, default=-1) if routing_only else None
         for index, layer in enumerate(self.layers):
-            if index == last:
+            if index == last and not _is_sharded(layer):
                 normed = cast(nn.Module, layer.input_layernorm)(hidden)
                 cast(MSAAttention, layer.self_attn).recall(normed, step)
-                break
+                return hidden
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
+            if index == last:
+                return hidden
         return cast(Tensor, self.norm(hidden))
 
     def encode(
@@ -276,15 +306,22 @@ class MSAModel(MSAPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden, positions)
         last = max(self.config.routing_layers, default=-1)
         for index, layer in enumerate(self.layers):
-            if index == last and not with_hidden:
+            if index == last and not with_hidden and not _is_sharded(layer):
                 attention = cast(MSAAttention, layer.self_attn)
                 normed = cast(nn.Module, layer.input_layernorm)(hidden)
                 _, keys, values = attention.project(normed, position_embeddings)
                 step.states[index] = attention.compress(normed, keys, values, lengths)
                 break
             hidden = layer(hidden, position_embeddings=position_embeddings, step=step)
+            if index == last and not with_hidden:
+                break
         states = LatentStates(chunk_counts(lengths, self.config.chunk_size), step.states)
         return states, self.norm(hidden) if with_hidden else None
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """Whether FSDP2 shards the layer, whose parts cannot be run by themselves then."""
+    return hasattr(layer, "set_requires_gradient_sync")
 
 
 class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):

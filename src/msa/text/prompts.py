@@ -155,7 +155,7 @@ class PromptEncoder:
 
     def tokenize(self, template: str) -> list[int]:
         """Token ids of a string of the template; nothing is added."""
-        return self._format((template.replace("{", "{{").replace("}", "}}"), {}))
+        return self._format((_escaped(template), {}))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text that is somebody's own: none of them is a control token.
@@ -244,6 +244,10 @@ class PromptEncoder:
     def answer(self, answer: str) -> list[int]:
         """A whole answer as the model writes it, for training."""
         template = self.template
-        ends = (template.end.replace("{", "{{").replace("}", "}}"), {})
-        lead_in = template.answer.replace("{", "{{").replace("}", "}}")
-        return self._format((f"{lead_in} {{answer}}", {"answer": answer}), ends)
+        lead_in, end = _escaped(template.answer), _escaped(template.end)
+        return self._format((f"{lead_in} {{answer}}{end}", {"answer": answer}))
+
+
+def _escaped(text: str) -> str:
+    """A text as a template of itself."""
+    return text.replace("{", "{{").replace("}", "}}")

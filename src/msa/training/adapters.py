@@ -7,12 +7,14 @@ adapters and the routers are float32.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from msa.errors import InputError
+from msa.model.adapters import Update
 from msa.training.config import AdapterSettings
 
 ROUTER_PARTS = ("router_q_proj", "router_k_proj", "router_token_weight")
@@ -45,7 +47,7 @@ def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
         if hasattr(module, "lora_A"):  # autocast brings the matrices to the inputs' dtype
             cast(Any, module).cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
-        if "lora_" in name or is_router(name):
+        if _is_trained(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
@@ -57,15 +59,48 @@ def is_router(name: str) -> bool:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Adapters and routers, by name."""
-    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or is_router(n)}
+    return trained_part({name: p.detach() for name, p in model.named_parameters()})
+
+
+def trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters and routers among the weights of a model."""
+    return {name: tensor for name, tensor in state.items() if _is_trained(name)}
+
+
+def _is_trained(name: str) -> bool:
+    return "lora_" in name or is_router(name)
 
 
 def freeze_below(model: nn.Module, layer: int) -> None:
     """Train the adapters and routers from this layer on, and none below."""
     for name, parameter in model.named_parameters():
-        if "lora_" in name or is_router(name):
+        if _is_trained(name):
             index = re.search(r"\.layers\.(\d+)\.", name)
             parameter.requires_grad_(index is None or int(index[1]) >= layer)
+
+
+def adapter_updates(model: nn.Module, own_weights: Sequence[str] = ()) -> dict[str, Update]:
+    """What an adapter folder holds: low-rank updates of modules, and whole weights of routers.
+
+    Updates that are zero, as those of layers that were never trained, are left out.
+
+    Args:
+        model: with adapters in it.
+        own_weights: names of further weights to be kept whole.
+
+    Returns:
+        As `msa.model.adapters.save_adapter` takes it.
+    """
+    updates: dict[str, Update] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if bool(up.any()):
+                updates[name] = (down, up, float(layer.scaling["default"]))
+    weights = model.state_dict()
+    updates |= {n: weights[n] for n in weights if is_router(n) and "lora_" not in n}
+    return updates | {name: weights[name] for name in own_weights}
 
 
 @torch.no_grad()

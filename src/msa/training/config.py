@@ -1,24 +1,66 @@
-"""The YAML file that `msa train` reads, as frozen dataclasses."""
+"""The YAML file that `msa train` reads, as frozen settings checked by pydantic."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Strict, Tag, TypeAdapter
 
 from msa.errors import ConfigError
+from msa.training.overrides import override
 from msa.training.router_settings import PairSettings, RouterSettings, StateSettings
+from msa.training.settings import (
+    Count,
+    Integer,
+    Rate,
+    Settings,
+    Share,
+    Switch,
+    Text,
+    Texts,
+    Weight,
+    Whole,
+    listed,
+    one_line_errors,
+    settings,
+)
 
-T = TypeVar("T")
+RESERVED = ("model", "adapter", "tokenizer", "negatives", "states")
+"""Folders of a run that no stage may be called like."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerSettings:
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
+        raise ValueError(
+            f"expected letters, digits, '_' and '-', since it names a folder beside 'model' and "
+            f"'tokenizer', got {name!r}"
+        )
+    return name
+
+
+def _check_breadth(breadth: tuple[float, ...]) -> tuple[float, ...]:
+    if len(breadth) not in (1, 2):
+        raise ValueError(f"expected one or two numbers from 0 to 1, got {list(breadth)}")
+    return breadth
+
+
+StageName = Annotated[Text, AfterValidator(_check_name)]
+Fields = Annotated[dict[str, Any], Strict()]
+Digits = Annotated[Count, Field(le=8)]
+Breadth = Annotated[
+    tuple[Share, ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else listed(given)),
+    AfterValidator(_check_breadth),
+]
+
+
+@settings
+class TokenizerSettings(Settings):
     """The byte-level BPE that is trained when `tokenizer` names no folder.
 
     Attributes:
@@ -28,14 +70,14 @@ class TokenizerSettings:
         path: folder of a tokenizer to use instead of training one.
     """
 
-    vocab_size: int = 4096
-    worlds: int = 200
-    text_characters: int = 2_000_000
-    path: str | None = None
+    vocab_size: Count = 4096
+    worlds: Whole = 200
+    text_characters: Whole = 2_000_000
+    path: Text | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RealData:
+@settings
+class RealData(Settings):
     """Real data, read when the files are there; a missing folder is an error.
 
     Attributes:
@@ -43,12 +85,12 @@ class RealData:
         texts: files `*.jsonl.gz` of {"text": ...} for tokenizer and language model.
     """
 
-    questions: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
+    questions: Texts = ()
+    texts: Texts = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorldSettings:
+@settings
+class WorldSettings(Settings):
     """One training step's documents.
 
     Attributes:
@@ -60,24 +102,23 @@ class WorldSettings:
         real: share of steps that use real documents and questions instead.
     """
 
-    documents: int = 32
-    breadth: tuple[float, ...] = (0.2,)
-    min_digits: int = 3
-    max_digits: int = 3
-    max_document_tokens: int = 160
-    real: float = 0.0
+    documents: Count = 32
+    breadth: Breadth = (0.2,)
+    min_digits: Digits = 3
+    max_digits: Digits = 3
+    max_document_tokens: Count = 160
+    real: Share = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges.
+        """Check that all documents can have numbers of their own.
 
         Raises:
-            ConfigError: a field is out of range; the message names it.
+            ConfigError: there are too few; the message says what to raise.
         """
-        _at_least_one(self, "documents", "max_document_tokens")
-        if not 1 <= self.min_digits <= self.max_digits <= 8:
+        if self.min_digits > self.max_digits:
             raise ConfigError(
                 f"min_digits={self.min_digits}, max_digits={self.max_digits}: expected "
-                "1 <= min_digits <= max_digits <= 8"
+                "min_digits <= max_digits"
             )
         numbers = 10**self.max_digits - 10 ** (self.min_digits - 1)
         if self.documents > numbers:
@@ -85,16 +126,10 @@ class WorldSettings:
                 f"documents={self.documents}: only {numbers} numbers have {self.min_digits} to "
                 f"{self.max_digits} digits; raise max_digits"
             )
-        if len(self.breadth) not in (1, 2) or not all(0 <= b <= 1 for b in self.breadth):
-            raise ConfigError(
-                f"breadth={list(self.breadth)}: expected one or two numbers from 0 to 1"
-            )
-        if not 0 <= self.real <= 1:
-            raise ConfigError(f"real={self.real}: expected a share from 0 to 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
+@settings
+class SampleSettings(Settings):
     """Single-step samples per training step (paper 3.5: chains are split into their steps).
 
     Attributes:
@@ -107,16 +142,16 @@ class SampleSettings:
         more_questions: further question-answer pairs behind the same read documents.
     """
 
-    name: int = 24
-    read: int = 8
-    hop: int = 0
-    answer: int = 0
-    copy: int = 0
-    more_questions: int = 4
+    name: Whole = 24
+    read: Whole = 8
+    hop: Whole = 0
+    answer: Whole = 0
+    copy: Whole = 0
+    more_questions: Whole = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
+@settings
+class LossSettings(Settings):
     """Weights of the parts of the loss.
 
     Attributes:
@@ -130,40 +165,41 @@ class LossSettings:
             have read a text. That token sees the question and the whole text, which no other does.
     """
 
-    language_model: float = 1.0
-    routing: float = 0.1
-    context: float = 0.1
-    documents: float = 0.1
-    numbers: float = 0.0
-    fused: float = 0.0
-    last_token: float = 0.0
+    language_model: Weight = 1.0
+    routing: Weight = 0.1
+    context: Weight = 0.1
+    documents: Weight = 0.1
+    numbers: Weight = 0.0
+    fused: Weight = 0.0
+    last_token: Weight = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stretch of training with its own data and loss weights."""
+@settings
+class Stage(Settings):
+    """One stretch of training on generated worlds (and real data dealt out like them).
 
-    name: str
-    steps: int
-    learning_rate: float = 0.01
-    final_learning_rate: float = 0.1
-    warmup_steps: int = 50
-    world: WorldSettings = field(default_factory=WorldSettings)
-    samples: SampleSettings = field(default_factory=SampleSettings)
-    losses: LossSettings = field(default_factory=LossSettings)
+    Attributes:
+        kind: "worlds", which may be left out.
+        name: of its folder.
+        steps: updates of the weights.
+        learning_rate: rises over `warmup_steps`, then falls along a cosine to the share
+            `final_learning_rate` of it.
+        world, samples, losses: what a step consists of, and what counts how much.
+    """
 
-    def __post_init__(self) -> None:
-        """Check the ranges.
+    kind: Literal["worlds"] = "worlds"
+    name: StageName
+    steps: Count
+    learning_rate: Rate = 0.01
+    final_learning_rate: Weight = 0.1
+    warmup_steps: Whole = 50
+    world: WorldSettings = WorldSettings()
+    samples: SampleSettings = SampleSettings()
+    losses: LossSettings = LossSettings()
 
-        Raises:
-            ConfigError: there are no steps, or the name cannot name a folder.
-        """
-        _at_least_one(self, "steps")
-        _check_name(self.name)
 
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionSettings:
+@settings
+class QuestionSettings(Settings):
     """A question set, see `msa.training.question_sets`.
 
     Attributes:
@@ -175,15 +211,15 @@ class QuestionSettings:
             the documents of the dev questions too: as negatives these would be unlearned.
     """
 
-    path: str
-    weight: float = 1.0
-    reads: bool = True
-    routes: bool = True
-    gold_only: bool = False
+    path: Text
+    weight: Weight = 1.0
+    reads: Switch = True
+    routes: Switch = True
+    gold_only: Switch = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuestionStage:
+@settings
+class QuestionStage(Settings):
     """One stretch of training on question sets, in the inference format.
 
     A stage with samples other than `route` draws from the sets that teach reading, else from those
@@ -211,41 +247,32 @@ class QuestionStage:
             that with the layer after the last routing layer the memory stays as it was trained.
     """
 
-    kind: str
-    name: str
-    steps: int
-    learning_rate: float = 5e-4
-    final_learning_rate: float = 0.1
-    warmup_steps: int = 20
-    documents: int = 48
-    questions_per_document: int = 1
-    negatives: int = 1
-    max_digits: int = 5
-    max_document_tokens: int = 192
-    max_read_tokens: int = 900
-    route: int = 24
-    route_again: int = 0
-    read: int = 0
-    hop: int = 0
-    again: int = 0
-    refuse: int = 0
-    more_questions: int = 3
-    foreign: float = 0.5
-    train_from_layer: int = 0
-    losses: LossSettings = field(default_factory=LossSettings)
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a field is out of range; the message names it.
-        """
-        _at_least_one(self, "steps", "documents", "questions_per_document", "max_document_tokens")
-        _check_name(self.name)
+    kind: Literal["questions"] = "questions"
+    name: StageName
+    steps: Count
+    learning_rate: Rate = 5e-4
+    final_learning_rate: Weight = 0.1
+    warmup_steps: Whole = 20
+    documents: Count = 48
+    questions_per_document: Count = 1
+    negatives: Whole = 1
+    max_digits: Digits = 5
+    max_document_tokens: Count = 192
+    max_read_tokens: Count = 900
+    route: Whole = 24
+    route_again: Whole = 0
+    read: Whole = 0
+    hop: Whole = 0
+    again: Whole = 0
+    refuse: Whole = 0
+    more_questions: Whole = 3
+    foreign: Share = 0.5
+    train_from_layer: Whole = 0
+    losses: LossSettings = LossSettings()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterStage:
+@settings
+class RouterStage(Settings):
     """Routers alone, trained on cached states of the model as it is; see `docs/training.md`.
 
     Attributes:
@@ -256,62 +283,80 @@ class RouterStage:
         passage_words: longer texts are cut into passages of at most so many words.
     """
 
-    kind: str
-    name: str
-    texts: tuple[str, ...] = ()
-    passages: int = 20000
-    passage_words: int = 120
-    pairs: PairSettings = field(default_factory=PairSettings)
-    states: StateSettings = field(default_factory=StateSettings)
-    training: RouterSettings = field(default_factory=RouterSettings)
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a field is out of range; the message names it.
-        """
-        _at_least_one(self, "passages", "passage_words")
-        _check_name(self.name)
+    kind: Literal["routers"] = "routers"
+    name: StageName
+    texts: Texts = ()
+    passages: Count = 20000
+    passage_words: Count = 120
+    pairs: PairSettings = PairSettings()
+    states: StateSettings = StateSettings()
+    training: RouterSettings = RouterSettings()
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
+@settings
+class AdapterSettings(Settings):
     """Low-rank adapters (LoRA, Hu et al., 2021) on a frozen backbone; the routers train in full.
 
     Attributes:
         rank: of the added matrices.
         alpha: they are scaled by alpha / rank.
         targets: names of the linear layers that get one.
+        base: fields of `msa.model.bases.Base` that take the place of those in the `base.json` of
+            `start_from`: where the base may be fetched from (`pypi`, `pypi_size`, `hub`), its
+            `name` and `license`.
     """
 
-    rank: int = 16
-    alpha: int = 32
-    targets: tuple[str, ...] = (
+    rank: Count = 16
+    alpha: Count = 32
+    targets: Texts = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     )
+    base: Fields = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+@settings
+class OptimizerSettings(Settings):
     """Muon for the matrices of the layers, AdamW for the rest; AdamW alone with an adapter.
 
     Attributes:
-        router_learning_rate: with an adapter, the routers' rate as a share of the stage's.
+        muon: false trains everything by AdamW, at the stage's rate.
+        router_learning_rate: with AdamW alone, the routers' rate as a share of the stage's.
         adam_learning_rate: AdamW's rate as a share of the stage's (which is Muon's).
         weight_decay: of both.
         max_grad_norm: gradients are clipped to this norm.
     """
 
-    router_learning_rate: float = 2.0
-    adam_learning_rate: float = 0.3
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    muon: Switch = True
+    router_learning_rate: Weight = 2.0
+    adam_learning_rate: Weight = 0.3
+    weight_decay: Weight = 0.01
+    max_grad_norm: Rate = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+KINDS = ("worlds", "questions", "routers")
+
+
+def _kind_of(stage: Any) -> Any:
+    if isinstance(stage, Mapping):
+        return stage.get("kind", "worlds")
+    return getattr(stage, "kind", "worlds")
+
+
+AnyStage = Annotated[
+    Annotated[Stage, Tag("worlds")]
+    | Annotated[QuestionStage, Tag("questions")]
+    | Annotated[RouterStage, Tag("routers")],
+    Discriminator(_kind_of),
+]
+AnyQuestionSet = Annotated[
+    QuestionSettings,
+    BeforeValidator(lambda given: {"path": given} if isinstance(given, str) else given),
+]
+
+
+@settings
+class TrainingConfig(Settings):
     """All of a training run.
 
     Attributes:
@@ -323,34 +368,47 @@ class TrainingConfig:
         seed: of weights, worlds and order.
         save_steps, log_steps: how often checkpoints and metrics are written.
         bfloat16: run matrix products in bfloat16 (autocast).
+        gradient_checkpointing: keep the inputs of the layers only, and compute the rest again in
+            the backward pass.
+        document_batch: documents that are encoded together; the activations of one such batch are
+            held at a time and computed again in the backward pass. 0 encodes the documents of a
+            step in a few batches and holds everything.
+        fsdp: shard the model over the processes of `torchrun` or `accelerate launch` (FSDP2).
         compile: compile the layers' pointwise parts with torch.compile.
         threads: CPU threads; 0 leaves it to torch.
     """
 
-    model: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage | QuestionStage | RouterStage, ...] = ()
-    question_sets: tuple[QuestionSettings, ...] = ()
+    model: Fields = field(default_factory=dict)
+    stages: Annotated[tuple[AnyStage, ...], BeforeValidator(listed)] = ()
+    question_sets: Annotated[tuple[AnyQuestionSet, ...], BeforeValidator(listed)] = ()
     adapter: AdapterSettings | None = None
-    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
-    real_data: RealData = field(default_factory=RealData)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    start_from: str | None = None
-    seed: int = 0
-    save_steps: int = 500
-    log_steps: int = 50
-    bfloat16: bool = False
-    compile: bool = False
-    threads: int = 0
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    real_data: RealData = RealData()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    start_from: Text | None = None
+    seed: Integer = 0
+    save_steps: Count = 500
+    log_steps: Count = 50
+    bfloat16: Switch = False
+    gradient_checkpointing: Switch = False
+    document_batch: Whole = 0
+    fsdp: Switch = False
+    compile: Switch = False
+    threads: Whole = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges.
+        """Check what belongs together.
 
         Raises:
-            ConfigError: a field is out of range; the message names it.
+            ConfigError: a setting needs another one; the message names both.
         """
-        _at_least_one(self, "save_steps", "log_steps")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"stages need names of their own, got {names}")
         if self.adapter is not None and self.start_from is None:
             raise ConfigError("adapter: needs start_from, a checkpoint whose weights stay frozen")
+        if self.fsdp and self.adapter is None and self.optimizer.muon:
+            raise ConfigError("fsdp: Muon needs whole matrices; set optimizer.muon to false")
         if not self.question_sets and any(isinstance(s, QuestionStage) for s in self.stages):
             raise ConfigError("question_sets: name some, since a stage has kind 'questions'")
         for stage in self.stages:
@@ -360,121 +418,49 @@ class TrainingConfig:
                 )
 
 
-def load_config(path: str | Path) -> TrainingConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a YAML file; every key must be known.
+
+    Args:
+        path: of the file.
+        overrides: "KEY=VALUE" each, see `msa.training.overrides.override`.
 
     Raises:
         ConfigError: unreadable, not YAML, unknown or ill-typed keys, or no stages.
+    """
+    return parse_config(read_yaml(path, overrides), str(path))
+
+
+def parse_config(values: Any, where: str) -> TrainingConfig:
+    """Check the contents of a YAML file.
+
+    Args:
+        values: as YAML gives them.
+        where: named in front of every error.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__}")
+    with one_line_errors(where, KINDS):
+        config: TrainingConfig = TypeAdapter(TrainingConfig).validate_python(values)
+    if not config.stages:
+        raise ConfigError(f"{where}: expected at least one entry under 'stages'")
+    return config
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Contents of a YAML file, with some values replaced.
+
+    Raises:
+        ConfigError: it cannot be read, or an override does not fit it.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML ({reason})") from error
-    config = _build(TrainingConfig, values, str(path))
-    if not config.stages:
-        raise ConfigError(f"{path}: expected at least one entry under 'stages'")
-    names = [stage.name for stage in config.stages]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"{path}: stages need names of their own, got {names}")
-    return config
-
-
-_NESTED = {
-    "tokenizer": TokenizerSettings,
-    "real_data": RealData,
-    "optimizer": OptimizerSettings,
-    "adapter": AdapterSettings,
-    "world": WorldSettings,
-    "samples": SampleSettings,
-    "losses": LossSettings,
-    "pairs": PairSettings,
-    "states": StateSettings,
-    "training": RouterSettings,
-}
-
-
-def _at_least_one(settings: Any, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name}={getattr(settings, name)}: expected a whole number from 1")
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or name in ("model", "tokenizer", "negatives", "states"):
-        raise ConfigError(
-            f"name={name!r}: expected letters, digits, '_' and '-', since it names a "
-            "folder beside 'model' and 'tokenizer'"
-        )
-
-
-def _build(cls: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields), key=str)
-    if unknown:
-        raise ConfigError(f"{where}: unknown {unknown}; known are {sorted(fields)}")
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        place = f"{where}: {name}"
-        if name in _NESTED:
-            value = _build(_NESTED[name], value, place)
-        elif name == "stages":
-            if not isinstance(value, list):
-                raise ConfigError(f"{place}: expected a list, got {value!r}")
-            value = tuple(_stage(v, f"{place}[{i}]") for i, v in enumerate(value))
-        elif name == "question_sets":
-            if not isinstance(value, list):
-                raise ConfigError(f"{place}: expected a list, got {value!r}")
-            value = tuple(
-                _build(QuestionSettings, {"path": v} if isinstance(v, str) else v, f"{place}[{i}]")
-                for i, v in enumerate(value)
-            )
-        else:
-            value = _typed(value, str(fields[name].type), place)
-        out[name] = value
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in out
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: missing {missing}")
-    try:
-        return cls(**out)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _stage(values: Any, where: str) -> Stage | QuestionStage | RouterStage:
-    kind = values.get("kind") if isinstance(values, Mapping) else None
-    if kind == "questions":
-        return _build(QuestionStage, values, where)
-    if kind == "routers":
-        return _build(RouterStage, values, where)
-    if kind is not None:
-        raise ConfigError(f"{where}: kind={kind!r}: expected 'questions' or 'routers', or no kind")
-    return _build(Stage, values, where)
-
-
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """Check a plain value against its annotation; numbers are accepted where floats are."""
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind.startswith("str") and (isinstance(value, str) or ("None" in kind and value is None)):
-        return value
-    if kind.startswith("tuple[float"):
-        entries = value if isinstance(value, list) else [value]
-        return tuple(_typed(v, "float", where) for v in entries)
-    if kind.startswith("tuple[str") and isinstance(value, list):
-        return tuple(_typed(v, "str", where) for v in value)
-    if kind.startswith("Mapping") and isinstance(value, Mapping):
-        return dict(value)
-    raise ConfigError(f"{where}: expected {kind}, got {value!r}")
+    for text in overrides:
+        override(values, text)
+    return values

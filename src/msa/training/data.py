@@ -154,8 +154,16 @@ def tokenizer_texts(settings: TokenizerSettings, real: RealData, seed: int) -> I
 class StepDataset(Dataset[dict[str, object]]):
     """The steps of one stage."""
 
-    def __init__(self, stage: Stage, builder: SampleBuilder, real: RealWorlds, seed: int) -> None:
-        self.stage = stage
+    def __init__(
+        self,
+        stage: Stage,
+        builder: SampleBuilder,
+        real: RealWorlds,
+        seed: int,
+        processes: int = 1,
+    ) -> None:
+        """`processes` share the steps of the stage: each has so many of its own."""
+        self.stage, self.processes = stage, processes
         self.builder = builder
         self.real = real
         self.seed = seed
@@ -166,7 +174,7 @@ class StepDataset(Dataset[dict[str, object]]):
             )
 
     def __len__(self) -> int:
-        return self.stage.steps
+        return self.stage.steps * self.processes
 
     def __getitem__(self, index: int) -> dict[str, object]:
         rng = random.Random(f"{self.seed}/{self.stage.name}/{index}")

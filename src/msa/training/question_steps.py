@@ -94,12 +94,14 @@ class QuestionSteps(Dataset[dict[str, object]]):
         encoder: PromptEncoder,
         top_k: int,
         seed: int,
+        processes: int = 1,
     ) -> None:
+        """`processes` share the steps of the stage: each has so many of its own."""
         self.stage, self.sources, self.encoder = stage, list(sources), encoder
-        self.top_k, self.seed = top_k, seed
+        self.top_k, self.seed, self.processes = top_k, seed, processes
 
     def __len__(self) -> int:
-        return self.stage.steps
+        return self.stage.steps * self.processes
 
     def __getitem__(self, index: int) -> dict[str, object]:
         rng = random.Random(f"{self.seed}/{self.stage.name}/{index}")

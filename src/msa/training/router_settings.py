@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from msa.errors import ConfigError
+from pydantic import Field, Strict
 
-STATE_DTYPES = ("float16", "bfloat16", "float32")
+from msa.training.settings import (
+    Count,
+    Integer,
+    Settings,
+    Share,
+    Switch,
+    Weight,
+    Whole,
+    settings,
+)
+
+Between = Annotated[float, Strict(), Field(gt=0, lt=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSettings:
+@settings
+class PairSettings(Settings):
     """How pairs are made; chances are from 0 to 1, drawn for every passage.
 
     Attributes:
@@ -20,24 +31,14 @@ class PairSettings:
         question: a question is made from another sentence.
     """
 
-    sentence: float = 1.0
-    removed: float = 0.8
-    title: float = 0.3
-    question: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a chance is out of range; the message names it.
-        """
-        for name in ("sentence", "removed", "title", "question"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
+    sentence: Share = 1.0
+    removed: Share = 0.8
+    title: Share = 0.3
+    question: Share = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateSettings:
+@settings
+class StateSettings(Settings):
     """What is encoded, and how it is kept.
 
     Attributes:
@@ -51,28 +52,16 @@ class StateSettings:
         seed: of the draw of what was read.
     """
 
-    max_document_tokens: int = 512
-    batch_tokens: int = 8192
-    later_rounds: bool = True
-    token_states: bool = False
-    dtype: str = "float16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a field is out of range; the message names it.
-        """
-        for name in ("max_document_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number from 1")
-        if self.dtype not in STATE_DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r}: expected one of {', '.join(STATE_DTYPES)}")
+    max_document_tokens: Count = 512
+    batch_tokens: Count = 8192
+    later_rounds: Switch = True
+    token_states: Switch = False
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    seed: Integer = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterSettings:
+@settings
+class RouterSettings(Settings):
     """How routers are trained.
 
     Attributes:
@@ -90,33 +79,16 @@ class RouterSettings:
         seed: of the split and of the order.
     """
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 20
-    epochs: int = 8
-    patience: int = 2
-    queries: int = 256
-    documents: int = 2000
-    negatives: int = 4
-    temperature: float = 0.0
-    together: float = 1.0
-    held_out: float = 0.05
-    max_held_out: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a field is out of range; the message names it.
-        """
-        for name in ("epochs", "patience", "queries", "documents", "max_held_out"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number from 1")
-        for name in ("learning_rate", "held_out"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)}: expected a number between 0 and 1"
-                )
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature}: expected 0 or more")
+    learning_rate: Between = 1e-3
+    weight_decay: Weight = 0.01
+    warmup_steps: Whole = 20
+    epochs: Count = 8
+    patience: Count = 2
+    queries: Count = 256
+    documents: Count = 2000
+    negatives: Whole = 4
+    temperature: Weight = 0.0
+    together: Weight = 1.0
+    held_out: Between = 0.05
+    max_held_out: Count = 500
+    seed: Integer = 0

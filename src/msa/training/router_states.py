@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
 
 FORMAT_VERSION = 1
-SHARD = 1024
+SHARD = 256
 """Documents or queries of a file; what a run that was interrupted does again, at most."""
 
 Progress = Callable[[str, int, int], None]

@@ -1,162 +1,61 @@
 """`msa train`: tokenizer, then every stage on transformers' `Trainer`, then an exported checkpoint.
 
 Layout of the output folder: `tokenizer/`, `NAME/checkpoint-*` per stage, `metrics.jsonl` (a line
-per logged step), `config.yaml` (as given), `model/` (the exported checkpoint). A run that is
-started again goes on where it was.
+per logged step), `config.yaml` (as given, or with the values that were set), `model/` (the exported
+checkpoint) and, when adapters were trained, `adapter/` (the same model as what changed of its
+base). A run that is started again goes on where it was.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
-    set_seed,
-)
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from msa.errors import TrainingError
+from msa.errors import ConfigError, InputError, TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.training.adapters import add_adapter, freeze_below, is_router, merged_state, trained_state
+from msa.training.adapters import add_adapter, freeze_below, trained_part
 from msa.training.config import (
     QuestionStage,
     RouterStage,
     Stage,
     TrainingConfig,
-    load_config,
+    parse_config,
+    read_yaml,
 )
 from msa.training.data import RealWorlds, StepDataset, tokenizer_texts
+from msa.training.export import adapter_origin, export_adapter, export_model
 from msa.training.model import MSAForTraining
-from msa.training.optimizer import MuonWithAdamW
 from msa.training.question_steps import QuestionSteps, load_sources
 from msa.training.router_stage import run_router_stage
 from msa.training.samples import SampleBuilder
+from msa.training.settings import nearest
 from msa.training.tokenizer import train_tokenizer
+from msa.training.trainer import MetricsFile, MSATrainer, Progress, compile_layers
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
-
-class MSATrainer(Trainer):
-    """transformers' Trainer over whole training steps, with Muon and the parts of the loss."""
-
-    def __init__(
-        self, *, stage: Stage | QuestionStage, config: TrainingConfig, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.stage = stage
-        self.run_config = config
-        self._parts: dict[str, list[torch.Tensor]] = {}
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Muon and AdamW at the stage's rate; AdamW alone with an adapter."""
-        if getattr(self, "optimizer", None) is None and self.run_config.adapter is not None:
-            settings = self.run_config.optimizer
-            rate = self.stage.learning_rate
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                [
-                    {"params": [p for n, p in named if not is_router(n)], "lr": rate},
-                    {
-                        "params": [p for n, p in named if is_router(n)],
-                        "lr": rate * settings.router_learning_rate,
-                    },
-                ],
-                weight_decay=settings.weight_decay,
-            )
-        if getattr(self, "optimizer", None) is None:
-            self.optimizer = MuonWithAdamW(
-                self.model, self.stage.learning_rate, self.run_config.optimizer
-            )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up, then cosine down to the stage's share of the rate."""
-        if getattr(self, "lr_scheduler", None) is None:
-            self.lr_scheduler = get_scheduler(
-                "cosine_with_min_lr",
-                optimizer or self.optimizer,
-                num_warmup_steps=self.stage.warmup_steps,
-                num_training_steps=num_training_steps,
-                scheduler_specific_kwargs={"min_lr_rate": self.stage.final_learning_rate},
-            )
-        return self.lr_scheduler
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """With an adapter, what is trained and nothing else."""
-        if self.run_config.adapter is not None:
-            state_dict = trained_state(self.model)
-        super()._save(output_dir, state_dict)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Steps in order: step i is made from i."""
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """Loss of one step; its parts are kept for the log."""
-        outputs = model(**inputs)
-        for name, value in outputs["parts"].items():
-            self._parts.setdefault(name, []).append(value)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the parts since the last log."""
-        for name, values in self._parts.items():
-            logs[name] = round(torch.stack(values).float().mean().item(), 5)
-        self._parts = {}
-        super().log(logs, *args, **kwargs)
-
-
-class _Metrics(TrainerCallback):
-    """Writes `metrics.jsonl` and calls the progress function."""
-
-    def __init__(self, path: Path, stage: Stage | QuestionStage, progress: Progress | None) -> None:
-        self.path, self.stage, self.progress = path, stage, progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop the lines of steps that are done again, since they came after the checkpoint."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the run was killed while it wrote this line
-                continue
-            if row["stage"] != self.stage.name or row["step"] <= state.global_step:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        row = {"stage": self.stage.name, "step": state.global_step, **logs}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.progress is not None:
-            self.progress(self.stage.name, state.global_step, self.stage.steps, logs)
+WEIGHTS = "model.safetensors"
 
 
 def train(
     config_path: str | Path,
     output: str | Path,
+    overrides: Sequence[str] = (),
     *,
     progress: Progress | None = None,
 ) -> Path:
@@ -165,6 +64,7 @@ def train(
     Args:
         config_path: see `TrainingConfig`.
         output: folder of the run. If it holds a run of another config, that is an error.
+        overrides: "KEY=VALUE" each, put into the config; see `msa.training.overrides.override`.
         progress: called at every log with (stage, step, steps, metrics).
 
     Returns:
@@ -172,135 +72,226 @@ def train(
 
     Raises:
         ConfigError: the file is not a valid config.
-        TrainingError: the folder belongs to another run, or data is missing.
+        InputError: `accelerate` is not installed.
+        TrainingError: the folder belongs to another run, data is missing, or the loss is not
+            finite any more.
     """
-    config = load_config(config_path)
+    values = read_yaml(config_path, overrides)
+    config = parse_config(values, str(config_path))
+    processes = _processes()
+    if config.fsdp and processes.num_processes == 1:
+        raise TrainingError(
+            "fsdp: true shards the model over several processes, and this is one; start them with "
+            "'torchrun --nproc-per-node N --no-python msa train ...', or set fsdp to false"
+        )
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made a folder ({error.strerror})") from error
-    _claim(folder, Path(config_path))
+    with processes.main_process_first():
+        _claim(folder, Path(config_path), values, changed=bool(overrides))
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    template = PromptTemplate.load(config.start_from) if config.start_from else PromptTemplate()
-    tokenizer = _tokenizer(config, folder, template)
-    model = _model(config, tokenizer)
-    datasets = _datasets(config, folder, PromptEncoder(tokenizer, template), model)
-    for stage, dataset in zip(config.stages, datasets, strict=True):
-        model = _run_stage(config, stage, dataset, model, folder, progress)
-    target = folder / "model"
-    model.export(str(target), merged_state(model))
-    if config.adapter is not None:
-        save_file(trained_state(model), target / "trained.safetensors")
-    tokenizer.save_pretrained(target)
-    template.save(target)
-    return target
+    run = _Run(config, folder, processes, progress)
+    for stage, data in zip(config.stages, run.data(), strict=True):
+        run.do(stage, data)
+    if processes.is_main_process:
+        run.export()
+    processes.wait_for_everyone()
+    return folder / "model"
 
 
-def _datasets(
-    config: TrainingConfig, folder: Path, encoder: PromptEncoder, model: MSAForTraining
-) -> list[Any]:
-    """The steps of every stage."""
-    top_k = model.config.top_k_documents
-    builder = SampleBuilder(encoder, top_k)
-    worlds = [stage for stage in config.stages if isinstance(stage, Stage)]
-    needs_real = any(stage.world.real > 0 for stage in worlds)
-    real = RealWorlds(config.real_data.questions if needs_real else ())
-    sources = []
-    if len(worlds) < len(config.stages):
-        sources = load_sources(config.question_sets, folder / "negatives")
-    routed = [source for source in sources if source.settings.routes]
-    made: list[Any] = []
-    for stage in config.stages:
-        if isinstance(stage, Stage):
-            made.append(StepDataset(stage, builder, real, config.seed))
-        elif isinstance(stage, QuestionStage):
-            made.append(QuestionSteps(stage, sources, encoder, top_k, config.seed))
-        else:
-            run = functools.partial(
-                run_router_stage,
-                stage,
-                prompts=encoder,
-                sets=[source.questions for source in routed],
-                cache=folder / "states",
-                negatives={source.questions.name: source.negatives for source in routed},
-            )
-            made.append(run)
-    return made
+def _processes() -> PartialState:
+    """The processes that train together; of `torchrun`, or this one."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InputError(
+            "accelerate is not installed, which training needs; pip install 'msa-memory[train]'"
+        ) from error
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _claim(folder: Path, config_path: Path) -> None:
-    kept = folder / "config.yaml"
-    text = config_path.read_text(encoding="utf-8")
-    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
-        raise TrainingError(
-            f"{folder} holds a run of another config ({kept} differs from {config_path}); "
-            "choose another --output, or remove that folder"
-        )
-    kept.write_text(text, encoding="utf-8")
+class _Run:
+    """A training run: its model, and what every stage needs."""
 
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: Path,
+        processes: PartialState,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.processes = processes
+        start = config.start_from
+        self.template = PromptTemplate.load(start) if start else PromptTemplate()
+        with processes.main_process_first():
+            self.tokenizer = _tokenizer(config, folder, self.template)
+        self.origin = adapter_origin(config)
+        self.model = self._new_model()
 
-def _tokenizer(
-    config: TrainingConfig, folder: Path, template: PromptTemplate
-) -> PreTrainedTokenizerFast:
-    source = config.tokenizer.path or config.start_from
-    target = Path(source) if source else folder / "tokenizer"
-    if not (target / "tokenizer.json").is_file():
-        if source:
-            raise TrainingError(f"{target} holds no tokenizer.json; name a tokenizer's folder")
-        texts = tokenizer_texts(config.tokenizer, config.real_data, config.seed)
-        trained = train_tokenizer(texts, config.tokenizer.vocab_size, template)
-        partial = folder / "tokenizer.partial"
-        trained.save_pretrained(partial)
-        partial.rename(target)
-    return PreTrainedTokenizerFast.from_pretrained(target)
-
-
-def _model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> MSAForTraining:
-    if config.start_from:
-        frozen = torch.bfloat16 if config.adapter and config.bfloat16 else torch.float32
-        model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
-        if config.adapter is not None:
-            add_adapter(model, config.adapter)
-        return model
-    return MSAForTraining(
-        MSAConfig(
-            **{
-                **config.model,
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            }
-        )
-    )
-
-
-def _run_stage(
-    config: TrainingConfig,
-    stage: Stage | QuestionStage | RouterStage,
-    dataset: Any,
-    model: MSAForTraining,
-    folder: Path,
-    progress: Progress | None,
-) -> MSAForTraining:
-    """Run one stage, or load what it left."""
-    output = folder / stage.name
-    done = output / "done"
-    if (done / "model.safetensors").is_file():
-        if config.adapter is not None:
-            model.load_state_dict(load_file(done / "model.safetensors"), strict=False)
+    def _new_model(self) -> MSAForTraining:
+        """The model that the run begins with."""
+        config, tokenizer = self.config, self.tokenizer
+        if config.start_from:
+            frozen = torch.bfloat16 if config.adapter and config.bfloat16 else torch.float32
+            model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
+            if config.adapter is not None:
+                add_adapter(model, config.adapter)
             return model
-        finished: MSAForTraining = MSAForTraining.from_pretrained(done, dtype=torch.float32)
-        return finished
-    if isinstance(stage, RouterStage):
-        _train_routers(stage, dataset, model, folder, progress)
-        _keep(config, model, output)
-        return model
-    model.loss_settings = stage.losses
-    if config.adapter is not None:
-        freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
+        known = list(MSAConfig().to_dict())
+        for name in config.model:
+            if name not in known:  # transformers would keep it without a word
+                raise ConfigError(f"model: unknown key {name!r}; {nearest(name, known)}")
+        return MSAForTraining(
+            MSAConfig(
+                **{
+                    **config.model,
+                    "vocab_size": len(tokenizer),
+                    "pad_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": tokenizer.eos_token_id,
+                }
+            )
+        )
+
+    def data(self) -> list[Any]:
+        """What every stage learns from: its steps, or of a stage of routers what runs it."""
+        config, encoder = self.config, PromptEncoder(self.tokenizer, self.template)
+        top_k = self.model.config.top_k_documents
+        builder = SampleBuilder(encoder, top_k)
+        worlds = [stage for stage in config.stages if isinstance(stage, Stage)]
+        needs_real = any(stage.world.real > 0 for stage in worlds)
+        real = RealWorlds(config.real_data.questions if needs_real else ())
+        sources = []
+        if len(worlds) < len(config.stages):
+            with self.processes.main_process_first():  # it keeps the negatives for the others
+                sources = load_sources(config.question_sets, self.folder / "negatives")
+        routed = [source for source in sources if source.settings.routes]
+        count = self.processes.num_processes
+        made: list[Any] = []
+        for stage in config.stages:
+            if isinstance(stage, Stage):
+                made.append(StepDataset(stage, builder, real, config.seed, count))
+            elif isinstance(stage, QuestionStage):
+                made.append(QuestionSteps(stage, sources, encoder, top_k, config.seed, count))
+            else:
+                run = partial(
+                    run_router_stage,
+                    stage,
+                    prompts=encoder,
+                    sets=[source.questions for source in routed],
+                    cache=self.folder / "states",
+                    negatives={source.questions.name: source.negatives for source in routed},
+                )
+                made.append(run)
+        return made
+
+    def do(self, stage: Stage | QuestionStage | RouterStage, data: Any) -> None:
+        """Run one stage, or load what it left."""
+        if self._load_finished(stage.name):
+            return
+        if isinstance(stage, RouterStage):
+            if self.processes.is_main_process:
+                self._train_routers(stage, data)
+                self._keep(stage.name, None)
+            self.processes.wait_for_everyone()
+            self._load_finished(stage.name)
+            return
+        output = self.folder / stage.name
+        with self.processes.main_process_first():
+            checkpoint = _last_checkpoint(output)
+        trainer = self._trainer(stage, data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.full_state()
+        if self.processes.is_main_process:
+            self._keep(stage.name, state)
+            for each in output.glob("checkpoint-*"):
+                shutil.rmtree(each)
+        self.processes.wait_for_everyone()
+        if state is not None:  # the model is in shards
+            self.model = self._new_model()
+            self._load_finished(stage.name)
+
+    def _trainer(self, stage: Stage | QuestionStage, data: Any) -> MSATrainer:
+        config, model = self.config, self.model
+        model.loss_settings = stage.losses
+        model.document_batch = config.document_batch
+        model.checkpoint_activations(config.gradient_checkpointing)
+        if config.adapter is not None:
+            freeze_below(model, stage.train_from_layer if isinstance(stage, QuestionStage) else 0)
+        if config.compile:
+            compile_layers(model)
+        return MSATrainer(
+            stage=stage,
+            config=config,
+            model=model,
+            args=training_arguments(config, stage, self.folder / stage.name, model),
+            train_dataset=data,
+            data_collator=lambda items: items[0],
+            callbacks=[MetricsFile(self.folder / "metrics.jsonl", stage, self.progress)],
+        )
+
+    def _load_finished(self, stage: str) -> bool:
+        """Load what a stage left; False if it is not finished."""
+        done = self.folder / stage / "done"
+        if not (done / WEIGHTS).is_file():
+            return False
+        if self.config.adapter is not None:
+            self.model.load_state_dict(load_file(done / WEIGHTS), strict=False)
+        else:
+            self.model = MSAForTraining.from_pretrained(done, dtype=torch.float32)
+        return True
+
+    def _keep(self, stage: str, state: dict[str, Tensor] | None) -> None:
+        """Write what a finished stage leaves: whole, or not at all.
+
+        Args:
+            stage: its name.
+            state: weights of a model that is in shards.
+        """
+        scratch = self.folder / stage / "done.partial"
+        if self.config.adapter is not None:
+            state = trained_part(self.model.state_dict() if state is None else state)
+        self.model.save_pretrained(scratch, state_dict=state)
+        scratch.rename(self.folder / stage / "done")
+
+    def _train_routers(self, stage: RouterStage, run: Callable[..., Any]) -> None:
+        """A stage of routers alone, with a line of metrics."""
+
+        def show(what: str, done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{stage.name}: {what}", done, total, {})
+
+        report, failures = run(self.model, progress=show)
+        row = {
+            "stage": stage.name,
+            "step": report.best_epoch,
+            **asdict(report),
+            "texts_left_out": failures,
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def export(self) -> None:
+        """Write `model/` and, with an adapter, `adapter/`."""
+        parts = self.tokenizer, self.template, self.config.start_from
+        export_model(self.model, self.folder / "model", *parts)
+        if self.origin is not None:
+            export_adapter(self.model, self.origin, self.folder / "adapter", *parts)
+
+
+def training_arguments(
+    config: TrainingConfig, stage: Stage | QuestionStage, output: Path, model: MSAForTraining
+) -> TrainingArguments:
+    """Settings of one stage for the `Trainer`."""
+    sharded = {}
+    if config.fsdp:  # FSDP2: every layer by itself, gathered when it is run
+        layer = type(model.model.layers[0]).__name__
+        settings = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
+        sharded = {"fsdp": True, "fsdp_config": settings}
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=stage.steps,
@@ -317,52 +308,44 @@ def _run_stage(
         report_to=[],
         seed=config.seed,
         data_seed=config.seed,
+        ddp_find_unused_parameters=True,  # not every step asks everything
+        **sharded,
     )
-    if config.compile:
-        compile_layers(model)
-    trainer = MSATrainer(
-        stage=stage,
-        config=config,
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=lambda items: items[0],
-        callbacks=[_Metrics(folder / "metrics.jsonl", stage, progress)],
-    )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
-    _keep(config, model, output)
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return model
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a step is no batch that could be split
+    return arguments
 
 
-def _keep(config: TrainingConfig, model: MSAForTraining, output: Path) -> None:
-    """Write what a finished stage leaves: whole, or not at all."""
-    partial = output / "done.partial"
-    model.save_pretrained(
-        partial, state_dict=trained_state(model) if config.adapter is not None else None
-    )
-    partial.rename(output / "done")
+def _claim(folder: Path, config_path: Path, values: Any, *, changed: bool) -> None:
+    """Keep the configuration in the folder of the run, unless another one is there."""
+    kept = folder / "config.yaml"
+    if kept.is_file() and read_yaml(kept) != values:
+        raise TrainingError(
+            f"{folder} holds a run of another config ({kept} differs from {config_path}"
+            f"{' as it was changed by --set' if changed else ''}); choose another --output, or "
+            "remove that folder"
+        )
+    text = config_path.read_text(encoding="utf-8")
+    if changed:
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    scratch = kept.with_suffix(".partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(kept)
 
 
-def _train_routers(
-    stage: RouterStage, run: Any, model: MSAForTraining, folder: Path, progress: Progress | None
-) -> None:
-    """A stage of routers alone, with a line of metrics."""
-
-    def show(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{stage.name}: {what}", done, total, {})
-
-    report, failures = run(model, progress=show)
-    row = {
-        "stage": stage.name,
-        "step": report.best_epoch,
-        **asdict(report),
-        "texts_left_out": failures,
-    }
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def _tokenizer(
+    config: TrainingConfig, folder: Path, template: PromptTemplate
+) -> PreTrainedTokenizerFast:
+    source = config.tokenizer.path or config.start_from
+    target = Path(source) if source else folder / "tokenizer"
+    if not (target / "tokenizer.json").is_file():
+        if source:
+            raise TrainingError(f"{target} holds no tokenizer.json; name a tokenizer's folder")
+        texts = tokenizer_texts(config.tokenizer, config.real_data, config.seed)
+        trained = train_tokenizer(texts, config.tokenizer.vocab_size, template)
+        scratch = folder / "tokenizer.partial"
+        trained.save_pretrained(scratch)
+        scratch.rename(target)
+    return PreTrainedTokenizerFast.from_pretrained(target)
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -373,13 +356,3 @@ def _last_checkpoint(output: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(output)) if output.is_dir() else None
-
-
-def compile_layers(model: MSAForTraining) -> None:
-    """Fuse the pointwise work of every layer (feed-forward and norms) with torch.compile."""
-    for layer in model.model.layers:
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            module: Any = getattr(layer, name)
-            if not hasattr(module, "_msa_compiled"):
-                module.forward = torch.compile(module.forward, dynamic=True)
-                module._msa_compiled = True

@@ -243,6 +243,23 @@ def collate(samples: Sequence[Sample], num_documents: int, top_k: int) -> dict[s
     }
 
 
+def empty_group(num_documents: int, device: torch.device, *, route_only: bool) -> dict[str, Tensor]:
+    """A group, as `collate` gives one, that asks nothing and teaches nothing."""
+    shape = (1, 2)
+    nothing = torch.zeros(1, num_documents, dtype=torch.bool, device=device)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(2, device=device)[None],
+        "routing_mask": torch.zeros(shape, dtype=torch.bool, device=device),
+        "memory_mask": torch.zeros(shape, dtype=torch.bool, device=device),
+        "labels": torch.full(shape, IGNORED, device=device),
+        "weights": torch.zeros(shape, device=device),
+        "positives": nothing,
+        "read": nothing,
+        "route_only": torch.tensor([route_only], device=device),
+    }
+
+
 def pad(rows: list[Tensor], value: float) -> Tensor:
     """Stack rows of different lengths, padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -1,0 +1,123 @@
+"""Training in shards (FSDP2): two processes on CPUs learn what two whole copies learn."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_tiny_tokenizer
+from msa.errors import TrainingError
+from msa.training.run import train
+from training_tools import (
+    convert_plain_model,
+    rows_of,
+    weights_of,
+    write_config,
+    write_plain_model,
+    write_question_set,
+)
+
+# accelerate shards on GPUs only, though gloo can do it: tell it that this is one of its GPU setups.
+SCRIPT = """
+import sys
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+original = AcceleratorState.__init__
+
+def init(self, *args, fsdp_plugin=None, **kwargs):
+    original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+AcceleratorState.__init__ = init
+from msa.training.run import train
+train(sys.argv[1], sys.argv[2])
+"""
+
+
+def config_of(folder: Path, **changes) -> dict:
+    stage = {
+        "kind": "questions",
+        "steps": 3,
+        "learning_rate": 0.003,
+        "warmup_steps": 0,
+        "documents": 9,
+        "route": 2,
+        "route_again": 1,
+        "read": 2,
+        "hop": 1,
+    }
+    return {
+        "seed": 4,
+        "start_from": str(folder / "start"),
+        "save_steps": 2,
+        "log_steps": 1,
+        "threads": 1,
+        "gradient_checkpointing": True,
+        "document_batch": 4,
+        "optimizer": {"muon": False},
+        "question_sets": [
+            str(folder / "persons"),
+            {"path": str(folder / "persons"), "routes": False},  # steps of another shape
+        ],
+        "stages": [
+            {**stage, "name": "first", "losses": {"routing": 0.5, "fused": 0.5}},
+            {**stage, "name": "second", "steps": 1, "losses": {"documents": 0.0}},
+        ],
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    plain = folder / "plain"
+    write_plain_model(plain, make_tiny_tokenizer(), "qwen3", tie_word_embeddings=True)
+    convert_plain_model(plain, folder / "start")
+    write_question_set(folder / "persons")
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
+    return folder
+
+
+def launch(data: Path, config: dict, run: Path) -> None:
+    path = write_config(run.with_suffix(".yaml"), config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", str(data / "script.py"), str(path), str(run)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, {"rank": 2, "alpha": 4}], ids=["whole", "adapter"])
+def test_shards_learn_what_whole_copies_learn(data, tmp_path, adapter):
+    runs = []
+    for fsdp in (False, True):
+        run = tmp_path / f"fsdp-{fsdp}"
+        launch(data, config_of(data, fsdp=fsdp, adapter=adapter), run)
+        runs.append(run)
+    one, two = map(rows_of, runs)
+    assert [(r["stage"], r["step"]) for r in two] == [("first", i) for i in (1, 2, 3)] + [
+        ("second", 1)
+    ]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    expected, found = map(weights_of, runs)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-3), name
+    assert (runs[1] / "adapter").is_dir() == (adapter is not None)
+
+
+def test_one_process_is_told_how_to_start_more(data, tmp_path):
+    path = write_config(tmp_path / "c.yaml", config_of(data, fsdp=True))
+    with pytest.raises(TrainingError, match=r"this is one; start them with 'torchrun") as caught:
+        train(path, tmp_path / "run")
+    assert "\n" not in str(caught.value)
