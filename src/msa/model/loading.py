@@ -266,8 +266,6 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
         raise ModelError(f"{folder}: cannot be loaded as an MSA checkpoint ({reason})") from error
     finally:
         transformers_logging.set_verbosity(said)
-        if shown:
-            transformers_logging.enable_progress_bar()
     missing = sorted(set(report["missing_keys"]) - MADE_ANEW)
     if missing:
         raise ModelError(
