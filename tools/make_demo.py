@@ -63,17 +63,19 @@ NAMES = {
     "2wikimultihopqa": "2WikiMultihopQA development set",
 }
 
-# Invented notes: (title, text with a gap, question, answers before and after)
+# Invented notes: (id, title, text with a gap, question, answers before and after)
 NOTES = (
     (
+        "allotment-minutes",
         "Minutes of the Millbrook allotment committee",
-        "Minutes of the Millbrook allotment committee, 12 March 2026. Present: Anna Okafor, Lise "
-        "Brandt, Tom Reyes. The greenhouse that the January storm damaged will be built again "
-        "before May. {} will order the glass. The next meeting is on 16 April.",
+        "Minutes of the Millbrook allotment committee, 12 March 2026. The greenhouse that the "
+        "January storm damaged will be built again before May. {} will order the glass. Anna "
+        "Okafor looks after the water pump. The next meeting is on 16 April.",
         "Who will order the glass for the greenhouse of the Millbrook allotments?",
         ("Tom Reyes", "Lise Brandt"),
     ),
     (
+        "choir-rehearsals",
         "Rehearsals of the Oakfield choir",
         "The Oakfield choir rehearses every Tuesday at seven in the evening, from September to "
         "June. Rehearsals take place in {}. New singers are welcome; please bring a pencil. "
@@ -82,6 +84,7 @@ NOTES = (
         ("St Mark's Hall", "the Old Library"),
     ),
     (
+        "laboratory-equipment",
         "Harlow laboratory: equipment",
         "Notes on the equipment of the Harlow laboratory. The electron microscope stands in room "
         "{}. It must be booked a day ahead. Priya Nair keeps the list of bookings and trains new "
@@ -90,6 +93,7 @@ NOTES = (
         ("B214", "C107"),
     ),
     (
+        "archive-handover",
         "Lindqvist archive: handover",
         "Handover of the Lindqvist archive, spring 2026. The scanning of the letters goes on as "
         "planned. The person in charge of the archive is {}. Requests for copies are answered "
@@ -389,10 +393,9 @@ def unanswerable(
     return [row for pair in zip(*rows, strict=True) for row in pair]
 
 
-def story(note: tuple[str, str, str, tuple[str, str]]) -> list[Row]:
+def story(note: tuple[str, str, str, str, tuple[str, str]]) -> list[Row]:
     """A note that is added, changed and deleted, with a question after each."""
-    title, text, question, (before, after) = note
-    name = slug(title)
+    name, title, text, question, (before, after) = note
     common: Row = {"question": question, "answers": [], "cited": [], "refused": True}
 
     def told(answer: str) -> Row:
@@ -532,8 +535,9 @@ def addition(world: World, other: World, rng: random.Random) -> list[Row]:
     question = rng.choice(pool)
     again = next(q for q in pool if same_kind(q, question) and q.answer != question.answer)
     person = people[question.gold[0]]
-    rows = story((person.title, person.text.replace(question.answer, "{}"), question.question,
-                  (question.answer, again.answer)))  # fmt: skip
+    text = person.text.replace(question.answer, "{}")
+    answers = (question.answer, again.answer)
+    rows = story((slug(person.title), person.title, text, question.question, answers))
     return [*rows[:2], {**rows[2], "refused": None}]  # this model was not taught to refuse
 
 

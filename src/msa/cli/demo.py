@@ -313,20 +313,14 @@ class _Show:
 
     def _round(self, turn: Round, step: Step) -> None:
         label = f"  round {turn.index}"
-        found = Text()
-        for i, document in enumerate(turn.ranked[:SHOWN]):
-            found += Text(", " if i else "") + self._found(document, step)
-        if len(turn.ranked) > SHOWN:
-            found += Text(f", and {len(turn.ranked) - SHOWN} more", style="dim")
         if turn.ranked:
-            self._below(Text(f"{label:{INDENT}}", style="cyan"), Text("finds ") + found)
+            found = [self._found(document, step) for document in turn.ranked[:SHOWN]]
+            if len(turn.ranked) > SHOWN:
+                found.append(Text(f"and {len(turn.ranked) - SHOWN} more", style="dim"))
+            self._list(Text(f"{label:{INDENT}}finds ", style="cyan"), found)
             label = ""
-        read = Text("nothing") if not turn.read else Text()
-        for i, citation in enumerate(turn.read):
-            read += Text(", " if i else "") + Text(
-                f"[{citation.number}] {one_line(citation.id, 40)}"
-            )
-        self._below(Text(f"{label:{INDENT}}", style="cyan"), Text("reads ") + read)
+        read = [Text(f"[{c.number}] {one_line(c.id, 40)}", style="bold") for c in turn.read]
+        self._list(Text(f"{label:{INDENT}}reads ", style="cyan"), read or [Text("nothing")])
 
     @staticmethod
     def _found(document: RankedDocument, step: Step) -> Text:
@@ -334,7 +328,7 @@ class _Show:
         ways = ["meaning"] if document.layers else []
         ways += ["words"] if document.lexical else []
         name = Text(one_line(document.id, 40), style="green" if document.id in step.cited else "")
-        return name + Text(f" (by {' and '.join(ways) or 'nothing'})", style="dim")
+        return name + Text(f" (by {' and '.join(ways)})" if ways else "", style="dim")
 
     def _verdict(self, step: Step, answer: Answer, difference: str | None) -> None:
         line = Text(one_line(answer.text, 200) or "(none)", style="bold")
@@ -343,22 +337,21 @@ class _Show:
         elif difference is None:
             line += Text(f"  {self._mark('✓', 'right')}", style="bold green")
         else:
-            right = f"; right is: {step.answers[0]}" if step.answers else ""
-            line += Text(f"  {self._mark('✗', 'wrong')} {one_line(difference)}{right}", style="red")
+            right = f"right is: {step.answers[0]}" if step.answers else "nothing here answers it"
+            line += Text(f"  {self._mark('✗', 'wrong')} {right}", style="red")
         line += Text(f"  {answer.usage.total_seconds:.1f} s", style="dim")
-        self._below(Text(f"{'  answer':{INDENT}}", style="green"), line)
-        if evidence := find_evidence(answer):
-            sentence = Text(evidence.sentence, style="italic")
-            sentence.stylize("bold reverse", evidence.start, evidence.end)
-            width = self._console.width * 3
-            start = max(0, min(evidence.start - width // 2, len(sentence) - width))
-            cut = sentence[start : start + width]
-            quoted = Text("…" if start else "") + cut
-            quoted += Text("…" if start + width < len(sentence) else "")
-            self._below(
-                Text(" " * INDENT),
-                Text(f"[{evidence.citation.number}] ", style="bold") + quoted,
-            )
+        self._below(Text(f"{'  answer':{INDENT}}", style="cyan"), line)
+        evidence = find_evidence(answer)
+        if evidence is None:
+            return
+        sentence = Text(evidence.sentence, style="italic")
+        sentence.stylize("bold reverse", evidence.start, evidence.end)
+        width = self._console.width * 3
+        start = max(0, min(evidence.start - width // 2, len(sentence) - width))
+        quoted = Text("…" if start else "") + sentence[start : start + width]
+        quoted += Text("…" if start + width < len(sentence) else "")
+        number = Text(f"[{evidence.citation.number}] ", style="bold")
+        self._below(Text(" " * INDENT), number + quoted)
 
     def end(self, *, picked: bool) -> None:
         """How it went, and what to type next."""
@@ -387,6 +380,18 @@ class _Show:
 
     def _mark(self, sign: str, word: str) -> str:
         return sign if self._unicode else word
+
+    def _list(self, label: Text, entries: list[Text]) -> None:
+        """A label and a list behind it, which goes on below itself; no entry is broken."""
+        line = label.copy()
+        for i, entry in enumerate(entries):
+            piece = entry + Text(", " if i < len(entries) - 1 else "")
+            if len(line) > len(label) and len(line) + len(piece) > self._console.width:
+                line.rstrip()
+                self._console.print(line, soft_wrap=True)
+                line = Text(" " * len(label))
+            line += piece
+        self._console.print(line, soft_wrap=True)
 
     def _below(self, label: Text, text: Text) -> None:
         """A label and a text behind it, which goes on below itself."""
