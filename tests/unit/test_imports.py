@@ -40,6 +40,7 @@ WITHIN = {
         "database",
         "filters",
         "lexical",
+        "metadata_index",
         "catalog",
         "segments",
         "bank",
