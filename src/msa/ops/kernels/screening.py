@@ -265,9 +265,9 @@ class Screen:
         """Chunks [c'] int64, ascending, that may be the best ones of the top-k documents."""
         groups = bounds.view(-1, GROUP)
         heads = groups.amax(1)
-        take, lowest = count, -math.inf
+        take, lowest = 0, -math.inf
         while lowest == -math.inf and take < len(heads):
-            take = min(4 * take, len(heads))
+            take = min(max(4 * take, count), len(heads))
             places = _chunks(heads.topk(take).indices)
             places = places[bounds[places] > -torch.inf]
             lowest = self._kth_best(query, bounds, places, count, ends)
