@@ -2,7 +2,7 @@
 
     python tools/make_demo.py --data data                # src/msa/demo/real
     python tools/make_demo.py --data data --pick MODEL   # the same, the questions picked
-    python tools/make_demo.py --worlds                   # src/msa/demo/worlds
+    python tools/make_demo.py --worlds --pick worlds     # src/msa/demo/worlds
 
 Real ones: passages of Wikipedia with questions of the development sets of SQuAD 2.0, HotpotQA and
 2WikiMultihopQA. No passage shares a run of `RUN` words with any text that training may read as a
@@ -141,7 +141,9 @@ def real(data: Path, model: str | None) -> None:
     stories = [story(note) for note in NOTES]
     folder = FOLDER / "real"
     write(folder / "documents.jsonl", [bank.document(passage) for passage in bank.passages])
-    asked, told = pick(model, folder, candidates, stories) if model else (candidates, stories)
+    asked, told = (
+        pick(model, folder, candidates, stories, SHOWN) if model else (candidates, stories)
+    )
     rows = [row for kind, count in SHOWN.items() for row in asked[kind][:count]]
     write(folder / "questions.jsonl", [*rows, *told[0]])
     print({kind: len(rows) for kind, rows in candidates.items()}, len(bank.passages), "passages")
@@ -415,7 +417,11 @@ def story(note: tuple[str, str, str, str, tuple[str, str]]) -> list[Row]:
 
 
 def pick(
-    model: str, folder: Path, candidates: dict[str, list[Row]], stories: list[list[Row]]
+    model: str,
+    folder: Path,
+    candidates: dict[str, list[Row]],
+    stories: list[list[Row]],
+    shown: dict[str, int],
 ) -> tuple[dict[str, list[Row]], list[list[Row]]]:
     """The candidates that a model answers as expected, in every precision, kinds mixed."""
     wrong: dict[str, str] = {}
@@ -427,11 +433,11 @@ def pick(
     }
     told = [rows for rows in stories if rows[0]["question"] not in wrong]
     for kind, rows in candidates.items():
-        print(f"{kind}: {len(right[kind])} of {len(rows)} as expected, {SHOWN[kind]} are shown")
+        print(f"{kind}: {len(right[kind])} of {len(rows)} as expected, {shown[kind]} are shown")
     print(f"notes: {len(told)} of {len(stories)} as expected, 1 is shown")
     for question, difference in wrong.items():
         print(f"  {question}  {difference}")
-    if not told or any(len(right[kind]) < count for kind, count in SHOWN.items()):
+    if not told or any(len(right[kind]) < count for kind, count in shown.items()):
         sys.exit("too few are as expected; nothing was picked")
     return right, told
 
@@ -495,36 +501,39 @@ def mixed(rows: list[Row]) -> list[Row]:
 
 DOCUMENTS = 120
 BREADTH = 0.15
-QUESTIONS = {1: 3, 2: 3}
+HOPS = {"one hop": 1, "two hops": 2}
+WORLD_SHOWN = {"one hop": 3, "two hops": 3}
+WORLD_CANDIDATES = 8  # of each kind
 
 
-def worlds() -> None:
-    """The first questions of a shuffled list about a world of names that training never saw."""
+def worlds(model: str | None) -> None:
+    """Questions about a world of names that training never saw."""
     world = generate_world(SEED, DOCUMENTS, breadth=BREADTH, split="test")
     rng = random.Random(SEED)
-    questions = draw(world, rng)
+    candidates = {kind: [*map(world_row, draw(world, n, rng))] for kind, n in HOPS.items()}
     other = generate_world(SEED + 1, 64, breadth=BREADTH, split="test")
+    stories = additions(world, other, rng)
     folder = FOLDER / "worlds"
     write(folder / "documents.jsonl", [world_document(d) for d in world.documents])
-    write(folder / "questions.jsonl", [*map(world_row, questions), *addition(world, other, rng)])
+    asked, told = (
+        pick(model, folder, candidates, stories, WORLD_SHOWN) if model else (candidates, stories)
+    )
+    rows = [row for kind, count in WORLD_SHOWN.items() for row in asked[kind][:count]]
+    write(folder / "questions.jsonl", [*rows, *told[0]])
 
 
-def draw(world: World, rng: random.Random) -> list[WorldQuestion]:
-    """Questions of both kinds, each about another document."""
-    chosen: list[WorldQuestion] = []
-    for hops, count in QUESTIONS.items():
-        pool = [q for q in world.questions if q.hops == hops]
-        rng.shuffle(pool)
-        used: set[str] = set()
-        for question in pool:
-            if len(used) < count and question.gold[0] not in used:
-                used.add(question.gold[0])
-                chosen.append(question)
-    return chosen
+def draw(world: World, hops: int, rng: random.Random) -> list[WorldQuestion]:
+    """Questions of one kind, each about another document."""
+    pool = [q for q in world.questions if q.hops == hops]
+    rng.shuffle(pool)
+    chosen: dict[str, WorldQuestion] = {}
+    for question in pool:
+        chosen.setdefault(question.gold[0], question)
+    return [*chosen.values()][:WORLD_CANDIDATES]
 
 
-def addition(world: World, other: World, rng: random.Random) -> list[Row]:
-    """A person whom the world does not know: added, changed, deleted."""
+def additions(world: World, other: World, rng: random.Random) -> list[list[Row]]:
+    """People whom the world does not know: added, changed, deleted."""
     known = {d.title for d in world.documents}
     people = {d.key: d for d in other.documents if d.key.startswith("person")}
     pool = [
@@ -532,13 +541,17 @@ def addition(world: World, other: World, rng: random.Random) -> list[Row]:
         for q in other.questions
         if q.hops == 1 and q.gold[0] in people and people[q.gold[0]].title not in known
     ]
-    question = rng.choice(pool)
-    again = next(q for q in pool if same_kind(q, question) and q.answer != question.answer)
-    person = people[question.gold[0]]
-    text = person.text.replace(question.answer, "{}")
-    answers = (question.answer, again.answer)
-    rows = story((slug(person.title), person.title, text, question.question, answers))
-    return [*rows[:2], {**rows[2], "refused": None}]  # this model was not taught to refuse
+    stories = []
+    for question in rng.sample(pool, WORLD_CANDIDATES):
+        person = people[question.gold[0]]
+        others = [q.answer for q in pool if same_kind(q, question) and q.answer != question.answer]
+        if others and question.answer in person.text:
+            text = person.text.replace(question.answer, "{}")
+            answers = (question.answer, others[0])
+            rows = story((slug(person.title), person.title, text, question.question, answers))
+            # this model was not taught to refuse
+            stories.append([*rows[:2], {**rows[2], "refused": None}])
+    return stories
 
 
 def same_kind(one: WorldQuestion, other: WorldQuestion) -> bool:
@@ -572,7 +585,7 @@ def main() -> None:
     parser.add_argument("--worlds", action="store_true", help="the generated worlds instead")
     given = parser.parse_args()
     if given.worlds:
-        worlds()
+        worlds(given.pick)
     else:
         real(given.data, given.pick)
 

@@ -15,6 +15,7 @@ from msa.demo import material as files
 from msa.demo.material import FOLDERS, KINDS, Step, load_material, step_of_row
 from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
+from msa.inference.options import AskOptions
 from msa.memory.reports import AddProgress, AddReport, StoredDocument
 from msa.text.prompts import PromptTemplate
 from msa.types import (
@@ -221,6 +222,7 @@ TEXT = "It began. In 1951 the F.S.O. works opened in the town! Then came 1978, a
         (TEXT, "the town", "In 1951 the F.S.O. works opened in the town!"),
         (TEXT, "it began.", "It began."),
         (TEXT, "an end", "Then came 1978, and an end."),
+        ("It is by Margaret N. Fall. So.", "Fall", "It is by Margaret N. Fall."),
         ("No\x1b[31m end\nhere at all", "end", "No [31m end here at all"),
     ],
 )
@@ -304,7 +306,7 @@ def scripted(monkeypatch, tmp_path):
     rows, answers = list(STEPS), list(SCRIPT)
 
     class FakeEngine:
-        def __init__(self, model, tokenizer, bank) -> None:
+        def __init__(self, model, tokenizer, bank, *, options) -> None:
             self.bank, self.asked = bank, 0
 
         def ask(self, question):
@@ -323,7 +325,13 @@ def scripted(monkeypatch, tmp_path):
             rounds += [Round(c.round, routed, (c,), ()) for c in given.citations[1:]]
             return replace(given, question=question, rounds=tuple(rounds))
 
-    checkpoint = SimpleNamespace(model=None, tokenizer=None, template=TEMPLATE, name="tiny")
+    checkpoint = SimpleNamespace(
+        model=None,
+        tokenizer=None,
+        template=TEMPLATE,
+        ask_options=AskOptions(lexical_weight=0.5),
+        name="tiny",
+    )
     loaded = []
 
     def load_model(name, device):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from msa.memory.bank import MemoryBank
     from msa.memory.reports import AddProgress, AddReport
     from msa.model.checkpoint import Checkpoint
-    from msa.text.prompts import PromptTemplate
 
 SMALL = "worlds"
 """The small model, and the folder of the documents that it was made for."""
@@ -40,8 +39,8 @@ CHANGES = {
     "delete": ("Delete it", "-", "red"),
 }
 
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-"""Between two sentences."""
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+"""Between two sentences; the point behind an initial is none."""
 
 
 def demo(
@@ -73,7 +72,7 @@ def demo(
         worlds = _only_the_small_model(json)
     material = load_material(SMALL if worlds else "real")
     checkpoint = load_model(model or (SMALL if worlds else None), device)
-    show = _Show(output.stdout(), checkpoint.template, json=json)
+    show = _Show(output.stdout(), checkpoint, json=json)
     with tempfile.TemporaryDirectory(prefix="msa-demo-") as folder:
         run_demo(Path(folder, "bank"), checkpoint, material, show, questions, worlds=worlds)
     show.end(picked=not worlds)
@@ -128,7 +127,9 @@ def run_demo(
     with MemoryBank.create(path, checkpoint) as bank:
         report = _index(bank, material.documents)
         show.bank(checkpoint, report, bank.info().segment_bytes, worlds=worlds)
-        engine = MemoryEngine(checkpoint.model, checkpoint.tokenizer, bank)
+        engine = MemoryEngine(
+            checkpoint.model, checkpoint.tokenizer, bank, options=checkpoint.ask_options
+        )
         for step in [*asked, *(step for step in material.steps if step.kind != "ask")]:
             show.section(step)
             if step.kind != "ask":
@@ -229,9 +230,10 @@ class _Show:
         differences: what is not as expected, a line each.
     """
 
-    def __init__(self, console: Console, template: PromptTemplate, *, json: bool) -> None:
+    def __init__(self, console: Console, checkpoint: Checkpoint, *, json: bool) -> None:
         self._console = console
-        self._template = template
+        self._template = checkpoint.template
+        self._words = checkpoint.ask_options.lexical_weight > 0
         self._json = json
         self._section = ""
         self._seconds = 0.0
@@ -256,7 +258,8 @@ class _Show:
             f"{output.plural(report.added, what)} {of} that the model has never seen: "
             f"{output.plural(report.tokens, 'token')} read in {report.seconds:.1f} s "
             f"({speed} tokens/s), kept as latent states ({output.size(size)} on disk). Every "
-            "question finds its documents there by meaning" + ("." if worlds else " and by words."),
+            "question finds its documents there by meaning"
+            + (" and by words." if self._words else "."),
         )
 
     def section(self, step: Step) -> None:
@@ -322,13 +325,12 @@ class _Show:
         read = [Text(f"[{c.number}] {one_line(c.id, 40)}", style="bold") for c in turn.read]
         self._list(Text(f"{label:{INDENT}}reads ", style="cyan"), read or [Text("nothing")])
 
-    @staticmethod
-    def _found(document: RankedDocument, step: Step) -> Text:
-        """A document with the way by which it was found."""
+    def _found(self, document: RankedDocument, step: Step) -> Text:
+        """A document with the way by which it was found, where there are two."""
         ways = ["meaning"] if document.layers else []
         ways += ["words"] if document.lexical else []
         name = Text(one_line(document.id, 40), style="green" if document.id in step.cited else "")
-        return name + Text(f" (by {' and '.join(ways)})" if ways else "", style="dim")
+        return name + Text(f" (by {' and '.join(ways)})" if self._words else "", style="dim")
 
     def _verdict(self, step: Step, answer: Answer, difference: str | None) -> None:
         line = Text(one_line(answer.text, 200) or "(none)", style="bold")
