@@ -283,7 +283,7 @@ def kill_inside(path: Path, part: float, model, tokenizer, operation) -> tuple[i
 
 
 def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[int, list[list]]:
-    """Run an operation in a process that kills itself at its n-th write, sync, rename, ..."""
+    """Run an operation in a process that kills itself at its n-th write, sync, link, ..."""
 
     def work(say) -> None:
         bank = MemoryBank.open(path, model, tokenizer)
@@ -312,7 +312,7 @@ def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[in
 
             return counted_call
 
-        counted = {name: counting(name) for name in ("write", "fsync", "rename", "unlink")}
+        counted = {name: counting(name) for name in ("write", "fsync", "link", "unlink")}
         for name, function in counted.items():
             setattr(os, name, function)
         bank.catalog._db.connection = KillingConnection(bank.catalog._db.connection, count)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msa.errors import BankCorruptError
+from msa.errors import BankCorruptError, BankError
 from msa.memory import lexical
 from msa.memory.database import Database, guard
 from msa.memory.records import SegmentEntry
@@ -140,7 +141,9 @@ class Catalog:
                 "the folder and index again"
             )
         self._db = Database(path, read_only=read_only)
+        self._writer = 0
         if not read_only:
+            self._writer = self._become_writer()
             lexical.keep(self._db)
 
     @classmethod
@@ -160,12 +163,40 @@ class Catalog:
 
     @contextlib.contextmanager
     def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """One durable transaction that raises the generation, or no change at all."""
+        """One durable transaction that raises the generation, or no change at all.
+
+        Raises:
+            BankError: another writer has opened the bank since; nothing is changed.
+        """
         with self._db.transaction(doing) as db:
+            self._check_writer(db, doing)
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
             yield db
 
+    def _become_writer(self) -> int:
+        """A number for this writer; one with a lower number can commit no more."""
+        with self._db.transaction("open") as db:
+            db.execute("INSERT OR IGNORE INTO counters VALUES ('writer', 0)")
+            db.execute("UPDATE counters SET value = value + 1 WHERE name = 'writer'")
+            return _counter(db, "writer")
+
+    def _check_writer(self, db: sqlite3.Connection, doing: str) -> None:
+        if not self._db.read_only and _counter(db, "writer") != self._writer:
+            raise BankError(
+                f"cannot {doing} {self._db.path}: another process has opened the bank for "
+                "writing since (was writer.lock removed?); close this one and open it again"
+            )
+
     # ---- writing
+
+    def check_writer(self) -> None:
+        """Refuse before anything is written what no transaction would take.
+
+        Raises:
+            BankError: another writer has opened the bank since, or it was moved or replaced.
+        """
+        with self._db.reading() as db:
+            self._check_writer(db, "write to")
 
     def commit(
         self,
@@ -210,7 +241,7 @@ class Catalog:
     def delete(self, numbers: Iterable[int]) -> None:
         """Documents cease to exist; their states stay in their segments until `compact`."""
         with self._transaction("delete documents from") as db:
-            _bury(db, numbers)
+            _bury(db, map(operator.index, numbers))
 
     def replace_segments(
         self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
@@ -296,7 +327,7 @@ class Catalog:
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
         """Number -> document, for those that exist."""
-        wanted = list(dict.fromkeys(numbers))
+        wanted = list(dict.fromkeys(map(operator.index, numbers)))  # NumPy's integers too
         found: dict[int, StoredDocument] = {}
         for start in range(0, len(wanted), _IDS_PER_QUERY):
             some = wanted[start : start + _IDS_PER_QUERY]
@@ -320,7 +351,8 @@ class Catalog:
 
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
-        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", (limit, offset))
+        values = operator.index(limit), operator.index(offset)
+        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", values)
 
     def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
         with self._db.reading() as db:

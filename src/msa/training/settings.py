@@ -134,7 +134,7 @@ class Settings:
         given = values.kwargs if isinstance(values, ArgsKwargs) else values
         if not isinstance(given, Mapping):
             return values
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        known = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
                 raise ValueError(f"unknown key {key!r}; {nearest(str(key), known)}")
