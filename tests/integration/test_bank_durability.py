@@ -7,6 +7,7 @@ operation that was under way all or nothing (of a long `add`: whole commits).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -44,8 +45,10 @@ class Child:
 
     def __init__(self, work) -> None:
         read_end, write_end = os.pipe()
+        gc.collect()  # what the parent no longer needs is not the child's to finalize
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()
             os.close(read_end)
             torch.set_num_threads(1)  # the parent's threads are not there after a fork
             code = 1

@@ -308,7 +308,7 @@ def test_an_interrupted_index_says_what_is_safe(run, bank, tmp_path, monkeypatch
 
 CITATIONS = (
     Citation("erik", 17, "Erik Watts", "Erik Watts is a son of Bill Watts.", 1),
-    Citation("bill", 23, None, "Bill Watts\x1b[2J was born in 1939.", 2),
+    Citation("bill", 23, None, "Bill Watts\x1b[2J was born in 1939.", 2, (26, 30)),
 )
 ROUNDS = (
     Round(1, {2: (RoutedDocument("erik", 17, 0.91), RoutedDocument("x", 5, 0.5))}, CITATIONS[:1]),
@@ -396,6 +396,7 @@ def test_ask_json_is_the_whole_answer(run, engine):
     (answer,) = lines(run("ask", "Q?", "--bank", "b", "--json").out)
     assert answer["text"] == "1939"
     assert [c["id"] for c in answer["citations"]] == ["erik", "bill"]
+    assert [c["span"] for c in answer["citations"]] == [None, [26, 30]]
     assert answer["rounds"][0]["routed"]["2"][0] == {"id": "erik", "number": 17, "score": 0.91}
     assert answer["usage"]["prompt_tokens"] == 200
 

@@ -53,6 +53,7 @@ WITHIN = {
         "database",
         "filters",
         "lexical",
+        "metadata_index",
         "catalog",
         "segments",
         "bank",

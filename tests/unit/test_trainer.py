@@ -66,7 +66,7 @@ def run(tiny_tokenizer, tmp_path, monkeypatch):
             name="a",
             steps=steps,
             warmup_steps=0,
-            world=World(documents=4, max_document_tokens=30),
+            world=World(documents=4, max_document_tokens=120),
             samples=SampleSettings(name=2, read=1),
         )
         optimizer = OptimizerSettings(muon=muon)

@@ -528,7 +528,7 @@ class MemoryBank:
             queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
                 (those texts themselves are found too).
             top_k: documents per query, at most.
-            filter: metadata that documents must have, or a function of their metadata.
+            filter: which documents may be found, see `msa.memory.filters`.
             title_weight: how often a word of the title counts.
 
         Returns:

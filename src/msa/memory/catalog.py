@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import BankCorruptError, BankError
-from msa.memory import lexical
+from msa.memory import lexical, metadata_index
 from msa.memory.database import Database, guard
+from msa.memory.filters import Filter
 from msa.memory.records import SegmentEntry
 from msa.memory.reports import StoredDocument
 from msa.types import Document
@@ -145,6 +146,7 @@ class Catalog:
         if not read_only:
             self._writer = self._become_writer()
             lexical.keep(self._db)
+            metadata_index.keep(self._db)
 
     @classmethod
     def create(cls, folder: Path) -> Catalog:
@@ -171,6 +173,7 @@ class Catalog:
         with self._db.transaction(doing) as db:
             self._check_writer(db, doing)
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
+            metadata_index.follow(db)
             yield db
 
     def _become_writer(self) -> int:
@@ -216,10 +219,8 @@ class Catalog:
         place = {n: entry.segment for entry, numbers in segments for n in numbers}
         with self._transaction("commit documents to") as db:
             _bury(db, replaced)
-            db.executemany(
-                "UPDATE documents SET metadata = ? WHERE source = ?",
-                ((text, source) for source, text in metadata),
-            )
+            for source, text in metadata:
+                _change_metadata(db, source, text)
             _insert_segments(db, [entry for entry, _ in segments])
             db.executemany(
                 "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -235,6 +236,7 @@ class Catalog:
                 "INSERT INTO texts VALUES (?, ?, ?)",
                 ((r.number, r.document.title, r.document.text) for r in rows),
             )
+            metadata_index.add(db, ((r.number, r.metadata) for r in rows))
             if rows:
                 _raise_counter(db, "next_number", max(r.number for r in rows) + 1)
 
@@ -359,11 +361,14 @@ class Catalog:
             rows = db.execute(_STORED + where, values).fetchall()
         return [_stored_document(row) for row in rows]
 
-    def metadata(self) -> Iterator[tuple[int, str]]:
-        """(number, JSON text) of every live document, from one state of the catalog."""
+    def passing(self, filter: Filter) -> list[int]:
+        """Numbers of the live documents that pass a filter, in order; see `msa.memory.filters`.
+
+        Raises:
+            InputError: the filter is neither a mapping that can be read nor a function.
+        """
         with self._db.reading() as db:
-            rows = db.execute("SELECT number, metadata FROM documents").fetchall()
-        return iter(rows)
+            return metadata_index.passing(db, filter)
 
     def segments(self) -> list[SegmentEntry]:
         """All segments, in the order they were written."""
@@ -427,15 +432,17 @@ class Catalog:
                 count = db.execute(query).fetchone()[0]
                 if count:
                     found.append(f"{CATALOG_FILE}: {count} {words}")
-            found += [f"{CATALOG_FILE}: {line}" for line in lexical.problems(db)]
-        return found
+            lines = lexical.problems(db) + metadata_index.problems(db)
+        return found + [f"{CATALOG_FILE}: {line}" for line in lines]
 
-    def repair_index(self) -> None:
-        """Build the word index again if it is damaged."""
+    def repair_indexes(self) -> None:
+        """Build the index of words or of metadata again if it is damaged."""
         with self._db.reading() as db:
-            sound = not lexical.problems(db)
-        if not sound:
+            words, metadata = lexical.problems(db), metadata_index.problems(db)
+        if words:
             lexical.build(self._db)
+        if metadata:
+            metadata_index.build(self._db)
 
 
 def _is_unicode(text: str) -> bool:
@@ -451,9 +458,19 @@ def _stored_document(row: Sequence[Any]) -> StoredDocument:
     return StoredDocument(document, number, num_tokens, num_chunks, part_of, part, num_parts)
 
 
+def _change_metadata(db: sqlite3.Connection, source: str, text: str) -> None:
+    query = "SELECT number, metadata FROM documents WHERE source = ?"
+    old = db.execute(query, (source,)).fetchall()
+    metadata_index.remove(db, old)
+    metadata_index.add(db, ((number, text) for number, _ in old))
+    db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, source))
+
+
 def _bury(db: sqlite3.Connection, numbers: Iterable[int]) -> None:
     generation = _counter(db, "generation")
+    query = "SELECT number, metadata FROM documents WHERE number = ?"
     for number in numbers:
+        metadata_index.remove(db, db.execute(query, (number,)).fetchall())
         db.execute(
             "INSERT INTO dead SELECT number, segment, ? FROM documents WHERE number = ?",
             (generation, number),

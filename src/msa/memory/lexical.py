@@ -9,7 +9,6 @@ there as they are defined here.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import operator
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.database import Database
-from msa.memory.filters import Filter, metadata_test
+from msa.memory.filters import Filter, text_test
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 """Runs of letters and digits, lower case, without diacritics, English endings removed."""
@@ -225,7 +224,7 @@ class LexicalIndex:
         if top_k < 1:
             raise InputError(f"top_k={top_k}: expected at least 1")
         _check_weight(title_weight)
-        passes = None if filter is None else metadata_test(filter)
+        passes = None if filter is None else text_test(filter)
         found: list[list[tuple[int, float]]] = []
         with self._database.reading() as db:
             for match in self._matches(db, queries):
@@ -244,7 +243,7 @@ class LexicalIndex:
                         "WHERE words MATCH ? ORDER BY score DESC, words.rowid"
                     )
                     rows = db.execute(query, (title_weight, match))
-                    passing = ((n, s) for n, s, text in rows if passes(json.loads(text)))
+                    passing = ((n, s) for n, s, text in rows if passes(text))
                     found.append(list(itertools.islice(passing, top_k)))
         return found
 

@@ -207,7 +207,7 @@ def convert_checkpoint(
     }
     tokenizer = read_tokenizer(source)
     backbone = read_model(source, torch.float32 if is_gguf(source) else "auto")
-    marks = fit_template(tokenizer, int(backbone.config.vocab_size))
+    marks = fit_template(tokenizer, backbone.get_input_embeddings().weight.detach())
     enlarged = _make_room(backbone, len(tokenizer))
     count = int(backbone.config.num_hidden_layers)
     candidates = None if layers else _candidates(count)

@@ -316,6 +316,7 @@ def _read(path: Path, count: int) -> dict[str, Tensor] | None:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of other data, or damaged
         write_file(path, [save(tensors)])
     except OSError as error:
         raise TrainingError(

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa.ops import routing
 from msa.ops.kernels import routing_cpu
 from msa.ops.kernels.rounding import longest
 from msa.ops.routing import check_routing
@@ -56,6 +57,8 @@ ZERO_POINT = 64
 PACKED = 512
 # Float32 roundings of a bound, per |q| |k|, with room.
 ROUNDING = 4e-6
+# So few pairs of a token and a key are scored by the reference, which has no blocks to prepare.
+PLAIN = 1 << 10
 # Where more than one chunk of so many is left, scoring all of them is faster than picking them.
 FEW = 16
 # After so many searches in a row that left too many, one of so many still asks the copy.
@@ -262,9 +265,9 @@ class Screen:
         """Chunks [c'] int64, ascending, that may be the best ones of the top-k documents."""
         groups = bounds.view(-1, GROUP)
         heads = groups.amax(1)
-        take, lowest = count, -math.inf
+        take, lowest = 0, -math.inf
         while lowest == -math.inf and take < len(heads):
-            take = min(4 * take, len(heads))
+            take = min(max(4 * take, count), len(heads))
             places = _chunks(heads.topk(take).indices)
             places = places[bounds[places] > -torch.inf]
             lowest = self._kth_best(query, bounds, places, count, ends)
@@ -377,9 +380,9 @@ def _exact(
         part = slice(begin, end)
         some = keys[places[chunk : int(ends[end - 1])]]
         allowed = None if mask is None else mask[found[part]]
-        best = routing_cpu.route_documents(
-            vectors[None], routes, some, sizes[part], top_k, allowed, key_norm=key_norm
-        )
+        plain = len(vectors) * len(some) <= PLAIN
+        route = routing.route_documents if plain else routing_cpu.route_documents
+        best = route(vectors[None], routes, some, sizes[part], top_k, allowed, key_norm=key_norm)
         chosen = best.documents[0] >= 0
         documents.append(found[part][best.documents[0][chosen]])
         scores.append(best.scores[0][chosen])
