@@ -234,13 +234,11 @@ def test_the_sentence_around_the_answer_is_found(text, said, sentence):
 
 
 def test_the_document_read_last_comes_first_and_a_span_before_all():
-    class Spanned:
-        id, number, title, text, round, span = "s", 1, None, "Ada, or Ada.", 1, (8, 11)
-
+    spanned = Citation("s", 1, None, "Ada, or Ada.", round=1, span=(8, 11))
     late, early = (Citation(name, 7, None, "By Ada.", round=1) for name in ("late", "early"))
     found = demo.find_evidence(answer("Ada", citations=(early, late)))
     assert found.citation.id == "late"
-    found = demo.find_evidence(answer("Ada", citations=(early, Spanned, late)))
+    found = demo.find_evidence(answer("Ada", citations=(early, spanned, late)))
     assert (found.citation.id, found.start) == ("s", 8)
     assert demo.find_evidence(answer("Bob", citations=(early, late))) is None
     assert demo.find_evidence(answer("", citations=(early, late))) is None

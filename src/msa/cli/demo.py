@@ -200,8 +200,8 @@ def find_evidence(answer: Answer) -> Evidence | None:
     one read first.
     """
     for citation in reversed(answer.citations):
-        if span := getattr(citation, "span", None):
-            return _sentence(citation, span[0], span[1])
+        if citation.span:
+            return _sentence(citation, *citation.span)
     wanted = answer.text.strip().rstrip(".").lower()
     for citation in reversed(answer.citations):
         start = citation.text.lower().find(wanted) if wanted else -1
