@@ -1,6 +1,6 @@
 # Every target makes the virtual environment it needs. Needs: make, Python >= 3.11.
 #
-#   make demo     ask the small model that ships with the package, and watch it read
+#   make demo     ask questions about passages of Wikipedia, and watch the model find and read them
 #   make test     all tests (CPU, offline)
 #   make test-lowest, make test-newest
 #                 the core tests with the lowest versions that pyproject.toml allows, and with the
@@ -9,12 +9,13 @@
 #   make docs     write docs/cli.md anew from `msa --help`
 #
 # TORCH_ARGS goes to the `pip install` of torch alone, for instance to choose an index with builds
-# for CPU; PYTEST_ARGS goes to pytest.
+# for CPU; PYTEST_ARGS goes to pytest, DEMO_ARGS to `msa demo`.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 # torch comes first and alone: what follows then keeps the build that was chosen here.
@@ -43,7 +44,7 @@ $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core
-	@$(BIN)/msa demo
+	@$(BIN)/msa demo $(DEMO_ARGS)
 
 # The tests' models are tiny: a second thread costs more than it brings.
 test: $(VENV)/.full

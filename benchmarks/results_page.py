@@ -31,8 +31,11 @@ by reading fewer keys: the pruned scan.
 
 def main() -> None:
     parts = [
-        "# Results\n\nWritten from the JSON files in this folder by `python benchmarks/results_page"
-        ".py`. Each\nholds its command, commit, machine and seed. Shares are in percent.\n"
+        "# Results\n\nReal documents, with the default model: "
+        "[real_documents.md](real_documents.md)."
+        " What follows is written\nfrom the JSON files in this folder by "
+        "`python benchmarks/results_page.py`. Each\nholds its command, commit, machine and seed. "
+        "Shares are in percent.\n"
     ]
     sections = (
         ("quality", quality),
@@ -59,7 +62,7 @@ def heading(title: str, about: dict) -> str:
 def quality(results: dict) -> str:
     """Routing, naming and answers of the default model."""
     rows = [
-        heading("The default model", results.pop("about")),
+        heading("The worlds model", results.pop("about")),
         "Worlds are invented and use names that training never draws. *Routed*: the first document "
         "needed is among\nthe 16 that some layer selected in round 1; *all routed*: every one, in "
         "some round; *named*: the first\ndocument read is the right one; *all read*: "

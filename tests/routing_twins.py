@@ -78,6 +78,12 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             f"a filter per question, {dtype}",
             make(many, batch=3, dtype=dtype, document_mask=torch.rand(3, len(many)) < 0.3),
         )
+        yield f"one vector, {dtype}", make(many, batch=1, tokens=1, dtype=dtype)
+        yield (
+            f"one vector per question, {dtype}",
+            changed(make(many, batch=5, tokens=1, dtype=dtype), routing_mask=put(3, value=False)),
+        )
+    yield "one vector for each of many questions", make(many, batch=19, tokens=1)
     yield "odd sizes", make(ragged(2, 43, 3), batch=3, tokens=7, groups=3, dim=7, top_k=5)
     yield "one number per key", make(ragged(3, 20, 4), groups=1, dim=1)
     yield "wide keys, many tokens", make(ragged(4, 30, 5), tokens=70, groups=5, dim=30)

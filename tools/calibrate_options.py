@@ -96,9 +96,9 @@ def opened(
         if len(wanted) >= documents:
             break
         wanted.setdefault(key)
-    bank = MemoryBank.create(Path(place, "bank"), *checkpoint[:3])
+    bank = MemoryBank.create(Path(place, "bank"), checkpoint)
     bank.add([questions.documents[key] for key in wanted])
-    return MemoryEngine(*checkpoint[:2], bank, options=options)
+    return MemoryEngine(checkpoint.model, checkpoint.tokenizer, bank, options=options)
 
 
 def routed(engine: MemoryEngine, drawn: Sequence[TrainingQuestion]) -> list[Asked]:

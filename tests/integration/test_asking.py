@@ -222,12 +222,12 @@ def test_a_filter_compares_as_json_does(bank: MemoryBank, model: Any, tokenizer:
     def found(value: Any) -> set[str]:
         return {h.id for h in engine.retrieve(QUESTION, filter={"is": value})}
 
-    assert found(1) == found(1.0) == {"one"}
+    assert found(1) == found(1.0) == {"one", "list"}  # a list holds what its elements are
     assert found(True) == {"true"}
     assert found("1") == {"text"}
     assert found((1, 2)) == found([1, 2]) == {"list"}  # a tuple is JSON's list, now and later
     assert found(None) == {"none"}
-    for value in (False, [True, 2], [1], {}, 1.25):
+    for value in (False, [True, 2], [1], 1.25):
         with pytest.raises(EmptyBankError, match="passes the filter"):
             found(value)
     with pytest.raises(InputError, match="no JSON value"):
@@ -325,12 +325,22 @@ def test_a_model_that_computes_nonsense_is_refused(
         if routing:
             model.model.layers[2].self_attn.router_q_proj[0].weight.fill_(math.nan)
         else:
-            model.model.layers[3].mlp.up_proj.weight.fill_(math.nan)
+            model.model.layers[2].mlp.up_proj.weight.fill_(math.nan)
     for call in (engine.ask, engine.retrieve):
         with pytest.raises(ModelError, match="NaN"):
             call(QUESTION)
     with pytest.raises(ModelError, match="NaN"):
         list(engine.ask(QUESTION, stream=True))
+
+
+def test_a_model_whose_last_layer_computes_nonsense_answers_nothing(
+    bank: MemoryBank, model: Any, tokenizer: Any
+) -> None:
+    engine = MemoryEngine(model, tokenizer, bank)
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="logits are not finite"):
+        engine.ask(QUESTION)
 
 
 def test_several_threads_may_ask_one_engine(bank: MemoryBank, model: Any, tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ operation that was under way all or nothing (of a long `add`: whole commits).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -44,8 +45,10 @@ class Child:
 
     def __init__(self, work) -> None:
         read_end, write_end = os.pipe()
+        gc.collect()  # what the parent no longer needs is not the child's to finalize
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()
             os.close(read_end)
             torch.set_num_threads(1)  # the parent's threads are not there after a fork
             code = 1
@@ -283,7 +286,7 @@ def kill_inside(path: Path, part: float, model, tokenizer, operation) -> tuple[i
 
 
 def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[int, list[list]]:
-    """Run an operation in a process that kills itself at its n-th write, sync, rename, ..."""
+    """Run an operation in a process that kills itself at its n-th write, sync, link, ..."""
 
     def work(say) -> None:
         bank = MemoryBank.open(path, model, tokenizer)
@@ -312,7 +315,7 @@ def kill_at_call(path: Path, call: int, model, tokenizer, operation) -> tuple[in
 
             return counted_call
 
-        counted = {name: counting(name) for name in ("write", "fsync", "rename", "unlink")}
+        counted = {name: counting(name) for name in ("write", "fsync", "link", "unlink")}
         for name, function in counted.items():
             setattr(os, name, function)
         bank.catalog._db.connection = KillingConnection(bank.catalog._db.connection, count)

@@ -6,6 +6,7 @@ The ranks are forked, so that none of them has to import torch again; one test r
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -50,8 +51,10 @@ class Process:
     def __init__(self, folder: Path, work) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        gc.collect()  # what the parent no longer needs is not the child's to finalize
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()
             torch.set_num_threads(1)  # the parent's threads are not there after a fork
             code = 1
             try:

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msa.cli import demo, main
+from msa.cli import main
+from msa.demo import material
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,32 +183,38 @@ def test_a_damaged_bank_is_reported_and_repaired(run, bank, model_folder):
     assert run("bank", "verify", bank).code == 0
 
 
-def test_the_demo_asks_adds_and_deletes(run, model_folder, tmp_path, monkeypatch):
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    documents = [{"id": f"d{i}", "title": None, "text": f"Town {i} lies north."} for i in range(30)]
-    questions = [
-        {"question": "Where is town 3?", "answer": "north", "gold": ["d3"], "hops": 1},
-        {"question": "And its neighbour?", "answer": "south", "gold": ["d3", "d4"], "hops": 2},
+def test_the_demo_asks_adds_changes_and_deletes(run, model_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "demo" / "real"
+    folder.mkdir(parents=True)
+    texts = [{"id": f"d{i}", "title": None, "text": f"Town {i} lies north."} for i in range(30)]
+    note = {"id": "new", "title": "X", "text": "Town X is new."}
+    row = {"question": "X?", "answers": ["new"], "cited": ["new"], "refused": False}
+    steps = [
+        {**row, "step": "ask", "question": "Where is town 3?", "cited": ["d3"]},
+        {**row, "step": "ask", "question": "And its neighbour?", "cited": ["d3", "d4"]},
+        {**row, "step": "add", "document": note},
+        {**row, "step": "update", "document": {**note, "text": "Town X is old."}},
+        {**row, "step": "delete", "deleted": "new", "refused": None},
     ]
-    added = {"document": {"id": "new", "text": "Town X is new."}, "question": "X?", "answer": "new"}
-    for name, records in (("documents.jsonl", documents), ("questions.jsonl", questions)):
+    for name, records in (("documents.jsonl", texts), ("questions.jsonl", steps)):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "added.json").write_text(json.dumps(added))
-    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(material.resources, "files", lambda _: tmp_path)
     result = run("demo", "--model", model_folder, "--json")
-    assert result.code == 0
-    assert [row["step"] for row in result.json] == ["ask", "ask", "added", "deleted"]
-    assert result.json[1]["gold"] == ["d3", "d4"]
-    assert "new" not in json.dumps(result.json[3]["rounds"])
+    assert result.code == 0, result.err
+    index, *answers = result.json
+    assert (index["documents"], index["tokens"] > 300) == (30, True)
+    assert [row["step"] for row in answers] == ["ask", "ask", "add", "update", "delete"]
+    assert answers[1]["expected"]["cited"] == ["d3", "d4"]
+    assert "new" not in json.dumps(answers[4]["rounds"])
     plain = run("demo", "--model", model_folder, "--questions", 1).out
-    assert "A bank of 30 documents that the model has never seen" in plain
-    assert "Where is town 3?  (one hop)" in plain
-    assert "round 1 layer 2 routed" in plain
-    assert "A new document is added: Town X is new." in plain
-    assert "Gone: the bank does not hold new any more" in plain
-    assert "of 2 answers right" in plain
-    assert not [line for line in plain.splitlines() if len(line) > 160]
+    assert "Where is town 3?\n  round 1  finds d" in plain
+    assert "(by " not in plain, "this model finds by meaning alone"
+    assert "Town X is old." in plain
+    assert "of 4 answers as expected" in plain
+    assert not [line for line in plain.splitlines() if len(line) > 100]
+    checked = run("demo", "--model", model_folder, "--check")
+    assert (checked.code, checked.err.count("\n")) == (1, 1)
+    assert "not as expected: 'Where is town 3?': " in checked.err
 
 
 # Bad input: one line each
@@ -275,8 +282,8 @@ def test_a_second_writer_is_told_and_the_bank_is_unharmed(run, files, bank, mode
     from msa.memory.bank import MemoryBank
 
     with MemoryBank.open(bank):
-        one_error(run("bank", "delete", bank, "r1"), str(os.getpid()))
-        one_error(run("index", files, "--bank", bank, "--model", model_folder), str(os.getpid()))
+        one_error(run("bank", "delete", bank, "r1"), "this very process")
+        one_error(run("index", files, "--bank", bank, "--model", model_folder), "this very process")
         assert "r1" in ids(run, bank)
     assert run("bank", "delete", bank, "r1").code == 0
 

@@ -28,7 +28,7 @@ TINY = (
     "top_k_documents: 2, routing_layers: [1]}"
 )
 SMALLER = {
-    "default_model": [
+    "worlds": [
         f"model={TINY}",
         "tokenizer={vocab_size: 600, worlds: 5}",
         "real_data={}",

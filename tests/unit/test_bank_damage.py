@@ -90,7 +90,7 @@ def test_files_that_no_commit_names_are_removed_when_a_writer_opens(
 # ---- a disk that refuses
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["write", "fsync", "link"])
 def test_a_full_disk_leaves_the_bank_as_it_was_and_usable(bank, path, monkeypatch, call):
     bank.add(make_documents(3))
     before, states = folder_state(path), states_of(bank)

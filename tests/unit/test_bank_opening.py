@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 
 import pytest
@@ -192,7 +191,15 @@ def test_the_dtype_on_disk_is_a_setting(path, tiny_model, tiny_tokenizer):
 
 
 def test_the_second_writer_is_told_who_the_first_is(bank, path):
-    with pytest.raises(BankLockedError, match=rf"process {os.getpid()} on .* since 20.*read_only"):
+    with pytest.raises(BankLockedError, match=r"in this very process since 20.*read_only"):
+        MemoryBank.open(path)
+    holder = path / "writer.json"
+    told = json.loads(holder.read_text())
+    holder.write_text(json.dumps({**told, "pid": 1}))
+    with pytest.raises(BankLockedError, match=r"written by process 1 on .* since 20.*read_only"):
+        MemoryBank.open(path)
+    holder.write_text("")
+    with pytest.raises(BankLockedError, match=r"written by a process that has just started"):
         MemoryBank.open(path)
     MemoryBank.open(path, read_only=True).close()
     bank.close()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -45,41 +47,28 @@ def write_wheel(path: Path, content: bytes = CONTENT) -> Path:
 
 
 class Pip:
-    """Stands for the `pip download` that is started: leaves a wheel, or says what went wrong."""
+    """Stands for the `pip download` that is run: leaves a wheel, or says what went wrong."""
 
-    def __init__(self, content: bytes = CONTENT, error: str = "", steps: int = 3) -> None:
-        self.content, self.error, self.steps = content, error, steps
+    def __init__(self, content: bytes = CONTENT, error: str = "", seconds: float = 0.1) -> None:
+        self.content, self.error, self.seconds = content, error, seconds
         self.started: list[list[str]] = []
 
-    def __call__(self, command, *, env, stdout, **_):
+    def __call__(self, command, *, env, **_):
         self.started.append(command)
         folder = Path(command[command.index("--dest") + 1])
         assert env["TMPDIR"] == str(folder)
-        stdout.write(self.error.encode())
-        return Running(self, folder)
-
-
-class Running:
-    def __init__(self, pip: Pip, folder: Path) -> None:
-        self.pip, self.folder, self.left = pip, folder, pip.steps
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.left:
-            self.left -= 1
-            (self.folder / "partial").write_bytes(bytes(100 * (self.pip.steps - self.left)))
-            return None
-        if not self.pip.error:
-            write_wheel(self.folder / "tiny-1.0-py3-none-any.whl", self.pip.content)
-        self.returncode = 1 if self.pip.error else 0
-        return self.returncode
+        (folder / "partial").write_bytes(bytes(200))
+        time.sleep(self.seconds)
+        if not self.error:
+            write_wheel(folder / "tiny-1.0-py3-none-any.whl", self.content)
+        return SimpleNamespace(returncode=1 if self.error else 0, stdout=self.error)
 
 
 @pytest.fixture
 def pip(monkeypatch):
     def use(**settings) -> Pip:
         fake = Pip(**settings)
-        monkeypatch.setattr(bases.subprocess, "Popen", fake)
+        monkeypatch.setattr(bases.subprocess, "run", fake)
         monkeypatch.setattr(bases, "POLL_SECONDS", 0.01)
         return fake
 
@@ -244,7 +233,7 @@ def test_an_unknown_source_is_refused(pip):
 
 
 def test_two_that_want_it_at_once_fetch_it_once(pip):
-    fake = pip(steps=30)
+    fake = pip(seconds=0.3)
     said: list[str] = []
     threads = [
         threading.Thread(target=fetch_base, args=(BASE,), kwargs={"progress": note(said)})
@@ -273,16 +262,11 @@ def test_the_folder_is_where_the_environment_says(monkeypatch, tmp_path):
     assert home.home() == tmp_path / "me" / ".cache" / "msa"
 
 
-def test_an_interrupted_fetch_leaves_nothing(pip, monkeypatch):
-    fake = pip(steps=1000)
-
-    def interrupt(*_):
+def test_an_interrupted_fetch_leaves_nothing(monkeypatch):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bases, "_largest", interrupt)
-    monkeypatch.setattr(Running, "kill", lambda self: None, raising=False)
-    monkeypatch.setattr(Running, "wait", lambda self: None, raising=False)
+    monkeypatch.setattr(bases.subprocess, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch()
-    assert fake.started
-    assert not BASE.path.parent.exists()
+    assert not list(BASE.path.parent.parent.iterdir())

@@ -14,9 +14,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from msa.cli import ask, demo, index, main, options, output
+from msa.cli import ask, index, main, options, output
 from msa.errors import BankNotFoundError, InputError
-from msa.types import Answer, Citation, Document, Event, Hit, Round, RoutedDocument, Usage
+from msa.types import Answer, Citation, Event, Hit, Round, RoutedDocument, Usage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -308,7 +308,7 @@ def test_an_interrupted_index_says_what_is_safe(run, bank, tmp_path, monkeypatch
 
 CITATIONS = (
     Citation("erik", 17, "Erik Watts", "Erik Watts is a son of Bill Watts.", 1),
-    Citation("bill", 23, None, "Bill Watts\x1b[2J was born in 1939.", 2),
+    Citation("bill", 23, None, "Bill Watts\x1b[2J was born in 1939.", 2, (26, 30)),
 )
 ROUNDS = (
     Round(1, {2: (RoutedDocument("erik", 17, 0.91), RoutedDocument("x", 5, 0.5))}, CITATIONS[:1]),
@@ -396,6 +396,7 @@ def test_ask_json_is_the_whole_answer(run, engine):
     (answer,) = lines(run("ask", "Q?", "--bank", "b", "--json").out)
     assert answer["text"] == "1939"
     assert [c["id"] for c in answer["citations"]] == ["erik", "bill"]
+    assert [c["span"] for c in answer["citations"]] == [None, [26, 30]]
     assert answer["rounds"][0]["routed"]["2"][0] == {"id": "erik", "number": 17, "score": 0.91}
     assert answer["usage"]["prompt_tokens"] == 200
 
@@ -456,48 +457,6 @@ def test_search_lists_hits_best_first(run, engine):
     assert "Bill Watts was born in 1939." in result.out
     (hit,) = lines(run("search", "watts", "--bank", "b", "--json", "-k", 1).out)
     assert (hit["id"], hit["layer_scores"], hit["metadata"]) == ("erik", {"2": 0.91}, {"a": 1})
-
-
-# Demo
-
-
-def test_an_answer_is_right_whatever_its_case_articles_and_punctuation():
-    assert demo.is_right("The  Blue House.", "blue house")
-    assert not demo.is_right("Blue", "blue house")
-    assert not demo.is_right("", "blue house")
-
-
-def test_missing_demo_files_are_one_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
-    with pytest.raises(InputError, match="the demo's documents cannot be read"):
-        demo.load_material()
-
-
-def test_the_demo_reads_the_files_as_they_are_documented(monkeypatch, tmp_path):
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    document = {"id": "a", "title": "A", "text": "A is b."}
-    (folder / "documents.jsonl").write_text(json.dumps(document) + "\n")
-    question = {"question": "What is A?", "answer": "b", "gold": ["a"], "hops": 1}
-    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
-    added = {"document": {**document, "id": "n"}, "question": "And n?", "answer": "b"}
-    (folder / "added.json").write_text(json.dumps(added))
-    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
-    material = demo.load_material()
-    assert material.documents == (Document("a", "A is b.", "A"),)
-    assert material.questions == (demo.Question("What is A?", "b", ("a",)),)
-    assert material.added.id == "n"
-    assert material.added_question == demo.Question("And n?", "b", ("n",))
-
-
-def test_the_demo_that_ships_asks_of_its_own_documents_with_one_hop_and_two():
-    material = demo.load_material()
-    ids = {document.id for document in material.documents}
-    assert len(ids) == len(material.documents) > 20
-    assert {len(question.gold) for question in material.questions} == {1, 2}
-    assert all(set(question.gold) <= ids for question in material.questions)
-    assert material.added.id not in ids
-    assert material.added_question.answer in material.added.content
 
 
 # Train

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from conftest import DATA, SMALL
+from gguf_tools import write_gguf
 from msa import Document, MemoryBank, MSAConfig, MSAForCausalLM, load
 from msa.errors import ConfigError, InputError, ModelError, MSAError
 from msa.memory.latent import LatentMemory
@@ -30,6 +31,7 @@ from msa.model.convert import (
     logit_difference,
 )
 from msa.model.export import to_released
+from msa.model.pretrained import read_weights
 from msa.text.prompts import PromptEncoder, PromptTemplate
 
 FAMILIES = pytest.mark.parametrize(
@@ -322,6 +324,38 @@ def test_a_damaged_gguf_is_said(tmp_path, content, message):
     with pytest.raises(ModelError, match=message) as error:
         converted(tmp_path / "x.gguf", tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_is_read_as_the_weights_it_was_made_of(tiny_tokenizer, tmp_path):
+    backbone = plain(
+        LlamaConfig,
+        LlamaForCausalLM,
+        vocab_size=len(tiny_tokenizer) + 1,
+        tie_word_embeddings=False,
+    )
+    path = write_gguf(tmp_path / "tiny.gguf", backbone, tiny_tokenizer)
+    weights = read_weights(path)
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    report = converted(path, tmp_path / "out", layers=[1])
+    assert report.logit_difference < 1e-5
+    assert report.dtype == "float32"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in written
+    loaded = load(tmp_path / "out")
+    ids = torch.randint(0, len(tiny_tokenizer), (1, 9))
+    with torch.no_grad():
+        logits = loaded.model(ids).logits[
+            ..., : backbone.config.vocab_size
+        ]  # it may have marks more
+        assert torch.allclose(logits, backbone(ids).logits, atol=1e-5)
+
+
+def test_a_gguf_file_of_another_architecture_is_said(tiny_tokenizer, tmp_path):
+    backbone = plain(LlamaConfig, LlamaForCausalLM, vocab_size=len(tiny_tokenizer) + 1)
+    path = write_gguf(tmp_path / "x.gguf", backbone, tiny_tokenizer, architecture="mystery")
+    with pytest.raises(ModelError, match=r"of a kind that transformers cannot read .*mystery"):
+        converted(path, tmp_path / "out")
 
 
 def test_without_a_fast_tokenizer_there_is_no_conversion(sources, tmp_path):

@@ -257,7 +257,7 @@ def test_every_key_of_the_configuration_is_explained_and_no_other(name):
 
 
 def test_the_bytes_per_token_of_the_default_model_follow_from_its_config():
-    model = training_config.load_config(ROOT / "configs" / "default_model.yaml").model
+    model = training_config.load_config(ROOT / "configs" / "worlds.yaml").model
     values = 3 * len(model["routing_layers"]) * model["num_key_value_heads"] * model["head_dim"]
     per_token = values * 4 // model["chunk_size"]
     text = (DOCS / "concepts.md").read_text(encoding="utf-8")

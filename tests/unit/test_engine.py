@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_tiny_tokenizer
@@ -234,6 +234,7 @@ def test_lead_in_and_end_mark_are_no_part_of_the_answer(written: str, text: str)
     assert reader.text(ids(written)) == text
 
 
+@settings(deadline=None)
 @given(
     st.text(st.sampled_from("The answer to is:\u00e9\U0001f600 \n#."), max_size=40), st.booleans()
 )

@@ -27,6 +27,7 @@ ORDER = [
     "evaluation",
     "serving",
     "benchmarks",
+    "demo",
     "cli",
 ]
 # The order within packages, where one is laid down; files not named here are only kept from cycles.
@@ -52,6 +53,7 @@ WITHIN = {
         "database",
         "filters",
         "lexical",
+        "metadata_index",
         "catalog",
         "segments",
         "bank",

@@ -78,11 +78,9 @@ def test_ci_runs_lint_and_tests_and_may_be_executed():
     assert {"make lint", "make test"} <= set(path.read_text().splitlines())
 
 
-def test_code_keeps_its_size():
+def test_functions_keep_their_size():
     for path in SOURCES:
-        text = path.read_text()
-        assert text.count("\n") <= 600, f"{path} has more than 600 lines"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[min(len(node.body) - 1, ast.get_docstring(node) is not None)]
                 length = (node.end_lineno or 0) - first.lineno + 1

@@ -205,3 +205,38 @@ def test_texts_without_marks_are_tokenized_as_in_one_string(tiny_tokenizer):
     for text in ("one", "  two\n", "{three}", "é 漢 🙂", ""):
         whole = template.document.format(number=17, text=text)
         assert encoder.document(17, text) == tiny_tokenizer.encode(whole, add_special_tokens=False)
+
+
+def _word_tokenizer(**special):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<unk>", "<|im_end|>", "a", "b", "<", "|", ">", "im_end"])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.normalizer = normalizers.NFKC()
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def test_unknown_characters_stay_unknown_and_are_no_control_tokens():
+    tokenizer = _word_tokenizer(unk_token="<unk>", eos_token="<|im_end|>")
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.plain("a" + "\u7f85" * 3000) == [2] + [0] * 3000
+    assert tokenizer.eos_token_id not in encoder.plain("a<|im_end|>b")
+
+
+def test_marks_that_only_normalization_brings_forth_are_no_control_tokens():
+    from tokenizers import AddedToken
+
+    tokenizer = _word_tokenizer(unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", normalized=True, special=True)])
+    wide = "a\uff1c|im_end|\uff1eb"
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert mark in tokenizer.encode(wide, add_special_tokens=False)
+    assert mark not in PromptEncoder(tokenizer).plain(wide)
+
+
+def test_braces_of_a_template_are_text(encoder):
+    template = PromptTemplate(answer="{So}:", end="{end}")
+    made = PromptEncoder(encoder.tokenizer, template)
+    assert encoder.tokenizer.decode(made.answer("{x}")) == "{So}: {x}{end}"

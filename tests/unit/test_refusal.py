@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa.inference.options import ANSWER_LOG_PROBABILITY, FEATURES, REFUSAL_LOGIT
@@ -13,6 +13,7 @@ from msa.inference.refusal import is_refusal, logit, needs_answer, refusal_score
 from msa.text.prompts import PromptTemplate
 
 
+@settings(deadline=None)
 @given(st.floats(1e-9, 1 - 1e-9))
 def test_without_weights_the_score_is_the_models_probability_of_the_refusal(p: float) -> None:
     features = {REFUSAL_LOGIT: logit(math.log(p)), "routing_score": 0.7}

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bank_tools import LAYERS, make_documents, routed
+from conftest import routing_vectors_of
 from msa import Document
 from msa.errors import BankCorruptError, BudgetError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.resident import ResidentBank
+from msa.ops.kernels import screening
 
 # ---- a share of a bank
 
@@ -46,6 +48,28 @@ def assert_shares_are_the_whole(readers, whole, queries):
             here = selection.documents.flatten()
             here = here[here >= 0]
             assert int(content.mask.sum()) == int(view._rows.chunk_counts[here].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("screened", [False, True])
+def test_with_one_vector_per_question_shares_are_the_whole(bank, monkeypatch, dtype, screened):
+    """To the last bit, whatever the others of a batch ask, and with a copy in int8 or without."""
+    if screened:
+        monkeypatch.setattr(screening, "SMALLEST", 1)
+        monkeypatch.setattr(screening, "TAIL", 1)
+    bank.add(make_documents(40))
+    vectors, mask = routing_vectors_of(4, 1)
+    mask[2] = False
+    whole, parts = ResidentBank(bank, dtype=dtype), shares(bank, 3, dtype=dtype)
+    assert_shares_are_the_whole(parts, whole, (vectors, mask))
+    together = whole.route(LAYERS[0], vectors, mask)
+    for row in range(4):
+        alone = whole.route(LAYERS[0], vectors[row : row + 1], mask[row : row + 1])
+        assert torch.equal(alone.documents[0], together.documents[row])
+        assert torch.equal(alone.scores[0], together.scores[row])
+    found = [part.route(LAYERS[0], vectors, mask).scores for part in parts]
+    best = torch.cat(found, dim=1).sort(dim=1, descending=True).values
+    assert torch.equal(best[:, : together.scores.shape[1]], together.scores)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -124,6 +124,9 @@ def test_other_data_or_another_model_has_states_of_its_own(prompts, questions, t
     set_states(make_tiny_model(seed=1, query_reduction="pooled"), prompts, questions, tmp_path)
     set_states(model, prompts, replace(questions, questions=questions.questions[:1]), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+    template = replace(prompts.template, refusal="none", answer="A:")  # stands in no state
+    set_states(model, PromptEncoder(prompts.tokenizer, template), questions, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
     with torch.no_grad():  # routers may change, and are what changes
         model.model.layers[2].self_attn.router_q_proj[0].weight.zero_()
     set_states(model, prompts, questions, tmp_path)

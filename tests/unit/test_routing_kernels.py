@@ -34,13 +34,18 @@ from routing_twins import cases, changed, check, make, poisoned, put, ragged
 
 TESTS = Path(__file__).resolve().parents[1]
 CASES = dict(cases())
-# What a block may hold, the least number of keys in it, how much is done at a time, how many
-# candidates wait.
-NAMES = ("BLOCK_BYTES", "MIN_BLOCK", "STEP", "PENDING")
-BLOCKS = [tuple(getattr(routing_cpu, name) for name in NAMES), (1, 1, 3, 2), (1, 7, 40, 5)]
+# What a block may hold, and a piece of it, the least number of keys in it, how much is done at a
+# time, how many candidates wait.
+NAMES = ("BLOCK_BYTES", "PIECE_BYTES", "MIN_BLOCK", "STEP", "PENDING")
+BLOCKS = [
+    tuple(getattr(routing_cpu, name) for name in NAMES),
+    (1, 1, 1, 3, 2),
+    (1, 1, 7, 40, 5),
+    (1 << 22, 1, 10, 40, 5),
+]
 
 
-@pytest.fixture(params=BLOCKS, ids=["whole", "single keys", "sevens"])
+@pytest.fixture(params=BLOCKS, ids=["whole", "single keys", "sevens", "in pieces"])
 def blocks(request, monkeypatch):
     for name, value in zip(NAMES, request.param, strict=True):
         monkeypatch.setattr(routing_cpu, name, value)
@@ -62,6 +67,14 @@ def test_it_is_one_without_onednn_and_under_autocast(name, monkeypatch):
     monkeypatch.setattr(routing_cpu, "_has_onednn", lambda: False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(kernels.route_documents, CASES[name])
+
+
+@pytest.mark.parametrize("wide", [1, 1000])
+@pytest.mark.parametrize("name", [n for n in CASES if "float32" in n or "many" in n])
+def test_it_is_one_whether_keys_are_multiplied_as_rows_or_as_columns(name, wide, monkeypatch):
+    monkeypatch.setattr(routing_cpu, "WIDE", wide)
+    monkeypatch.setattr(routing_cpu, "MIN_BLOCK", 10)
+    check(kernels.route_documents, CASES[name])
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "bfloat16" in n])

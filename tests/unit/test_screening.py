@@ -27,6 +27,7 @@ TOP_K = 9
 def _small_blocks(monkeypatch):
     sizes = {"BLOCK": 300, "SMALLEST": 100, "TAIL": 40, "GROUP": 16, "EXACT_NUMBERS": 32 * 50}
     sizes["FEW"] = 1  # however many candidates there are, they are picked out
+    sizes["PLAIN"] = 0
     for name, value in sizes.items():
         monkeypatch.setattr(screening, name, value)
 
@@ -142,6 +143,34 @@ def test_keys_that_are_not_finite_get_no_screen():
     for value in (torch.nan, torch.inf):
         keys[5, 0, 0] = value
         assert Screen.followed(None, keys, counts) is None
+
+
+@pytest.mark.parametrize("plain", [0, 1 << 20])
+@pytest.mark.parametrize("masked", [None, "one for all", "each its own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_questions_of_one_vector_are_multiplied_together(work, monkeypatch, dtype, masked, plain):
+    monkeypatch.setattr(screening, "PLAIN", plain)
+    monkeypatch.setattr(screening, "TOKENS", 4)
+    keys, counts = make_layer(15, (3, 32), dtype=dtype)
+    vectors, mask = make_queries(15, 96, rows=7, tokens=1)
+    mask[:] = True
+    mask[2] = False
+    allowed = torch.rand(7, len(counts), generator=torch.Generator().manual_seed(15)) > 0.4
+    allowed = {None: None, "one for all": allowed[0], "each its own": allowed}[masked]
+    screen = Screen.followed(None, keys, counts)
+    assert_twin(screen, vectors, mask, keys, counts, allowed)
+    assert work.count("product") == 2 * len(screen._blocks)  # six questions, four at a time
+    assert_twin(screen, vectors[:1], mask[:1], keys, counts, None if masked else allowed)
+
+
+def test_documents_of_many_alike_chunks_leave_room_for_others():
+    """More chunks of one document than are looked at first stand above those of the others."""
+    keys, counts = make_layer(16)
+    counts = torch.cat([torch.tensor([700]), counts])
+    keys = torch.cat([keys[:1] + 1e-3 * torch.randn(700, 2, 16), keys])
+    vectors = keys[None, :1].flatten(2)
+    screen = Screen.followed(None, keys, counts)
+    assert_twin(screen, vectors, torch.ones(1, 1, dtype=torch.bool), keys, counts)
 
 
 @pytest.fixture

@@ -155,12 +155,12 @@ def test_a_map_outlives_its_file(folder):
 
 def test_data_then_name_then_folder_reach_the_disk_in_this_order(folder, monkeypatch):
     calls = []
-    for name in ("write", "fsync", "rename"):
+    for name in ("write", "fsync", "link"):
         real = getattr(os, name)
 
         def spy(first, *rest, name=name, real=real):
-            if name == "rename":
-                calls.append(f"rename {os.path.basename(rest[0])}")
+            if name == "link":
+                calls.append(f"link {os.path.basename(rest[0])}")
             elif os.path.isdir(f"/proc/self/fd/{first}"):
                 calls.append(f"{name} folder")
             else:
@@ -170,10 +170,10 @@ def test_data_then_name_then_folder_reach_the_disk_in_this_order(folder, monkeyp
         monkeypatch.setattr(os, name, spy)
     write_segment(folder, 1, [make_batch([1], [1])])
     writes = calls.count("write")
-    assert calls == ["write"] * writes + ["fsync", "rename 000001.safetensors", "fsync folder"]
+    assert calls == ["write"] * writes + ["fsync", "link 000001.safetensors", "fsync folder"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["write", "fsync", "link"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_refused_write_leaves_nothing_and_says_why(folder, monkeypatch, call, code):
     def refuse(*_):

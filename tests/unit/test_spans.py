@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa.inference.spans import NEARBY, find_span
@@ -53,6 +53,7 @@ def test_scripts_without_spaces_are_searched_too() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=8), st.text(max_size=30), st.text(max_size=20))
 def test_a_span_is_the_answer_but_for_case_and_white_space(
     before: str, answer: str, behind: str, question: str

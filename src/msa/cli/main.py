@@ -80,7 +80,7 @@ options.register(app, ask.search, 'msa search "born in London" --bank bank/ --to
 app.add_typer(bank.app, name="bank")
 app.add_typer(model.app, name="model")
 options.register(app, convert.convert, "msa convert Qwen/Qwen3-0.6B mine/ --texts notes/")
-options.register(app, train.train, "msa train configs/default_model.yaml --output runs/mine")
+options.register(app, train.train, "msa train configs/worlds.yaml --output runs/mine")
 app.add_typer(bench.app, name="bench")
 
 

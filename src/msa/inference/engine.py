@@ -14,11 +14,12 @@ from msa.errors import InputError, RankError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
-from msa.inference.library import BankLibrary, Filter, Library, Shelf
+from msa.inference.library import BankLibrary, Library, Shelf
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
 from msa.memory.budget import Plan
+from msa.memory.filters import Filter
 from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank
 from msa.memory.pruning import PruningSettings

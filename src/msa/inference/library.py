@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,13 +11,12 @@ import torch
 
 from msa.errors import EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
+from msa.memory.filters import Filter
 from msa.memory.lexical import LexicalQuery
 from msa.memory.parallel import ParallelBank, ParallelView
 from msa.memory.reports import StoredDocument
 from msa.memory.resident import ResidentBank, ResidentView
-from msa.types import JSON, MemoryReader
-
-Filter = Mapping[str, JSON] | Callable[[Mapping[str, JSON]], bool]
+from msa.types import MemoryReader
 
 # Views with a filter cost a pass over the catalog; as many are kept while the bank stands still.
 _VIEWS_KEPT = 64
@@ -107,8 +106,7 @@ class Shelf:
 
         Args:
             top_k: documents that a layer selects.
-            where: metadata that a document must have (every key, with a value that is equal as
-                JSON: 1 is 1.0, but neither true nor "1"), or a function of a document's metadata.
+            where: see `msa.memory.filters`.
 
         Raises:
             EmptyBankError: there is no document to ask, or none that passes.
@@ -143,23 +141,8 @@ class Shelf:
         known = self._filtered.get(key)
         if known is not None and known.generation == self._resident.generation:
             return known
-        view = self._resident.view(_having(json.loads(key)))
+        view = self._resident.view(json.loads(key))
         if len(self._filtered) >= _VIEWS_KEPT:
             self._filtered.clear()
         self._filtered[key] = view
         return view
-
-
-def _having(wanted: Mapping[str, JSON]) -> Callable[[Mapping[str, JSON]], bool]:
-    return lambda metadata: all(k in metadata and _equal(metadata[k], v) for k, v in wanted.items())
-
-
-def _equal(one: JSON, other: JSON) -> bool:
-    """Equality of JSON values, in which true is no number."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
-    return one == other

@@ -60,7 +60,7 @@ class AskOptions:
         refusal_threshold: refuse to answer when the refusal's score (`refusal.refusal_score`) is
             above it; None neither refuses nor computes the score, 1 computes it and never refuses.
             What the model refuses by itself stays refused.
-        refusal_weights: weights of the score's features (`refusal.FEATURES`) and "bias"; None
+        refusal_weights: weights of the score's features (`FEATURES`) and "bias"; None
             takes the probability that the model gives to the refusal.
         allow_unread: let the model answer without having read a document.
         batch_size: questions that are run through the model together.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +18,10 @@ from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.filters import Filter
 from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
 from msa.memory.lexical import LexicalIndex, LexicalQuery
-from msa.memory.lock import WriterLock
+from msa.memory.lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
 from msa.memory.maintenance import Maintenance
 from msa.memory.manifest import BANK_FILE, Manifest
-from msa.memory.records import WrittenFile
+from msa.memory.records import SegmentEntry, WrittenFile
 from msa.memory.reports import (
     AddProgress,
     AddReport,
@@ -30,7 +31,7 @@ from msa.memory.reports import (
     VerifyReport,
 )
 from msa.memory.segments import SegmentWriter
-from msa.memory.storage import storage_errors, sync_folder
+from msa.memory.storage import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
@@ -41,23 +42,23 @@ if TYPE_CHECKING:
     from msa.model.modeling_msa import MSAForCausalLM
 
 SEGMENTS_FOLDER = "segments"
-LOCK_FILE = "writer.lock"
 _OUR_FILES = {
     SEGMENTS_FOLDER,
     LOCK_FILE,
-    BANK_FILE + ".tmp",
+    HOLDER_FILE,
     *(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")),
 }
+_UNFINISHED = f"{BANK_FILE}*{TEMPORARY_SUFFIX}"
 
 
 class MemoryBank:
     """A memory bank in a folder. Make one with `create` or `open`; close it, or use `with`.
 
     One process may write at a time, any number may read. All methods may be called from several
-    threads, those that write one at a time.
+    threads; those that write take turns. A forked process opens the bank itself.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
         manifest: what the bank was made with.
         model, tokenizer: for adding and asking; None when opened without.
         read_only: True when opened for reading.
@@ -78,6 +79,7 @@ class MemoryBank:
         self.model = model
         self.tokenizer = tokenizer
         self._lock = lock
+        self._turn = WriterTurn(path)
         self._closed = False
         self._lexical = LexicalIndex(path / CATALOG_FILE)
         self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
@@ -118,7 +120,7 @@ class MemoryBank:
             StorageError: the folder cannot be written.
             InputError: no model, or one without its tokenizer.
         """
-        path = Path(path)
+        path = Path(path).resolve()  # once: the bank stays what it is when the process moves
         encoding, tokenizer, template = parts_of(model, tokenizer, template)
         if encoding is None or tokenizer is None:
             raise InputError("a new bank needs the model that encodes its documents; give one")
@@ -133,17 +135,17 @@ class MemoryBank:
         _check_free(path)
         with storage_errors(f"make bank '{path}'"):
             path.mkdir(parents=True, exist_ok=True)
-        lock = WriterLock(path / LOCK_FILE, path)
+        lock = WriterLock(path)
         try:
             _check_free(path)  # another process may have made one before we had the lock
             with storage_errors(f"make bank '{path}'"):
-                for leftover in path.glob(CATALOG_FILE + "*"):  # a creation that was interrupted
-                    leftover.unlink()
+                for leftover in (*path.glob(CATALOG_FILE + "*"), *path.glob(_UNFINISHED)):
+                    leftover.unlink()  # of a creation that was interrupted
                 (path / SEGMENTS_FOLDER).mkdir(exist_ok=True)
             catalog = Catalog.create(path)
             manifest.save(path)  # last: from here on it is a bank
             with storage_errors(f"make bank '{path}'"):
-                sync_folder(path.absolute().parent)
+                sync_folder(path.parent)
         except BaseException:
             lock.release()
             raise
@@ -176,12 +178,12 @@ class MemoryBank:
             StorageError: it cannot be opened for writing.
             InputError: a model without its tokenizer, or the reverse.
         """
-        path = Path(path)
+        path = Path(path).resolve()  # once: the bank stays what it is when the process moves
         manifest = Manifest.load(path)
         asking, tokenizer, template = parts_of(model, tokenizer, template)
         if asking is not None and tokenizer is not None:
             manifest.check(path, asking, tokenizer, template)
-        lock = None if read_only else WriterLock(path / LOCK_FILE, path)
+        lock = None if read_only else WriterLock(path)
         try:
             catalog = Catalog(path, read_only=read_only)
             return cls(path, manifest, catalog, lock, asking, tokenizer)
@@ -213,13 +215,17 @@ class MemoryBank:
         return self.catalog.counter("generation")
 
     def close(self) -> None:
-        """Close the bank and let the next writer in; calling it twice does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._lexical.close()
-            self.catalog.close()
-            if self._lock is not None:
-                self._lock.release()
+        """Close the bank and let the next writer in; calling it twice does nothing.
+
+        Waits for a thread that is writing.
+        """
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._lexical.close()
+                self.catalog.close()
+                if self._lock is not None:
+                    self._lock.release()
 
     def __enter__(self) -> MemoryBank:
         return self
@@ -245,11 +251,18 @@ class MemoryBank:
     def __repr__(self) -> str:
         return f"MemoryBank('{self.path}'{', closed' if self._closed else ''})"
 
-    def _check_writable(self, doing: str) -> None:
-        if self._closed:
-            raise BankError(f"bank '{self.path}' is closed; open it again to {doing}")
-        if self.read_only:
-            raise BankError(f"bank '{self.path}' was opened read_only; open it without to {doing}")
+    @contextlib.contextmanager
+    def _writing(self, doing: str) -> Iterator[None]:
+        """One thread at a time; refuses what cannot be written before anything is."""
+        with self._turn:
+            if self._closed:
+                raise BankError(f"bank '{self.path}' is closed; open it again to {doing}")
+            if self.read_only:
+                raise BankError(
+                    f"bank '{self.path}' was opened read_only; open it without to {doing}"
+                )
+            self.catalog.check_writer()
+            yield
 
     def _encoder(self, doing: str) -> DocumentEncoder:
         if self.model is None or self.tokenizer is None:
@@ -299,8 +312,11 @@ class MemoryBank:
             ModelError: the model's states are not finite.
             BankError: the bank is read-only, closed or has no model.
         """
-        self._check_writable("add documents")
         options = AddOptions(on_duplicate, batch_tokens, commit_tokens, progress)
+        with self._writing("add documents"):
+            return self._add(documents, options)
+
+    def _add(self, documents: Iterable[Document], options: AddOptions) -> AddReport:
         encoder = self._encoder("add documents")
         limit = self.manifest.max_document_tokens
         return Ingest(self.catalog, self._writer, encoder, limit, options).run(documents)
@@ -326,24 +342,25 @@ class MemoryBank:
                 of this call is stored.
             BankError: the bank is read-only or closed.
         """
-        self._check_writable("add documents")
-        written = []
-        for file in files:
-            entry = replace(file.entry, segment=self._writer.take())
-            path = self.segments_folder / file.name
-            with storage_errors(f"take over segment {path}"):
-                size = path.stat().st_size
-                if size != entry.size_bytes:
-                    raise StorageError(
-                        f"segment {path} has {size} bytes, {entry.size_bytes} were written; do all "
-                        "hosts see one file system there?"
-                    )
-                path.rename(self.segments_folder / entry.name)
-            written.append((entry, file.numbers))
-        if written:
-            with storage_errors(f"take over segments into {self.segments_folder}"):
-                sync_folder(self.segments_folder)
-        self.catalog.commit(written, rows, replaced, metadata)
+        with self._writing("add documents"):
+            written = [(self._taken_over(file), file.numbers) for file in files]
+            if written:
+                with storage_errors(f"take over segments into {self.segments_folder}"):
+                    sync_folder(self.segments_folder)
+            self.catalog.commit(written, rows, replaced, metadata)
+
+    def _taken_over(self, file: WrittenFile) -> SegmentEntry:
+        entry = replace(file.entry, segment=self._writer.take())
+        path = self.segments_folder / file.name
+        with storage_errors(f"take over segment {path}"):
+            size = path.stat().st_size
+            if size != entry.size_bytes:
+                raise StorageError(
+                    f"segment {path} has {size} bytes, {entry.size_bytes} were written; do all "
+                    "hosts see one file system there?"
+                )
+            publish(path, self.segments_folder / entry.name)
+        return entry
 
     def update(self, document: Document) -> None:
         """Replace a document's text, title or metadata.
@@ -355,9 +372,9 @@ class MemoryBank:
             DocumentNotFoundError: the bank does not hold the id.
             InputError: the new document cannot be stored; the old one stays.
         """
-        self._check_writable("update documents")
-        self._known_numbers(document.id)
-        report = self.add([document], on_duplicate="update")
+        with self._writing("update documents"):
+            self._known_numbers(document.id)
+            report = self._add([document], AddOptions("update"))
         if report.failed:
             raise InputError(f"document '{report.failed[0][0]}': {report.failed[0][1]}")
 
@@ -376,11 +393,11 @@ class MemoryBank:
             DocumentNotFoundError: the bank does not hold one of them.
             InputError: an id names a part of a split document.
         """
-        self._check_writable("delete documents")
         wanted = dict.fromkeys([ids] if isinstance(ids, str) else ids)
-        numbers = [n for i in wanted for n in self._known_numbers(i)]
-        if numbers:
-            self.catalog.delete(numbers)
+        with self._writing("delete documents"):
+            numbers = [n for i in wanted for n in self._known_numbers(i)]
+            if numbers:
+                self.catalog.delete(numbers)
         return len(wanted)
 
     def _known_numbers(self, document_id: str) -> tuple[int, ...]:
@@ -409,8 +426,8 @@ class MemoryBank:
             BankCorruptError: a segment to be rewritten is damaged; it is left as it is.
             StorageError: the disk refused; groups done before stay done.
         """
-        self._check_writable("compact it")
-        return self._maintenance.compact(self._writer)
+        with self._writing("compact it"):
+            return self._maintenance.compact(self._writer)
 
     def repair(self) -> int:
         """Encode the documents of damaged segments again from their stored texts.
@@ -423,8 +440,8 @@ class MemoryBank:
         Raises:
             BankError: the bank is read-only, closed or has no model.
         """
-        self._check_writable("repair it")
-        return self._maintenance.repair(self._writer, self._encoder("repair it"))
+        with self._writing("repair it"):
+            return self._maintenance.repair(self._writer, self._encoder("repair it"))
 
     # ---- reading
 
@@ -511,7 +528,7 @@ class MemoryBank:
             queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
                 (those texts themselves are found too).
             top_k: documents per query, at most.
-            filter: metadata that documents must have, or a function of their metadata.
+            filter: which documents may be found, see `msa.memory.filters`.
             title_weight: how often a word of the title counts.
 
         Returns:
@@ -582,10 +599,10 @@ def _check_free(path: Path) -> None:
         if path.exists() and not path.is_dir():
             raise BankError(f"cannot make a bank at '{path}': it is a file; choose a folder")
         names = {p.name for p in path.iterdir()} if path.exists() else set()
+    ours = _OUR_FILES | {n for n in names if fnmatch.fnmatch(n, _UNFINISHED)}
     if BANK_FILE in names:
         raise BankError(f"'{path}' is a memory bank already; open it with MemoryBank.open")
-    if names - _OUR_FILES:
+    if names - ours:
         raise BankError(
-            f"'{path}' holds other files ({min(names - _OUR_FILES)}); choose a new or an empty "
-            "folder"
+            f"'{path}' holds other files ({min(names - ours)}); choose a new or an empty folder"
         )

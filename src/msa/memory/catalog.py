@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msa.errors import BankCorruptError
-from msa.memory import lexical
+from msa.errors import BankCorruptError, BankError
+from msa.memory import lexical, metadata_index
 from msa.memory.database import Database, guard
+from msa.memory.filters import Filter
 from msa.memory.records import SegmentEntry
 from msa.memory.reports import StoredDocument
 from msa.types import Document
@@ -140,8 +142,11 @@ class Catalog:
                 "the folder and index again"
             )
         self._db = Database(path, read_only=read_only)
+        self._writer = 0
         if not read_only:
+            self._writer = self._become_writer()
             lexical.keep(self._db)
+            metadata_index.keep(self._db)
 
     @classmethod
     def create(cls, folder: Path) -> Catalog:
@@ -160,12 +165,41 @@ class Catalog:
 
     @contextlib.contextmanager
     def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """One durable transaction that raises the generation, or no change at all."""
+        """One durable transaction that raises the generation, or no change at all.
+
+        Raises:
+            BankError: another writer has opened the bank since; nothing is changed.
+        """
         with self._db.transaction(doing) as db:
+            self._check_writer(db, doing)
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
+            metadata_index.follow(db)
             yield db
 
+    def _become_writer(self) -> int:
+        """A number for this writer; one with a lower number can commit no more."""
+        with self._db.transaction("open") as db:
+            db.execute("INSERT OR IGNORE INTO counters VALUES ('writer', 0)")
+            db.execute("UPDATE counters SET value = value + 1 WHERE name = 'writer'")
+            return _counter(db, "writer")
+
+    def _check_writer(self, db: sqlite3.Connection, doing: str) -> None:
+        if not self._db.read_only and _counter(db, "writer") != self._writer:
+            raise BankError(
+                f"cannot {doing} {self._db.path}: another process has opened the bank for "
+                "writing since (was writer.lock removed?); close this one and open it again"
+            )
+
     # ---- writing
+
+    def check_writer(self) -> None:
+        """Refuse before anything is written what no transaction would take.
+
+        Raises:
+            BankError: another writer has opened the bank since, or it was moved or replaced.
+        """
+        with self._db.reading() as db:
+            self._check_writer(db, "write to")
 
     def commit(
         self,
@@ -185,10 +219,8 @@ class Catalog:
         place = {n: entry.segment for entry, numbers in segments for n in numbers}
         with self._transaction("commit documents to") as db:
             _bury(db, replaced)
-            db.executemany(
-                "UPDATE documents SET metadata = ? WHERE source = ?",
-                ((text, source) for source, text in metadata),
-            )
+            for source, text in metadata:
+                _change_metadata(db, source, text)
             _insert_segments(db, [entry for entry, _ in segments])
             db.executemany(
                 "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -204,13 +236,14 @@ class Catalog:
                 "INSERT INTO texts VALUES (?, ?, ?)",
                 ((r.number, r.document.title, r.document.text) for r in rows),
             )
+            metadata_index.add(db, ((r.number, r.metadata) for r in rows))
             if rows:
                 _raise_counter(db, "next_number", max(r.number for r in rows) + 1)
 
     def delete(self, numbers: Iterable[int]) -> None:
         """Documents cease to exist; their states stay in their segments until `compact`."""
         with self._transaction("delete documents from") as db:
-            _bury(db, numbers)
+            _bury(db, map(operator.index, numbers))
 
     def replace_segments(
         self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
@@ -296,7 +329,7 @@ class Catalog:
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
         """Number -> document, for those that exist."""
-        wanted = list(dict.fromkeys(numbers))
+        wanted = list(dict.fromkeys(map(operator.index, numbers)))  # NumPy's integers too
         found: dict[int, StoredDocument] = {}
         for start in range(0, len(wanted), _IDS_PER_QUERY):
             some = wanted[start : start + _IDS_PER_QUERY]
@@ -320,18 +353,22 @@ class Catalog:
 
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
-        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", (limit, offset))
+        values = operator.index(limit), operator.index(offset)
+        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", values)
 
     def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
         with self._db.reading() as db:
             rows = db.execute(_STORED + where, values).fetchall()
         return [_stored_document(row) for row in rows]
 
-    def metadata(self) -> Iterator[tuple[int, str]]:
-        """(number, JSON text) of every live document, from one state of the catalog."""
+    def passing(self, filter: Filter) -> list[int]:
+        """Numbers of the live documents that pass a filter, in order; see `msa.memory.filters`.
+
+        Raises:
+            InputError: the filter is neither a mapping that can be read nor a function.
+        """
         with self._db.reading() as db:
-            rows = db.execute("SELECT number, metadata FROM documents").fetchall()
-        return iter(rows)
+            return metadata_index.passing(db, filter)
 
     def segments(self) -> list[SegmentEntry]:
         """All segments, in the order they were written."""
@@ -395,15 +432,17 @@ class Catalog:
                 count = db.execute(query).fetchone()[0]
                 if count:
                     found.append(f"{CATALOG_FILE}: {count} {words}")
-            found += [f"{CATALOG_FILE}: {line}" for line in lexical.problems(db)]
-        return found
+            lines = lexical.problems(db) + metadata_index.problems(db)
+        return found + [f"{CATALOG_FILE}: {line}" for line in lines]
 
-    def repair_index(self) -> None:
-        """Build the word index again if it is damaged."""
+    def repair_indexes(self) -> None:
+        """Build the index of words or of metadata again if it is damaged."""
         with self._db.reading() as db:
-            sound = not lexical.problems(db)
-        if not sound:
+            words, metadata = lexical.problems(db), metadata_index.problems(db)
+        if words:
             lexical.build(self._db)
+        if metadata:
+            metadata_index.build(self._db)
 
 
 def _is_unicode(text: str) -> bool:
@@ -419,9 +458,19 @@ def _stored_document(row: Sequence[Any]) -> StoredDocument:
     return StoredDocument(document, number, num_tokens, num_chunks, part_of, part, num_parts)
 
 
+def _change_metadata(db: sqlite3.Connection, source: str, text: str) -> None:
+    query = "SELECT number, metadata FROM documents WHERE source = ?"
+    old = db.execute(query, (source,)).fetchall()
+    metadata_index.remove(db, old)
+    metadata_index.add(db, ((number, text) for number, _ in old))
+    db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, source))
+
+
 def _bury(db: sqlite3.Connection, numbers: Iterable[int]) -> None:
     generation = _counter(db, "generation")
+    query = "SELECT number, metadata FROM documents WHERE number = ?"
     for number in numbers:
+        metadata_index.remove(db, db.execute(query, (number,)).fetchall())
         db.execute(
             "INSERT INTO dead SELECT number, segment, ? FROM documents WHERE number = ?",
             (generation, number),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ class Database:
         self.path = path
         self.read_only = read_only
         self._lock = threading.RLock()
+        self._pid = os.getpid()
         with self.guard("open"):
+            self._file = _identity(path)
             self.connection, self._frozen = self._connect()
 
     def _connect(self) -> tuple[sqlite3.Connection, tuple[int, int] | None]:
@@ -101,8 +104,22 @@ class Database:
 
     @contextlib.contextmanager
     def alone(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """The connection for this thread, with no transaction open."""
+        """The connection for this thread, with no transaction open.
+
+        Raises:
+            BankError: in a forked child, or when the file is not the one that was opened.
+        """
+        if os.getpid() != self._pid:  # before the lock, which a thread of the parent may have held
+            raise BankError(
+                f"cannot {doing} {self.path}: it was opened by process {self._pid}, which forked "
+                "this one; open the bank again in this process"
+            )
         with self._lock, self.guard(doing):
+            if _identity(self.path) != self._file:
+                raise BankError(
+                    f"cannot {doing} {self.path}: the bank was moved, removed or replaced after it "
+                    "was opened; open it again where it is now"
+                )
             self._end_left_over()
             yield self.connection
 
@@ -124,6 +141,15 @@ class Database:
             old = self.connection
             self.connection, self._frozen = self._connect()  # if it fails, the old one still serves
             old.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another of its name; None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ there as they are defined here.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
+import operator
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.database import Database
-from msa.memory.filters import Filter, metadata_test
+from msa.memory.filters import Filter, text_test
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 """Runs of letters and digits, lower case, without diacritics, English endings removed."""
@@ -193,25 +193,23 @@ class LexicalIndex:
     """Searches a bank's word index over a connection of its own, beside any writer.
 
     Args:
-        path: the catalog's file; opened at the first search.
+        path: the catalog's file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._database: Database | None = None
+        self._database = Database(path, read_only=True)
         self._words: _Tokenizer | None = None
         self._generation = -1
         self._num_documents = 0
         self._counts: dict[str, int] = {}
 
     def close(self) -> None:
-        """Close the connection, if there is one."""
-        if self._database is not None:
-            self._database.close()
+        """Close the connection."""
+        self._database.close()
 
     def missing(self) -> str | None:
         """Why the bank cannot be searched by words, in one line; None when it can."""
-        with self._opened().reading() as db:
+        with self._database.reading() as db:
             return self._missing(db)
 
     def search(
@@ -226,9 +224,9 @@ class LexicalIndex:
         if top_k < 1:
             raise InputError(f"top_k={top_k}: expected at least 1")
         _check_weight(title_weight)
-        passes = None if filter is None else metadata_test(filter)
+        passes = None if filter is None else text_test(filter)
         found: list[list[tuple[int, float]]] = []
-        with self._opened().reading() as db:
+        with self._database.reading() as db:
             for match in self._matches(db, queries):
                 if not match:
                     found.append([])
@@ -245,7 +243,7 @@ class LexicalIndex:
                         "WHERE words MATCH ? ORDER BY score DESC, words.rowid"
                     )
                     rows = db.execute(query, (title_weight, match))
-                    passing = ((n, s) for n, s, text in rows if passes(json.loads(text)))
+                    passing = ((n, s) for n, s, text in rows if passes(text))
                     found.append(list(itertools.islice(passing, top_k)))
         return found
 
@@ -254,9 +252,9 @@ class LexicalIndex:
     ) -> list[float]:
         """See `MemoryBank.lexical_scores`."""
         _check_weight(title_weight)
-        wanted = [int(n) for n in numbers]
+        wanted = [operator.index(n) for n in numbers]
         found: dict[int, float] = {}
-        with self._opened().reading() as db:
+        with self._database.reading() as db:
             (match,) = self._matches(db, [query])
             for start in range(0, len(wanted) if match else 0, _NUMBERS_PER_QUERY):
                 some = wanted[start : start + _NUMBERS_PER_QUERY]
@@ -270,22 +268,17 @@ class LexicalIndex:
 
     # ---- from words to an FTS5 query
 
-    def _opened(self) -> Database:
-        if self._database is None:
-            self._database = Database(self._path, read_only=True)
-        return self._database
-
     def _missing(self, db: sqlite3.Connection) -> str | None:
+        bank = self._database.path.parent
         if not has_fts5(db):
             return (
-                f"SQLite {sqlite3.sqlite_version} of this Python has no FTS5, so that bank "
-                f"'{self._path.parent}' cannot be searched by words; use a Python that has it, or "
-                "ask without"
+                f"bank '{bank}' cannot be searched by words: SQLite {sqlite3.sqlite_version} of "
+                "this Python has no FTS5; use a Python that has it, or ask without"
             )
         if not is_kept(db):
             return (
-                f"bank '{self._path.parent}' has no word index (it was written by an older "
-                f"version); 'msa bank compact {self._path.parent}' builds it"
+                f"bank '{bank}' has no word index (it was written by an older version); "
+                f"'msa bank compact {bank}' builds it"
             )
         return None
 

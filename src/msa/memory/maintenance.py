@@ -86,7 +86,7 @@ class Maintenance:
 
     def repair(self, writer: SegmentWriter, encoder: DocumentEncoder) -> int:
         """See `MemoryBank.repair`."""
-        self._catalog.repair_index()
+        self._catalog.repair_indexes()
         repaired = 0
         for entry in self._catalog.segments():
             if self._damage(entry) is None:

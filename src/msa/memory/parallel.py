@@ -50,9 +50,10 @@ from msa.errors import EmptyBankError, InputError, RankError
 from msa.memory import budget
 from msa.memory.bank import MemoryBank
 from msa.memory.exchange import Exchange, as_bytes, from_bytes
+from msa.memory.filters import Filter
 from msa.memory.latest import LatestReader
 from msa.memory.manifest import BANK_FILE
-from msa.memory.resident import Filter, ResidentBank
+from msa.memory.resident import ResidentBank
 from msa.memory.share import CLOSE, CONTENT, DTYPES, NUMBERS, OPEN, ROUTE, ShareService, said
 from msa.ops.attention import gather_content
 from msa.types import Content, Selection
@@ -195,7 +196,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         """The state that `refresh` has agreed on, to ask from beginning to end.
 
         Args:
-            filter: see `ResidentBank.view`; it is called on this rank alone.
+            filter: see `ResidentBank.view`; it is applied on this rank alone.
             top_k: documents that a layer selects.
 
         Raises:
@@ -404,13 +405,7 @@ class _Handle:
 
 def _bits(bank: MemoryBank, filter: Filter) -> Tensor:
     """One bit per document number, set for those that pass; a function cannot be sent."""
-    verdicts: dict[str, bool] = {}
-    passing = []
-    for number, metadata in bank.catalog.metadata():
-        if metadata not in verdicts:
-            verdicts[metadata] = bool(filter(json.loads(metadata)))
-        if verdicts[metadata]:
-            passing.append(number)
+    passing = bank.catalog.passing(filter)
     bits = numpy.zeros(max(passing, default=0) + 1, dtype=bool)
     bits[passing] = True
     return torch.from_numpy(numpy.packbits(bits))

@@ -12,10 +12,9 @@ reload), C chunks, U selected documents, H query heads, G KV heads, D head dim, 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +26,7 @@ from msa.memory.bank import MemoryBank
 from msa.memory.budget import Plan
 from msa.memory.catalog import Snapshot
 from msa.memory.content import ContentStore
+from msa.memory.filters import Filter
 from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
 from msa.memory.latest import LatestReader
 from msa.memory.pages import release_heap
@@ -37,9 +37,7 @@ from msa.memory.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
 from msa.ops.kernels.screening import Screen
 from msa.ops.routing import unit_key_norm
-from msa.types import JSON, Content, Selection
-
-Filter = Callable[[Mapping[str, JSON]], bool]
+from msa.types import Content, Selection
 
 _LOAD_ATTEMPTS = 5
 _WHOLE = Shard()
@@ -316,12 +314,12 @@ class ResidentBank(LatestReader[ResidentView]):
         """The latest state read by `refresh`, to ask from beginning to end.
 
         Args:
-            filter: takes a document's metadata, tells whether the document may be selected. It is
-                called once per distinct metadata, in time linear in the bank; keep the view.
+            filter: which documents may be selected, see `msa.memory.filters`. A mapping is one
+                query of the catalog; a function is called once per distinct metadata.
             top_k: documents that a layer selects.
 
         Raises:
-            InputError: top_k is below 1.
+            InputError: top_k is below 1, or the filter cannot be read.
         """
         view = self._view
         if top_k is not None:
@@ -330,13 +328,7 @@ class ResidentBank(LatestReader[ResidentView]):
             view = replace(view, top_k=top_k)
         if filter is None:
             return view
-        verdicts: dict[str, bool] = {}
-        passing: list[int] = []
-        for number, metadata in self.bank.catalog.metadata():
-            if metadata not in verdicts:
-                verdicts[metadata] = bool(filter(json.loads(metadata)))
-            if verdicts[metadata]:
-                passing.append(number)
+        passing = self.bank.catalog.passing(filter)
         wanted = torch.tensor(passing, dtype=torch.int64)
         mask = view._rows.live & torch.isin(view._rows.numbers, wanted)
         count = int(mask.sum())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from msa.errors import MSAError, StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+# What file systems say that have no hard links (FAT, some network shares).
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 
 
 @contextlib.contextmanager
@@ -32,7 +37,9 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
+    """Make renames and removals in a folder durable (Windows does so by itself)."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -40,17 +47,41 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a whole file, durably: it is there complete under its name, or not at all.
-
-    Temporary name, write, fsync, rename, fsync of the folder. A failed write leaves nothing.
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name; never in place of another file.
 
     Raises:
+        FileExistsError: there is a file of that name; both stay as they are.
+        OSError: the disk refused.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a new file, durably: it is there complete under its name, or not at all.
+
+    Temporary name, write, fsync, name, fsync of the folder. A failed write leaves nothing behind,
+    and a file that was there before stays as it is.
+
+    Raises:
+        FileExistsError: there is a file of that name.
         OSError: the disk refused (the caller says what for).
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    )
+    leftovers = [temporary]
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o644)
         try:
             for piece in pieces:
                 rest = memoryview(piece)
@@ -59,10 +90,11 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.rename(temporary, path)
+        publish(temporary, path)
+        leftovers = [path]
         sync_folder(path.parent)
     except BaseException:
-        for leftover in (temporary, path):
+        for leftover in leftovers:
             with contextlib.suppress(OSError):
                 leftover.unlink()
         raise

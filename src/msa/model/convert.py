@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,7 @@ def convert_checkpoint(
     }
     tokenizer = read_tokenizer(source)
     backbone = read_model(source, torch.float32 if is_gguf(source) else "auto")
-    marks = fit_template(tokenizer, int(backbone.config.vocab_size))
+    marks = fit_template(tokenizer, backbone.get_input_embeddings().weight.detach())
     enlarged = _make_room(backbone, len(tokenizer))
     count = int(backbone.config.num_hidden_layers)
     candidates = None if layers else _candidates(count)
@@ -296,10 +297,17 @@ def _save(
     folder: Path,
     export: str,
 ) -> None:
-    if export == "released":
-        save_released(model, marks.template, folder)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    marks.template.save(folder)
-    ASK_OPTIONS.save(folder)
+    scratch = folder.absolute().with_name(f".{folder.absolute().name}-partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        if export == "released":
+            save_released(model, marks.template, scratch)
+        else:
+            model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        marks.template.save(scratch)
+        ASK_OPTIONS.save(scratch)
+        scratch.replace(folder)  # an empty folder gives way
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

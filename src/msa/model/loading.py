@@ -29,7 +29,7 @@ from msa.model.home import offline
 from msa.model.identity import set_origin
 from msa.model.modeling_msa import MSAForCausalLM
 from msa.model.precision import cpu_dtype, named_dtype
-from msa.model.pretrained import hub_options, is_hub_id
+from msa.model.pretrained import hub_options, is_hub_id, without_bars
 from msa.text.prompts import PromptTemplate
 
 SHIPPED = Path(__file__).parents[1] / "models"
@@ -251,17 +251,14 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    shown, said = (
-        transformers_logging.is_progress_bar_enabled(),
-        transformers_logging.get_verbosity(),
-    )
-    transformers_logging.disable_progress_bar()
+    said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what is missing is said below
     try:
-        model, report = MSAForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with without_bars():
+            model, report = MSAForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except ConfigError:
         raise
     except Exception as error:  # transformers raises what its parts raise; one class for callers
@@ -269,8 +266,6 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
         raise ModelError(f"{folder}: cannot be loaded as an MSA checkpoint ({reason})") from error
     finally:
         transformers_logging.set_verbosity(said)
-        if shown:
-            transformers_logging.enable_progress_bar()
     missing = sorted(set(report["missing_keys"]) - MADE_ANEW)
     if missing:
         raise ModelError(

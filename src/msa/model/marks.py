@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
 from msa.errors import ModelError
 from msa.text.prompts import PromptEncoder, PromptTemplate
 
@@ -21,9 +24,13 @@ START, END = "<|im_start|>", "<|im_end|>"
 READ, RETRIEVE = PromptTemplate().end_of_read, PromptTemplate().end_of_retrieve
 # Special tokens of known families that plain text does not use.
 SPARE = (
-    *("<file_sep>", "<jupyter_output>", "<|reserved_special_token_0|>"),
+    *("<file_sep>", "<filename>", "<repo_name>", "<jupyter_output>"),
+    *("<|reserved_special_token_0|>",),
     *("<|reserved_special_token_1|>", "<|fim_pad|>", "<|file_sep|>", "[control_8]", "[control_9]"),
 )
+# Rows of embeddings closer than this are one token to the model, whatever the tokenizer calls them:
+# rows that pretraining never saw stay as they were initialized, often all alike.
+MAX_COSINE = 0.98
 NUMBERS = (1, 7, 10, 17, 120, 1745, 99999, 455577)
 SAMPLE = "Erik Watts was born on 4 May 1932 in Halden, the son of J. Watts (1901-1975)."
 
@@ -41,12 +48,12 @@ class Marks:
     added: tuple[str, ...]
 
 
-def fit_template(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Marks:
-    """A template whose marks are single tokens; adds to the tokenizer what it lacks.
+def fit_template(tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> Marks:
+    """A template whose marks are single tokens that the model can tell apart.
 
     Args:
         tokenizer: gains tokens where it must.
-        vocab_size: rows of the model's embedding.
+        embeddings: [V, E], the model's; tokens that are added beyond V get rows of their own.
 
     Raises:
         ModelError: numbers or marks do not come back as they were.
@@ -58,14 +65,26 @@ def fit_template(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Marks:
     used = {chosen[START], chosen[END], tokenizer.bos_token, tokenizer.eos_token}
     used |= {tokenizer.pad_token, tokenizer.unk_token}
     added: list[str] = []
+    rows = {token: _row(tokenizer, token) for token in chosen.values() if token}
     for mark in (START, END, READ, RETRIEVE):
         if chosen.get(mark):
             continue
-        to_spare = len(tokenizer) + len(added) < vocab_size
-        found = _first(tokenizer, (mark,) if to_spare else (mark, *SPARE), used)
+        known = [row for row in rows.values() if row < len(embeddings)]
+        spare_row = len(tokenizer) + len(added)
+        to_spare = spare_row < len(embeddings) and _is_distinct(embeddings, spare_row, known)
+        pool = [
+            token
+            for token in ((mark,) if to_spare else (mark, *SPARE))
+            if _is_single(tokenizer, token)
+            and _is_distinct(embeddings, _row(tokenizer, token), known)
+        ]
+        found = _first(tokenizer, pool, used)
         if found is None:
             found = mark
+            rows[mark] = spare_row
             added.append(mark)
+        else:
+            rows[found] = _row(tokenizer, found)
         chosen[mark] = found
         used.add(found)
     if added:
@@ -116,6 +135,21 @@ def _first(
         if token and token not in used and _is_single(tokenizer, token):
             return token
     return None
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    return int(tokenizer.encode(token, add_special_tokens=False)[0])
+
+
+def _is_distinct(embeddings: Tensor, row: int, others: Iterable[int]) -> bool:
+    """Whether a row of the embedding differs in direction from all of the others."""
+    if row >= len(embeddings):
+        return True
+    return all(
+        float(cosine_similarity(embeddings[row].float(), embeddings[other].float(), dim=0))
+        < MAX_COSINE
+        for other in others
+    )
 
 
 def _is_single(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:

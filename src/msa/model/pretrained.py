@@ -136,6 +136,18 @@ def _check_gguf(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers and huggingface_hub show no progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _reading(source: str | Path) -> Iterator[None]:
     """Let transformers read in silence, and turn what it raises into one line.
 
@@ -143,11 +155,10 @@ def _reading(source: str | Path) -> Iterator[None]:
         FetchError: a Hub id is not here, and offline or not to be had.
         ModelError: anything else went wrong.
     """
-    shown = logging.is_progress_bar_enabled()
-    if Path(source).exists():
-        logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:
+            if Path(source).exists():
+                stack.enter_context(without_bars())
             if is_gguf(source):  # its bar cannot be turned off
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
@@ -163,6 +174,3 @@ def _reading(source: str | Path) -> Iterator[None]:
                 "folder"
             ) from error
         raise FetchError(f"{source}: cannot be had from the Hub ({reason})") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -142,7 +142,10 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.template = template or PromptTemplate()
         self._added: dict[str, int] = dict(tokenizer.get_added_vocab())
-        self._controls = frozenset(self._added.values())
+        # An unknown character is no control token, unless its token has another use.
+        others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token}
+        unknown = {tokenizer.unk_token} - others - set(self.template.special_strings())
+        self._controls = frozenset(i for t, i in self._added.items() if t not in unknown)
         longest_first = sorted(self._added, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first))
         self._marks = re.compile(f"({pattern})") if pattern else None
@@ -152,7 +155,7 @@ class PromptEncoder:
 
     def tokenize(self, template: str) -> list[int]:
         """Token ids of a string of the template; nothing is added."""
-        return self._format((template.replace("{", "{{").replace("}", "}}"), {}))
+        return self._format((_escaped(template), {}))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text that is somebody's own: none of them is a control token.
@@ -163,11 +166,12 @@ class PromptEncoder:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False) if text else []
         if not self._controls.intersection(ids):
             return ids
-        if len(text) == 1:
-            return self.plain("\ufffd")
+        if len(text) == 1:  # an added token of one character, or the replacement character itself
+            return self.plain("\ufffd") if text != "\ufffd" else []
         assert self._marks is not None
         cuts = [found.start() + 1 for found in self._marks.finditer(text)]
-        cuts = [cut for cut in cuts if cut < len(text)] or [1]
+        # one that only the tokenizer's normalization brings forth: every character by itself
+        cuts = [cut for cut in cuts if cut < len(text)] or list(range(1, len(text)))
         bounds = [0, *cuts, len(text)]
         return [token for a, b in pairwise(bounds) for token in self.plain(text[a:b])]
 
@@ -240,4 +244,10 @@ class PromptEncoder:
     def answer(self, answer: str) -> list[int]:
         """A whole answer as the model writes it, for training."""
         template = self.template
-        return self._format((f"{template.answer} {{answer}}{template.end}", {"answer": answer}))
+        lead_in, end = _escaped(template.answer), _escaped(template.end)
+        return self._format((f"{lead_in} {{answer}}{end}", {"answer": answer}))
+
+
+def _escaped(text: str) -> str:
+    """A text as a template of itself."""
+    return text.replace("{", "{{").replace("}", "}}")

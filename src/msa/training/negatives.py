@@ -192,6 +192,7 @@ def _write(path: Path, negatives: HardNegatives, questions: QuestionSet) -> None
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of other data, or damaged
         write_file(path, [json.dumps(lists, separators=(",", ":")).encode()])
     except OSError as error:
         raise TrainingError(

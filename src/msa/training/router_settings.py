@@ -79,7 +79,7 @@ class RouterSettings(Settings):
         seed: of the split and of the order.
     """
 
-    learning_rate: Between = 1e-3
+    learning_rate: Between = 3e-4
     weight_decay: Weight = 0.01
     warmup_steps: Whole = 20
     epochs: Count = 8

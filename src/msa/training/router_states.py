@@ -45,6 +45,18 @@ FORMAT_VERSION = 1
 SHARD = 256
 """Documents or queries of a file; what a run that was interrupted does again, at most."""
 
+ENCODED = (
+    "prefix",
+    "document",
+    "question",
+    "question_end",
+    "tail",
+    "number",
+    "read",
+    "end_of_read",
+)
+"""Fields of the template that stand in what is run; another refusal changes no state."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is done ("documents of squad"), how many are done, and of how many."""
 
@@ -316,6 +328,7 @@ def _read(path: Path, count: int) -> dict[str, Tensor] | None:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of other data, or damaged
         write_file(path, [save(tensors)])
     except OSError as error:
         raise TrainingError(
@@ -332,7 +345,7 @@ def _key(
         FORMAT_VERSION,
         model_fingerprints(model)[0],
         tokenizer_fingerprint(prompts.tokenizer),
-        asdict(prompts.template),
+        [getattr(prompts.template, name) for name in ENCODED],
         [config.chunk_size, config.routing_layers, config.query_reduction],
         asdict(settings),
         data_hash(questions),

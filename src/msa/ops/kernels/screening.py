@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa.ops import routing
 from msa.ops.kernels import routing_cpu
 from msa.ops.kernels.rounding import longest
 from msa.ops.routing import check_routing
@@ -56,6 +57,8 @@ ZERO_POINT = 64
 PACKED = 512
 # Float32 roundings of a bound, per |q| |k|, with room.
 ROUNDING = 4e-6
+# So few pairs of a token and a key are scored by the reference, which has no blocks to prepare.
+PLAIN = 1 << 10
 # Where more than one chunk of so many is left, scoring all of them is faster than picking them.
 FEW = 16
 # After so many searches in a row that left too many, one of so many still asks the copy.
@@ -249,11 +252,12 @@ class Screen:
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
             queries = [_Query.of(vectors[row][routing_mask[row]], self._norm) for row in some]
-            bounds = torch.full((len(some), size), -torch.inf)
+            together = _Together(queries)
+            bounds = torch.empty(len(some), size)
+            bounds[:, self.num_chunks :] = -torch.inf
             chunk = 0
             for block in self._blocks:
-                for query, into in zip(queries, bounds, strict=True):
-                    into[chunk : chunk + block.num_chunks] = query.bounds(block)
+                together.write(block, bounds[:, chunk : chunk + block.num_chunks])
                 chunk += block.num_chunks
             yield from zip(some, queries, bounds, strict=True)
 
@@ -261,9 +265,9 @@ class Screen:
         """Chunks [c'] int64, ascending, that may be the best ones of the top-k documents."""
         groups = bounds.view(-1, GROUP)
         heads = groups.amax(1)
-        take, lowest = count, -math.inf
+        take, lowest = 0, -math.inf
         while lowest == -math.inf and take < len(heads):
-            take = min(4 * take, len(heads))
+            take = min(max(4 * take, count), len(heads))
             places = _chunks(heads.topk(take).indices)
             places = places[bounds[places] > -torch.inf]
             lowest = self._kth_best(query, bounds, places, count, ends)
@@ -275,12 +279,19 @@ class Screen:
         self, query: _Query, bounds: Tensor, places: Tensor, count: int, ends: Tensor
     ) -> float:
         """A score that k documents reach, by these chunks; -inf if they are of fewer documents."""
-        owners, index = torch.unique(_owners(ends, places), return_inverse=True)
-        if len(owners) < count:
-            return -math.inf
         scores = bounds[places] - 2 * query.errors(self._residuals[places])
-        best = torch.full((len(owners),), -torch.inf).scatter_reduce_(0, index, scores, "amax")
-        return float(best.topk(count).values[-1])
+        size = 8 * count  # the best of so many chunks are of k documents, mostly
+        while True:
+            best, order = scores.topk(min(size, len(scores)))
+            owners = _owners(ends, places[order]).tolist()
+            seen = set()
+            for owner, score in zip(owners, best.tolist(), strict=True):
+                seen.add(owner)
+                if len(seen) == count:
+                    return float(score)
+            if size >= len(scores):
+                return -math.inf
+            size *= 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,16 +321,38 @@ class _Query:
         lost = longest(vectors - rounded * scale)
         return cls(vectors, rounded, scale, length, (lost + ROUNDING * length) * norm)
 
-    def bounds(self, block: _Block) -> Tensor:
-        """[c] upper bounds of the best score over the tokens."""
+    def product(self, block: _Block) -> Tensor:
+        """[c] best product over the tokens, of the integers."""
         parts = torch.tensor_split(self.rounded, -(-len(self.rounded) // TOKENS))
-        best = torch.stack([_product(some, block.weights).amax(0) for some in parts]).amax(0)
-        best.mul_(self.scale).mul_(block.scales)
-        return best.add_(self.errors(block.residuals))
+        return torch.stack([_product(some, block.weights).amax(0) for some in parts]).amax(0)
 
     def errors(self, residuals: Tensor) -> Tensor:
         """[c] how far bounds are above the scores of the rounded, for residuals [c] of keys."""
         return residuals * self.length + self.error
+
+
+class _Together:
+    """Some questions whose bounds are written together, block by block.
+
+    Questions of a single vector are multiplied together, which takes little longer than one alone.
+    """
+
+    def __init__(self, queries: list[_Query]) -> None:
+        self.queries = queries
+        numbers = torch.tensor([[q.scale, q.length, q.error] for q in queries])
+        self._scale, self._length, self._error = numbers.T[:, :, None]
+        self._rounded = torch.cat([query.rounded for query in queries])
+
+    def write(self, block: _Block, into: Tensor) -> None:
+        """Upper bounds [B, c] of the best score over the tokens."""
+        if len(self._rounded) == len(self.queries):
+            some = torch.split(self._rounded, TOKENS)
+            parts = [_product(each, block.weights) for each in some]
+            products = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            products = torch.stack([query.product(block) for query in self.queries])
+        errors = torch.addcmul(self._error, self._length, block.residuals)
+        torch.addcmul(errors, products.mul_(self._scale), block.scales, out=into)
 
 
 def _exact(
@@ -347,9 +380,9 @@ def _exact(
         part = slice(begin, end)
         some = keys[places[chunk : int(ends[end - 1])]]
         allowed = None if mask is None else mask[found[part]]
-        best = routing_cpu.route_documents(
-            vectors[None], routes, some, sizes[part], top_k, allowed, key_norm=key_norm
-        )
+        plain = len(vectors) * len(some) <= PLAIN
+        route = routing.route_documents if plain else routing_cpu.route_documents
+        best = route(vectors[None], routes, some, sizes[part], top_k, allowed, key_norm=key_norm)
         chosen = best.documents[0] >= 0
         documents.append(found[part][best.documents[0][chosen]])
         scores.append(best.scores[0][chosen])

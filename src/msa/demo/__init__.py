@@ -1,0 +1,1 @@
+"""What `msa demo` works on: documents and questions that ship with the package."""
