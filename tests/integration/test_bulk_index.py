@@ -348,14 +348,27 @@ def test_a_reader_sees_every_document_that_progress_has_counted(together):
 # ---- ranks that die
 
 
-def die_at(rank: int, commit: int, monkeypatch) -> None:
-    """Let a rank be killed when its states are on disk and its documents not yet stored."""
+def die_at(rank: int, commit: int, met: Path, monkeypatch) -> None:
+    """Let a rank be killed when its states are on disk and its documents not yet stored.
+
+    It dies after another rank has met rank 0 (`met` is there then), however late that one starts.
+    """
     done = []
+    enter = Follower.__enter__
+
+    def meets(self):
+        met.touch()
+        return enter(self)
+
+    monkeypatch.setattr(Follower, "__enter__", meets)
 
     def dies(self, worker, window, store):
         if worker == f"rank {rank}":
             done.append(worker)
             if len(done) == commit:
+                until = time.monotonic() + 60
+                while not met.exists() and time.monotonic() < until:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
         return store(self, worker, window)
 
@@ -374,7 +387,7 @@ def test_a_rank_is_killed_and_the_same_command_goes_on(
 ):
     path = tmp_path / "bank"
     with monkeypatch.context() as patched:
-        die_at(victim, 3, patched)
+        die_at(victim, 3, tmp_path / "met", patched)
         ranks = index_in_ranks(tmp_path, 2, corpus, "--bank", path, "--rank-timeout", 60)
     assert (ranks[victim].code, ranks[1 - victim].code) == (-9, 1)
     line = ranks[1 - victim].read("stderr")

@@ -235,7 +235,7 @@ def test_a_folder_becomes_a_checkpoint_that_loads_with_all_that_belongs_to_it(so
     assert (config.chunk_size, config.top_k_documents) == (8, 3)
     assert (config.query_reduction, config.backbone) == ("pooled", "llama")
     assert tuple(config.routing_layers) == report.calibration.layers
-    assert loaded.template == report.marks.template == PromptTemplate()
+    assert loaded.template == report.marks.template == PromptTemplate.compact()
     assert loaded.ask_options.prior_weight > 0
     assert report.logit_difference < 1e-5
     routers = {n.split(".")[2] for n in loaded.model.state_dict() if ".router_" in n}

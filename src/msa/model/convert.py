@@ -22,7 +22,7 @@ from msa.model.marks import Marks, fit_template
 from msa.model.modeling_msa import MSAForCausalLM
 from msa.model.origin import Origin, base_of
 from msa.model.pretrained import is_gguf, read_config, read_model, read_tokenizer
-from msa.text.prompts import PromptEncoder
+from msa.text.prompts import PromptEncoder, PromptTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,8 @@ ASK_OPTIONS = AskOptions(
     prior_weight=5.0,
     prior_temperature=0.03,
 )
+# τ of the routing loss: cosines of whitened vectors are small, 0.3 for a document that fits well.
+TEMPERATURE = 0.05
 _NOT_CARRIED = (
     *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype"),
     *("quantization_config", "_name_or_path"),
@@ -204,10 +206,12 @@ def convert_checkpoint(
         "chunk_size": chunk_size,
         "top_k_documents": top_k_documents,
         "query_reduction": query_reduction,
+        "aux_temperature": TEMPERATURE,
     }
     tokenizer = read_tokenizer(source)
     backbone = read_model(source, torch.float32 if is_gguf(source) else "auto")
-    marks = fit_template(tokenizer, backbone.get_input_embeddings().weight.detach())
+    template = PromptTemplate() if export == "released" else PromptTemplate.compact()
+    marks = fit_template(tokenizer, backbone.get_input_embeddings().weight.detach(), template)
     enlarged = _make_room(backbone, len(tokenizer))
     count = int(backbone.config.num_hidden_layers)
     candidates = None if layers else _candidates(count)

@@ -48,12 +48,15 @@ class Marks:
     added: tuple[str, ...]
 
 
-def fit_template(tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> Marks:
+def fit_template(
+    tokenizer: PreTrainedTokenizerBase, embeddings: Tensor, template: PromptTemplate | None = None
+) -> Marks:
     """A template whose marks are single tokens that the model can tell apart.
 
     Args:
         tokenizer: gains tokens where it must.
         embeddings: [V, E], the model's; tokens that are added beyond V get rows of their own.
+        template: the format with the released marks in it; by default the released one.
 
     Raises:
         ModelError: numbers or marks do not come back as they were.
@@ -90,13 +93,13 @@ def fit_template(tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> Mark
     if added:
         tokenizer.add_tokens(added, special_tokens=True)
     values = {}
-    for name, text in asdict(PromptTemplate()).items():
+    for name, text in asdict(template or PromptTemplate()).items():
         for mark, token in chosen.items():
             text = text.replace(mark, token)
         values[name] = text
-    template = PromptTemplate(**values)
-    check_template(tokenizer, template, [token for token in chosen.values() if token])
-    return Marks(template, tuple(added))
+    fitted = PromptTemplate(**values)
+    check_template(tokenizer, fitted, [token for token in chosen.values() if token])
+    return Marks(fitted, tuple(added))
 
 
 def check_template(

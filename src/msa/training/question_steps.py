@@ -209,6 +209,13 @@ class _Step:
         cut: str = self.encoder.tokenizer.decode(ids[:limit])
         return cut.replace("\ufffd", "")
 
+    def _lost(self, row: int) -> bool:
+        """The answer stands in a part of the gold documents that was cut off."""
+        question, documents = self._question(row), self.source.questions.documents
+        answer = question.answers[0].lower()
+        cut = any(answer in self.texts[self.rows[key]].lower() for key in question.gold)
+        return not cut and any(answer in documents[key].content.lower() for key in question.gold)
+
     def _question(self, row: int) -> TrainingQuestion:
         return self.source.questions.questions[row]
 
@@ -295,7 +302,7 @@ class _Step:
 
     def _answered(self, row: int) -> Sample | None:
         """The last round: the retrieval ends, the question again, the answer, more questions."""
-        if not self._question(row).answers:
+        if not self._question(row).answers or self._lost(row):
             return None
         sample = self._begin(row, self._readings(row))
         if sum(len(self.texts[i]) for i in sample.read) > 6 * self.stage.max_read_tokens:
@@ -313,7 +320,9 @@ class _Step:
             i
             for at in sorted(read)
             for i in self.source.by_document.get(inverse[at], ())
-            if i != row and {self.rows.get(k, -1) for k in self._question(i).gold} <= read
+            if i != row
+            and {self.rows.get(k, -1) for k in self._question(i).gold} <= read
+            and not self._lost(i)
         ]
         foreign = [
             i
