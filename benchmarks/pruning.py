@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from msa.benchmarks.sizes import parse_size
 from msa.benchmarks.timing import machine
-from msa.memory.pruning import PrunedKeys, PruningSettings
+from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
 from msa.ops.kernels import route_documents
 from msa.ops.pruning import BlockScan, cluster_order
 from msa.ops.routing import unit_key_norm
@@ -72,7 +72,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, keys: Tensor, counts: Tensor, questions: list) -> dict:
     """Figures of one memory: recall and share read over all questions, times over some."""
     began, cpu = time.perf_counter(), time.process_time()
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=args.block_size))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(block_size=args.block_size))
     row: dict = {
         "chunks": len(keys),
         "documents": len(counts),
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, keys: Tensor, counts: Tensor, questions: l
 
 
 def timed(
-    args: argparse.Namespace, pruned: PrunedKeys, keys: Tensor, counts: Tensor, some: list
+    args: argparse.Namespace, pruned: ClusteredIndex, keys: Tensor, counts: Tensor, some: list
 ) -> dict:
     """Median milliseconds of one question in one layer, wall and processor, taken by turns."""
     norm = unit_key_norm(keys.shape[1])
@@ -129,7 +129,7 @@ def timed(
     }
 
 
-def recalls(args: argparse.Namespace, pruned: PrunedKeys, some: list) -> dict:
+def recalls(args: argparse.Namespace, pruned: ClusteredIndex, some: list) -> dict:
     """Recall of the exact selection, and share of the keys read; per slack.
 
     The exact selection is that of slack 1, which is the full scan's (`timed` compares them).
@@ -151,7 +151,7 @@ def recalls(args: argparse.Namespace, pruned: PrunedKeys, some: list) -> dict:
     }
 
 
-def scanned(pruned: PrunedKeys, vectors: Tensor, slack: float) -> BlockScan:
+def scanned(pruned: ClusteredIndex, vectors: Tensor, slack: float) -> BlockScan:
     scan = BlockScan(pruned._blocks, vectors, TOP_K, None)
     scan.run(slack)
     return scan
@@ -171,7 +171,7 @@ def check(args: argparse.Namespace, keys: Tensor, counts: Tensor, questions: lis
     rows = {}
     grown = grow(keys[:end], counts[:part], len(keys), args.seed)
     for name, memory in {"world": (keys, counts), "grown": grown}.items():
-        pruned = PrunedKeys.build(*memory, PruningSettings(block_size=args.block_size))
+        pruned = ClusteredIndex.build(*memory, PruningSettings(block_size=args.block_size))
         rows[name] = {
             KINDS[kind]: recalls(args, pruned, [v for k, v in about if k == kind])
             for kind in sorted({k for k, _ in about})
@@ -220,7 +220,7 @@ def cached(path: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     """Routing keys of a world, and routing vectors of its questions asked of that world."""
-    from msa.memory.encoder import DocumentEncoder
+    from msa.memory.ingest.encoder import DocumentEncoder
     from msa.memory.latent import LatentMemory
     from msa.model.loading import load
     from msa.text.prompts import Reading

@@ -34,8 +34,8 @@ from msa.benchmarks.timing import bandwidth
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import score, world_questions
 from msa.evaluation.question_sets import Question, read_question_set
-from msa.memory.pruning import PruningSettings
-from msa.memory.reports import BankInfo
+from msa.memory.search.clustered_index import PruningSettings
+from msa.memory.store.reports import BankInfo
 from msa.model.loading import load as load_checkpoint
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.worlds import iter_world_documents

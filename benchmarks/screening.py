@@ -21,8 +21,8 @@ from quality import about
 from scaling import questions_of
 
 from msa import MemoryBank, MemoryEngine
-from msa.memory import budget
-from msa.memory.keys import LayerKeys
+from msa.memory.loaded import memory_plan
+from msa.memory.search.layer_index import LayerIndex
 from msa.model.loading import load
 from msa.ops.kernels.screening import Screen
 from msa.types import Selection
@@ -36,7 +36,7 @@ def main() -> None:
     with MemoryBank.open(Path(args.bank, "bank"), loaded, read_only=True) as bank:
         searches = searches_of(bank, loaded, args)
         tokens = bank.info().num_tokens
-    kinds: dict[int, dict[str, LayerKeys]] = {}
+    kinds: dict[int, dict[str, LayerIndex]] = {}
     for layer in {search[0].layer: search[0] for search in searches}.values():
         screen = Screen.followed(None, layer.keys, layer.counts)
         assert screen is not None, "too few keys for a copy, or torch has no int8 product here"
@@ -81,21 +81,21 @@ def main() -> None:
 def searches_of(bank: MemoryBank, loaded, args: argparse.Namespace) -> list[tuple]:
     """What layers are asked while questions are answered: keys as stored, vectors, mask, k."""
     made: list[tuple] = []
-    search = LayerKeys.search
+    search = LayerIndex.search
 
     def watched(self, vectors, mask, top_k, document_mask=None):
         made.append((self, vectors, mask, top_k))
         return search(self, vectors, mask, top_k, document_mask)
 
     _, one, two = questions_of(args)
-    plan = budget.plan(bank, dtype=bank.manifest.torch_dtype, content_dtype=loaded.model.dtype)
+    plan = memory_plan.plan(bank, dtype=bank.manifest.torch_dtype, content_dtype=loaded.model.dtype)
     engine = MemoryEngine(loaded.model, loaded.tokenizer, bank, template=loaded.template, plan=plan)
-    LayerKeys.search = watched
+    LayerIndex.search = watched
     try:
         for question in one[: args.questions // 2] + two[: args.questions // 2]:
             engine.ask(question.text)
     finally:
-        LayerKeys.search = search
+        LayerIndex.search = search
     return made
 
 

@@ -26,8 +26,8 @@ import numpy as np
 import ray
 
 from msa import Document, MemoryBank, load
-from msa.memory.bulk import BulkEncoder, Coordinator
-from msa.memory.reports import AddReport
+from msa.memory.distributed.bulk_ingest import BulkEncoder, Coordinator
+from msa.memory.store.reports import AddReport
 
 
 @ray.remote(num_cpus=0)
@@ -55,7 +55,7 @@ class Writer:
 
 
 class Desk:
-    """The writer, as the encoders know it (`msa.memory.bulk.Desk`)."""
+    """The writer, as the encoders know it (`msa.memory.distributed.bulk_ingest.Desk`)."""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer

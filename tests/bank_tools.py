@@ -9,7 +9,7 @@ import torch
 
 from msa import Document
 from msa.memory.bank import MemoryBank
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 
 LAYERS = (2, 3)
 WORDS = ("river", "stone", "lamp", "coat", "seven", "garden", "window", "iron", "letter", "morning")
@@ -39,7 +39,7 @@ StoredStates = dict[int, dict[int, tuple[torch.Tensor, ...]]]
 
 def states_of(bank: MemoryBank) -> StoredStates:
     """States of all live documents, as a reader gets them."""
-    view = ResidentBank(bank).view()
+    view = LoadedBank(bank).view()
     rows = view._rows
     found: StoredStates = {}
     starts = rows.chunk_counts.cumsum(0) - rows.chunk_counts

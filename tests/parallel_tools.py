@@ -18,8 +18,8 @@ import torch.distributed as dist
 from bank_tools import LAYERS, make_documents
 from msa.errors import MSAError
 from msa.memory.bank import MemoryBank
-from msa.memory.parallel import ParallelBank
-from msa.memory.resident import ResidentBank, ResidentView
+from msa.memory.distributed.sharded_bank import ShardedBank
+from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
 
 WIDTH = 2 * 16  # KV heads, head dim
 QUESTIONS = ["Which river?", "Whose lamp is it?", "Who wrote the letter?", "Where is the garden?"]
@@ -97,11 +97,11 @@ def plan(rank, world):
 def selections(rank, world, folder, device="cpu"):
     seen = []
     with MemoryBank.open(folder / "bank", read_only=True) as bank:
-        with ParallelBank(bank, device, timeout=60) as memory:
+        with ShardedBank(bank, device, timeout=60) as memory:
             for view in views(memory, rank, world):
                 seen += [routed(view, *question) for question in plan(rank, world)]
                 seen += [routed(view, 7, 3, zero=True)] if plan(rank, world) else []
-        shares = ResidentBank(bank, shard=(rank, world)).view()
+        shares = LoadedBank(bank, shard=(rank, world)).view()
         return [seen, len(shares), shares.first_row]
 
 
@@ -113,12 +113,12 @@ def views(memory, rank, world):
 
 
 def few(rank, world, folder):
-    with MemoryBank.open(folder / "few", read_only=True) as bank, ParallelBank(bank) as memory:
+    with MemoryBank.open(folder / "few", read_only=True) as bank, ShardedBank(bank) as memory:
         return routed(memory, 3, 2)
 
 
 def empty(rank, world, folder):
-    with MemoryBank.open(folder / "empty", read_only=True) as bank, ParallelBank(bank) as memory:
+    with MemoryBank.open(folder / "empty", read_only=True) as bank, ShardedBank(bank) as memory:
         assert not len(memory)
         try:
             memory.route(LAYERS[0], *queries(1, 1))
@@ -140,7 +140,7 @@ def growing(rank, world, folder):
     from msa import load
 
     path = folder / f"growing{world}"
-    with MemoryBank.open(path, read_only=True) as bank, ParallelBank(bank) as memory:
+    with MemoryBank.open(path, read_only=True) as bank, ShardedBank(bank) as memory:
         old = memory.view()
         before = routed(old, 5, 2)
         dist.barrier()
@@ -159,7 +159,7 @@ def bad_question(rank, world, folder):
     """One rank leaves by an error."""
     with MemoryBank.open(folder / "bank", read_only=True) as bank:
         try:
-            with ParallelBank(bank) as memory:
+            with ShardedBank(bank) as memory:
                 if rank == 1:
                     memory.view(top_k=0)
         except MSAError as error:
@@ -170,7 +170,7 @@ def bad_question(rank, world, folder):
 def different_banks(rank, world, folder):
     with MemoryBank.open(folder / ("few" if rank else "bank"), read_only=True) as bank:
         try:
-            ParallelBank(bank)
+            ShardedBank(bank)
         except MSAError as error:
             return said(error)
     return None
@@ -183,14 +183,14 @@ def damaged(rank, world, folder):
     def refuse(self, layer, selection):
         raise BankCorruptError("segment 'x' is damaged")
 
-    whole = ResidentView.content
+    whole = BankSnapshot.content
     seen = []
-    with MemoryBank.open(folder / "bank", read_only=True) as bank, ParallelBank(bank) as memory:
+    with MemoryBank.open(folder / "bank", read_only=True) as bank, ShardedBank(bank) as memory:
         view = memory.view()
         selection = view.route(LAYERS[0], *queries(0, 1, zero=True))  # the first rows: rank 0's
         dist.barrier()
         if rank == 0:
-            ResidentView.content = refuse
+            BankSnapshot.content = refuse
         dist.barrier()
         if rank == 1:
             try:
@@ -198,7 +198,7 @@ def damaged(rank, world, folder):
             except MSAError as error:
                 seen.append(said(error))
         dist.barrier()
-        ResidentView.content = whole
+        BankSnapshot.content = whole
         dist.barrier()
         seen.append(view.content(LAYERS[0], selection).mask.sum().item())
     return seen
@@ -207,7 +207,7 @@ def damaged(rank, world, folder):
 def fall(rank, world, folder, how):
     """Rank 1 is killed or stopped while the others ask."""
     with MemoryBank.open(folder / "bank", read_only=True) as bank:
-        memory = ParallelBank(bank, timeout=4)
+        memory = ShardedBank(bank, timeout=4)
         view = memory.view()
         routed(view, 1, 1)
         dist.barrier()
@@ -273,7 +273,7 @@ def run_ranks(scenario_names, world, folder, out):
     A rank that did not write is missing.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["msa.memory.parallel", "msa.inference.engine"])
+    context.set_forkserver_preload(["msa.memory.distributed.sharded_bank", "msa.inference.engine"])
     out.mkdir()
     ranks = [
         context.Process(target=_rank, args=(scenario_names, rank, world, folder, out))

@@ -9,7 +9,7 @@ import parallel_tools as tools
 from bank_tools import make_documents
 from msa import Document
 from msa.memory.bank import MemoryBank
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL wants one for each rank"
@@ -30,7 +30,7 @@ def test_every_rank_selects_and_fetches_what_one_gpu_does(tmp_path, tiny_model, 
     found = tools.run_ranks(["nccl"], world, folder, tmp_path / "out")["nccl"]
     assert len(found) == world
     with MemoryBank.open(folder / "bank", read_only=True) as bank:
-        alone = ResidentBank(bank, "cuda:0")
+        alone = LoadedBank(bank, "cuda:0")
         for rank, seen in found.items():
             assert "failed" not in seen, seen["failed"]
             wanted = []

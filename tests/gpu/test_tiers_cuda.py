@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bank_tools import LAYERS, make_documents
-from msa.memory import budget
 from msa.memory.bank import MemoryBank
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded import memory_plan
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.types import Selection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,10 +34,10 @@ def assert_same_content(mine, wanted):
 @pytest.mark.parametrize("tier", ["held", "mapped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_tier_gives_the_content_of_the_processor(bank, tier, dtype):
-    plain = ResidentBank(bank, content_dtype=dtype)
-    plan = budget.plan(bank, "cuda", content=tier, content_dtype=dtype)
+    plain = LoadedBank(bank, content_dtype=dtype)
+    plan = memory_plan.plan(bank, "cuda", content=tier, content_dtype=dtype)
     assert plan.prefetch
-    resident = ResidentBank(bank, "cuda", plan=plan, content_dtype=dtype)
+    resident = LoadedBank(bank, "cuda", plan=plan, content_dtype=dtype)
     held = resident.view()._content._held
     assert len(held) == (3 if tier == "held" else 0)
     assert all(t.is_pinned() for h in held for pair in h.layers.values() for t in pair)
@@ -57,10 +57,10 @@ def test_every_tier_gives_the_content_of_the_processor(bank, tier, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("keys_device", ["cuda:0", "cpu"])
 def test_keys_on_the_device_and_in_memory_give_the_same(bank, queries, dtype, keys_device):
-    exact = ResidentBank(bank)
-    plan = budget.plan(bank, "cuda:0", dtype=dtype)
+    exact = LoadedBank(bank)
+    plan = memory_plan.plan(bank, "cuda:0", dtype=dtype)
     assert plan.keys_device == "cuda:0"
-    resident = ResidentBank(bank, "cuda:0", plan=replace(plan, keys_device=keys_device))
+    resident = LoadedBank(bank, "cuda:0", plan=replace(plan, keys_device=keys_device))
     assert str(resident.view()._keys[2].device) == keys_device
     for layer in LAYERS:
         mine = resident.route(layer, *(q.cuda() for q in queries))
@@ -72,13 +72,13 @@ def test_keys_on_the_device_and_in_memory_give_the_same(bank, queries, dtype, ke
 
 
 def test_a_device_that_runs_out_falls_back_a_tier(bank, queries, caplog):
-    plan = budget.plan(bank, "cuda:0")
+    plan = memory_plan.plan(bank, "cuda:0")
     assert plan.device_available <= torch.cuda.mem_get_info()[0] + (1 << 30)
-    small = ResidentBank(bank, "cuda:0", plan=replace(plan, growth=1e9))  # what no device has
+    small = LoadedBank(bank, "cuda:0", plan=replace(plan, growth=1e9))  # what no device has
     assert small.plan.keys_dtype == "int8"
     (record,) = caplog.records
     assert "they are held on 'cuda:0' in int8" in record.getMessage()
-    wanted = ResidentBank(bank).route(2, *queries)
+    wanted = LoadedBank(bank).route(2, *queries)
     mine = small.route(2, *(q.cuda() for q in queries))
     assert torch.equal(mine.documents.cpu(), wanted.documents)
     assert bank.verify().ok

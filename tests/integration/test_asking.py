@@ -22,7 +22,7 @@ from msa.errors import (
     ModelError,
 )
 from msa.inference.options import AskOptions
-from msa.memory.pruning import PruningSettings
+from msa.memory.search.clustered_index import PruningSettings
 from msa.types import Answer
 
 DOCUMENTS = [

@@ -25,10 +25,10 @@ from bank_tools import LAYERS, ids_of, make_document, states_of
 from conftest import routing_vectors_of
 from msa import Document
 from msa.errors import BankLockedError
-from msa.memory import lexical
 from msa.memory.bank import MemoryBank
-from msa.memory.encoder import DocumentEncoder
-from msa.memory.resident import ResidentBank
+from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.store import word_index
 
 KILLS = 20
 MAX_TOKENS = 96  # so that the longer documents are split
@@ -357,7 +357,7 @@ def compact(bank, tell):
 def index_words(bank, tell):
     """As when a bank is opened for writing that has no word index."""
     tell("begin", "index", [])
-    lexical.build(bank.catalog._db)
+    word_index.build(bank.catalog._db)
     tell("done")
 
 
@@ -446,7 +446,7 @@ def test_a_reader_that_asks_while_documents_come_and_go_never_sees_half_a_docume
     asked = changes = 0
     try:
         with MemoryBank.open(new_bank, tiny_model, tiny_tokenizer, read_only=True) as bank:
-            resident = ResidentBank(bank)
+            resident = LoadedBank(bank)
             end = time.monotonic() + 2.5
             while time.monotonic() < end or asked < 20:
                 changes += resident.refresh()

@@ -27,9 +27,9 @@ from msa import Document, MemoryEngine, load
 from msa.cli import main
 from msa.errors import DuplicateDocumentError, RankError
 from msa.memory.bank import MemoryBank
-from msa.memory.bulk import Coordinator
-from msa.memory.ranks import Follower, Lead, Place
-from msa.memory.resident import ResidentBank
+from msa.memory.distributed.bulk_ingest import Coordinator
+from msa.memory.distributed.torchrun_ingest import Follower, Lead, Place
+from msa.memory.loaded.loaded_bank import LoadedBank
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = resources.files("msa") / "demo" / "worlds"
@@ -332,7 +332,7 @@ def test_an_id_with_other_content_raises_wherever_it_is_found(rank, together):
 def test_a_reader_sees_every_document_that_progress_has_counted(together):
     documents = [make_document(f"d{i}", words=2) for i in range(300)]  # none is split
     with MemoryBank.open(together.path, read_only=True) as reading:
-        resident = ResidentBank(reading)
+        resident = LoadedBank(reading)
         seen = []
 
         def progress(said) -> None:
@@ -422,7 +422,7 @@ def test_torchrun_says_in_one_line_which_rank_was_killed(corpus, tmp_path):
     script.write_text(
         "import os, signal\n"
         "from msa.cli.main import main\n"
-        "from msa.memory.ranks import Follower\n"
+        "from msa.memory.distributed.torchrun_ingest import Follower\n"
         "Follower.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main()\n"
     )

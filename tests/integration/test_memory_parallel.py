@@ -18,8 +18,8 @@ from conftest import make_tiny_model
 from msa import Document, MemoryEngine, load
 from msa.errors import ConfigError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.parallel import ParallelBank
-from msa.memory.resident import ResidentBank
+from msa.memory.distributed.sharded_bank import ShardedBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = [
@@ -99,7 +99,7 @@ def seen(world, folder, tmp_path_factory):
 @pytest.fixture
 def alone(folder):
     with MemoryBank.open(folder / "bank", read_only=True) as bank:
-        yield ResidentBank(bank)
+        yield LoadedBank(bank)
 
 
 def test_every_rank_selects_and_fetches_what_one_process_does(seen, world, alone):
@@ -132,7 +132,7 @@ def test_equal_documents_of_several_shares_go_to_the_lower_row(alone, folder, wo
 
 def test_fewer_documents_than_ranks(seen, folder):
     with MemoryBank.open(folder / "few", read_only=True) as bank:
-        wanted = tools.as_json(tools.routed(ResidentBank(bank), 3, 2))
+        wanted = tools.as_json(tools.routed(LoadedBank(bank), 3, 2))
     assert all(rank == wanted for rank in seen["few"].values())
 
 
@@ -151,7 +151,7 @@ def test_answers_and_hits_are_those_of_one_process(seen, folder, tiny_tokenizer,
 
 def test_documents_that_come_and_go_are_seen_at_the_next_refresh_by_all(seen, folder, world):
     with MemoryBank.open(folder / f"growing{world}", read_only=True) as bank:
-        resident = ResidentBank(bank)
+        resident = LoadedBank(bank)
         now = tools.as_json(tools.routed(resident, 5, 2))
     for before, same, changed, after, generation in seen["growing"].values():
         assert same  # a view keeps its state
@@ -199,12 +199,12 @@ def test_a_dead_rank_is_one_clear_error_for_the_others(how, folder, tmp_path):
 
 def test_without_a_process_group_it_says_what_to_start(alone):
     with pytest.raises(ConfigError, match="start the program with torchrun"):
-        ParallelBank(alone.bank)
+        ShardedBank(alone.bank)
 
 
 def test_a_timeout_must_be_above_zero(alone):
     with pytest.raises(InputError, match="expected above 0"):
-        ParallelBank(alone.bank, timeout=0)
+        ShardedBank(alone.bank, timeout=0)
 
 
 def test_msa_search_under_torchrun_prints_once_what_one_process_finds(folder, tmp_path):

@@ -18,9 +18,9 @@ from msa.errors import (
     InputError,
     ModelError,
 )
-from msa.memory import ingest
 from msa.memory.bank import MemoryBank
-from msa.memory.encoder import DocumentEncoder
+from msa.memory.ingest import pipeline
+from msa.memory.ingest.encoder import DocumentEncoder
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_documents_are_taken_as_they_are_stored_not_all_at_once(bank):
 
 
 def test_many_unchanged_documents_still_report_progress(bank, monkeypatch):
-    monkeypatch.setattr(ingest, "COMMIT_DOCUMENTS", 10)
+    monkeypatch.setattr(pipeline, "COMMIT_DOCUMENTS", 10)
     documents = [make_document(f"d{i}", words=1) for i in range(35)]
     bank.add(documents)
     seen = []
@@ -232,7 +232,7 @@ def test_a_bad_document_is_reported_and_the_others_are_stored(bank, document, re
 
 
 def test_a_text_of_absurd_length_is_reported(bank, monkeypatch):
-    monkeypatch.setattr(ingest, "MAX_TEXT_CHARACTERS", 100)
+    monkeypatch.setattr(pipeline, "MAX_TEXT_CHARACTERS", 100)
     report = bank.add([Document("x", "y" * 101)])
     assert "its text has 101 characters; at most 100" in report.failed[0][1]
 

@@ -19,8 +19,8 @@ from msa.errors import (
     InputError,
 )
 from msa.memory.bank import MemoryBank
-from msa.memory.encoder import DocumentEncoder
-from msa.memory.manifest import model_fingerprints, tokenizer_fingerprint
+from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.store.manifest import model_fingerprints, tokenizer_fingerprint
 from msa.text.prompts import PromptTemplate
 
 STATES = ("routing_keys", "pooled_keys", "pooled_values")
@@ -53,7 +53,7 @@ def test_a_bank_is_not_made_over_another(bank, path, tiny_model, tiny_tokenizer)
 
 
 def test_an_interrupted_creation_can_be_done_again(path, tiny_model, tiny_tokenizer, monkeypatch):
-    from msa.memory.manifest import Manifest
+    from msa.memory.store.manifest import Manifest
 
     def killed(*_):
         raise KeyboardInterrupt

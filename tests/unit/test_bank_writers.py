@@ -15,8 +15,8 @@ import pytest
 from bank_tools import folder_state, ids_of, make_document, make_documents
 from msa.errors import BankError, BankLockedError, StorageError
 from msa.memory.bank import MemoryBank
-from msa.memory.catalog import Catalog
-from msa.memory.storage import publish, write_file
+from msa.memory.store.catalog import Catalog
+from msa.memory.store.durable_files import publish, write_file
 
 
 def run_together(*tasks):

@@ -12,11 +12,11 @@ import torch
 from bank_tools import make_documents
 from msa.cli.main import main
 from msa.errors import BudgetError, InputError
-from msa.memory import budget
 from msa.memory.bank import MemoryBank
-from msa.memory.budget import available_memory, lower, plan
-from msa.memory.pruning import PruningSettings
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded import memory_plan
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.memory_plan import available_memory, lower, plan
+from msa.memory.search.clustered_index import PruningSettings
 
 GB = 10**9
 
@@ -81,7 +81,7 @@ def test_what_is_planned_is_what_is_taken(bank, half):
     for some in (bank, half):
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             made = plan(some, dtype=dtype, content="held", content_dtype=torch.float32)
-            resident = ResidentBank(some, plan=made, content_dtype=torch.float32)
+            resident = LoadedBank(some, plan=made, content_dtype=torch.float32)
             assert resident.dtype == dtype
             assert resident.num_bytes == made.keys_bytes
             assert resident.view()._content.num_bytes == made.content_bytes
@@ -95,7 +95,7 @@ def test_the_copy_for_a_pruned_scan_is_planned_for(bank):
     bank.add(make_documents(300, "more"))
     settings = PruningSettings(block_size=16)
     made = plan(bank, pruning=settings)
-    loaded = ResidentBank(bank, pruning=settings)
+    loaded = LoadedBank(bank, pruning=settings)
     copies = loaded.num_bytes - made.keys_bytes
     assert 0.6 * made.pruned_bytes < copies <= made.pruned_bytes
     plain = plan(bank, screen=False)
@@ -112,21 +112,21 @@ def test_shares_add_up_to_the_bank(bank):
 
 
 def test_shorter_keys_are_widened_where_the_processor_lacks_them(half, monkeypatch):
-    monkeypatch.setattr(budget, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(memory_plan, "_multiplies", lambda dtype: False)
     made = plan(half, memory=8 * GB)
     assert made.keys_dtype == "float32"
     assert "turns bfloat16 into float32 at every scan" in made.why[0]
     assert plan(half, memory=8 * GB, dtype=torch.bfloat16).keys_dtype == "bfloat16"
-    monkeypatch.setattr(budget, "WIDE_SHARE", 0.0)
+    monkeypatch.setattr(memory_plan, "WIDE_SHARE", 0.0)
     assert plan(half, memory=8 * GB).keys_dtype == "bfloat16"
     monkeypatch.undo()
-    monkeypatch.setattr(budget, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(memory_plan, "_multiplies", lambda dtype: True)
     assert plan(half, memory=8 * GB).keys_dtype == "bfloat16"
 
 
 def test_widened_keys_give_the_same_selection(half, queries):
-    stored = ResidentBank(half, dtype=torch.bfloat16).route(2, *queries)
-    wide = ResidentBank(half, dtype=torch.float32).route(2, *queries)
+    stored = LoadedBank(half, dtype=torch.bfloat16).route(2, *queries)
+    wide = LoadedBank(half, dtype=torch.float32).route(2, *queries)
     assert torch.equal(stored.documents, wide.documents)
     assert torch.equal(stored.scores, wide.scores)
 
@@ -170,11 +170,11 @@ def test_a_dtype_that_is_asked_for_and_does_not_fit_is_refused(large):
 
 
 def test_a_bank_that_does_not_fit_is_not_loaded(bank, monkeypatch):
-    monkeypatch.setattr(budget, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: 10**6)
     with pytest.raises(BudgetError, match="does not fit"):
-        ResidentBank(bank)
+        LoadedBank(bank)
     monkeypatch.undo()
-    assert len(ResidentBank(bank)) == 30
+    assert len(LoadedBank(bank)) == 30
     assert bank.verify().ok
 
 
@@ -193,26 +193,26 @@ def test_what_cannot_be_planned_is_one_clear_line(bank, arguments, words):
         plan(bank, **arguments)
     if "dtype" in arguments:
         with pytest.raises(InputError, match=words):
-            ResidentBank(bank, dtype=arguments["dtype"])
+            LoadedBank(bank, dtype=arguments["dtype"])
 
 
 def test_a_plan_and_a_dtype_together_are_refused(bank):
     with pytest.raises(InputError, match="plan and dtype are both given"):
-        ResidentBank(bank, plan=plan(bank), dtype=torch.float32)
+        LoadedBank(bank, plan=plan(bank), dtype=torch.float32)
 
 
 # ---- a device; none is needed to plan for one
 
 
 def device_plan(bank, device_memory, monkeypatch, **options):
-    monkeypatch.setattr(budget, "is_supported", options.pop("supported", lambda *a: True))
+    monkeypatch.setattr(memory_plan, "is_supported", options.pop("supported", lambda *a: True))
     return plan(bank, "cuda:0", device_memory=device_memory, **options)
 
 
 def test_on_a_device_with_room_keys_lie_there_and_content_is_pinned(bank, monkeypatch):
     made = device_plan(bank, 80 * GB, monkeypatch, memory=8 * GB)
     assert (made.keys_device, made.keys_dtype) == ("cuda:0", "float32")
-    assert made.keys_bytes == int(keys_of(bank, torch.float32) * budget.GROWTH)
+    assert made.keys_bytes == int(keys_of(bank, torch.float32) * memory_plan.GROWTH)
     assert made.content == "held"
     assert made.prefetch
     assert made.keys_bytes < made.device_bytes < GB
@@ -356,8 +356,8 @@ def test_a_plan_that_cannot_be_made_is_one_line(run, words, code, message):
 
 def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each):
     """A bank of random states in bfloat16, as they would lie there; no document is encoded."""
-    from msa.memory.catalog import CatalogRow
-    from msa.memory.records import EncodedBatch
+    from msa.memory.store.catalog import CatalogRow
+    from msa.memory.store.records import EncodedBatch
     from msa.types import Document, LatentStates, LayerStates
 
     bank = MemoryBank.create(path, model, tokenizer, dtype=torch.bfloat16)
@@ -387,9 +387,9 @@ from pathlib import Path
 import torch
 
 from msa.memory.bank import MemoryBank
-from msa.memory.budget import plan
-from msa.memory.pruning import PruningSettings
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.memory_plan import plan
+from msa.memory.search.clustered_index import PruningSettings
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.types import Selection
 
 
@@ -414,10 +414,10 @@ def ask(resident, generator):
 
 generator = torch.Generator().manual_seed(1)
 small = plan(bank, dtype="int8", shard=(0, 16))
-ask(ResidentBank(bank, plan=small, shard=(0, 16)), generator)  # loads code, warms the allocator
+ask(LoadedBank(bank, plan=small, shard=(0, 16)), generator)  # loads code, warms the allocator
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = status("VmRSS")
-ask(ResidentBank(bank, plan=made), generator)
+ask(LoadedBank(bank, plan=made), generator)
 print(json.dumps([made.keys_dtype, made.content, status("VmHWM") - before]))
 """
 

@@ -7,8 +7,8 @@ import pytest
 
 from msa import Document
 from msa.errors import BankCorruptError, BankError, StorageError
-from msa.memory.catalog import Catalog, CatalogRow
-from msa.memory.records import SegmentEntry
+from msa.memory.store.catalog import Catalog, CatalogRow
+from msa.memory.store.records import SegmentEntry
 
 
 def entry(segment, documents=1):

@@ -9,11 +9,12 @@ import torch
 
 from bank_tools import LAYERS, make_documents
 from msa.errors import BankCorruptError, BudgetError
-from msa.memory import budget, content, pages
 from msa.memory.bank import MemoryBank
-from msa.memory.content import Arena, Fetched
-from msa.memory.pages import PageWindow, let_go
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded import content_store, memory_plan
+from msa.memory.loaded.content_store import Arena, Fetched
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.store import mapped_pages
+from msa.memory.store.mapped_pages import PageWindow, let_go
 from msa.types import Selection
 
 
@@ -26,8 +27,8 @@ def bank(path, tiny_model, tiny_tokenizer):
 
 
 def loaded(bank, tier, *, prefetch=False, **options):
-    made = budget.plan(bank, content=tier, content_dtype=options.get("content_dtype"))
-    return ResidentBank(bank, plan=replace(made, prefetch=prefetch), **options)
+    made = memory_plan.plan(bank, content=tier, content_dtype=options.get("content_dtype"))
+    return LoadedBank(bank, plan=replace(made, prefetch=prefetch), **options)
 
 
 def same(one, other):
@@ -67,14 +68,14 @@ def test_every_tier_gives_the_same_content(bank, dtype, prefetch):
 @pytest.mark.parametrize("tier", ["held", "mapped"])
 def test_what_the_last_layer_chose_is_fetched_ahead(bank, tier, monkeypatch):
     resident = loaded(bank, tier, prefetch=True)
-    read, real = [], content.ContentStore._copied
+    read, real = [], content_store.ContentStore._copied
 
     def noted(store, rows, layer, chosen):
         ahead = threading.current_thread() is not threading.main_thread()
         read.append((ahead, layer, chosen.tolist()))
         return real(store, rows, layer, chosen)
 
-    monkeypatch.setattr(content.ContentStore, "_copied", noted)
+    monkeypatch.setattr(content_store.ContentStore, "_copied", noted)
     first, second, _ = selections()
     resident.content(2, first)
     pending = resident.view()._content._ahead._pending
@@ -109,7 +110,7 @@ def test_damage_found_ahead_is_told_to_who_asks(bank, path):
 @pytest.mark.parametrize("tier", ["held", "mapped"])
 def test_a_segment_deleted_under_a_reader_stays_readable(bank, path, queries, tier):
     resident = loaded(bank, tier)
-    int8 = ResidentBank(bank, dtype=torch.int8)
+    int8 = LoadedBank(bank, dtype=torch.int8)
     view = resident.view()
     before = {i: view.content(i, view.route(i, *queries)) for i in LAYERS}
     for segment in (path / "segments").iterdir():
@@ -156,31 +157,31 @@ def test_a_failed_refresh_leaves_held_content_in_order(bank, path, queries):
 
 
 def test_a_share_holds_its_own_content(bank):
-    whole = ResidentBank(bank)
+    whole = LoadedBank(bank)
     for rank in range(3):
-        made = budget.plan(bank, content="held", shard=(rank, 3))
-        resident = ResidentBank(bank, plan=made, shard=(rank, 3))
+        made = memory_plan.plan(bank, content="held", shard=(rank, 3))
+        resident = LoadedBank(bank, plan=made, shard=(rank, 3))
         view = resident.view()
         rows = torch.arange(len(view))[None]
         zeros = torch.zeros(rows.shape)
         mine = view.content(3, Selection(rows, zeros))
         assert same(mine, whole.content(3, Selection(rows + view.first_row, zeros)))
-    held = [ResidentBank(bank, shard=(r, 3)).view()._content.num_bytes for r in range(3)]
+    held = [LoadedBank(bank, shard=(r, 3)).view()._content.num_bytes for r in range(3)]
     assert sum(held) == whole.view()._content.num_bytes
 
 
 def test_running_out_of_memory_in_the_middle_is_one_clear_line(bank, queries, monkeypatch):
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     selection = resident.route(2, *queries)
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(content.ContentStore, "fetch", full)
+    monkeypatch.setattr(content_store.ContentStore, "fetch", full)
     with pytest.raises(BudgetError, match=r"'cpu' ran out of memory while fetching") as caught:
         resident.content(2, selection)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr("msa.memory.keys.route_documents", full)
+    monkeypatch.setattr("msa.memory.search.layer_index.route_documents", full)
     with pytest.raises(BudgetError, match=r"while routing; ask fewer"):
         resident.route(2, *queries)
     monkeypatch.undo()
@@ -189,7 +190,7 @@ def test_running_out_of_memory_in_the_middle_is_one_clear_line(bank, queries, mo
 
 
 def test_an_arena_gives_memory_of_its_own_to_everyone(monkeypatch):
-    monkeypatch.setattr(content, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(content_store, "BLOCK_BYTES", 1000)
     arena = Arena()
     shapes = [(3, 2, 4), (5, 1, 7), (0, 2, 4), (40, 2, 4), (11, 2, 4), (2, 2, 2)]
     taken = []
@@ -237,7 +238,7 @@ def mapped_kilobytes(path):
     return total
 
 
-@pytest.mark.skipif(not pages._MAPS.exists(), reason="only Linux tells what is mapped")
+@pytest.mark.skipif(not mapped_pages._MAPS.exists(), reason="only Linux tells what is mapped")
 def test_pages_are_let_go_of_and_read_again(bank, path):
     resident = loaded(bank, "mapped")
     every = Selection(torch.arange(40)[None], torch.zeros(1, 40))
@@ -253,8 +254,8 @@ def test_pages_are_let_go_of_and_read_again(bank, path):
 
 def test_a_window_lets_go_when_it_has_seen_enough(monkeypatch):
     gone = []
-    monkeypatch.setattr(pages, "let_go", lambda maps: gone.append(list(maps)))
-    window = PageWindow(limit=3 * pages._AROUND)
+    monkeypatch.setattr(mapped_pages, "let_go", lambda maps: gone.append(list(maps)))
+    window = PageWindow(limit=3 * mapped_pages._AROUND)
     window.touched(1, 10, ["a"])
     window.touched(1, 10, ["b"])
     assert gone == []

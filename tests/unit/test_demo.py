@@ -16,7 +16,7 @@ from msa.demo.material import FOLDERS, KINDS, Step, load_material, step_of_row
 from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
 from msa.inference.options import AskOptions
-from msa.memory.reports import AddProgress, AddReport, StoredDocument
+from msa.memory.store.reports import AddProgress, AddReport, StoredDocument
 from msa.text.prompts import PromptTemplate
 from msa.types import (
     Answer,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from msa.memory.records import EncodedBatch
+from msa.memory.store.records import EncodedBatch
 from msa.training import config as training_config
 
 ROOT = Path(__file__).resolve().parents[2]

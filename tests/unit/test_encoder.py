@@ -8,7 +8,7 @@ import torch
 
 from bank_tools import LAYERS, make_document, make_documents
 from msa.errors import InputError, ModelError
-from msa.memory.encoder import MAX_PADDING, WORTH_A_RUN, DocumentEncoder, length_buckets
+from msa.memory.ingest.encoder import MAX_PADDING, WORTH_A_RUN, DocumentEncoder, length_buckets
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from bank_tools import make_document
 from msa import Document
 from msa.errors import InputError
-from msa.memory import metadata_index
 from msa.memory.bank import MemoryBank
-from msa.memory.catalog import Catalog, CatalogRow
-from msa.memory.filters import MAX_CONDITIONS, MAX_VALUES, metadata_test
-from msa.memory.records import SegmentEntry
+from msa.memory.store import metadata_index
+from msa.memory.store.catalog import Catalog, CatalogRow
+from msa.memory.store.filters import MAX_CONDITIONS, MAX_VALUES, metadata_test
+from msa.memory.store.records import SegmentEntry
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from msa.inference.decoding import Decoder
 from msa.inference.interleave import Interleave
 from msa.inference.options import AskOptions
 from msa.memory.latent import LatentMemory
-from msa.memory.reports import StoredDocument
+from msa.memory.store.reports import StoredDocument
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Document, Event
 

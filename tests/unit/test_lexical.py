@@ -9,9 +9,9 @@ import pytest
 from bank_tools import make_documents
 from msa import Document
 from msa.errors import InputError, LexicalIndexError
-from msa.memory import lexical
 from msa.memory.bank import MemoryBank
-from msa.memory.lexical import LexicalQuery
+from msa.memory.store import word_index
+from msa.memory.store.word_index import LexicalQuery
 
 PLANETS = [
     Document("earth", "Our planet has one moon and much water.", "Earth", {"kind": "rock"}),
@@ -137,7 +137,7 @@ def test_weights_and_counts_that_make_no_sense_are_refused(planets, weight):
 
 
 def test_frequent_words_are_dropped_when_there_are_rarer_ones(bank, monkeypatch):
-    monkeypatch.setattr(lexical, "FREQUENT_DOCUMENTS", 0)
+    monkeypatch.setattr(word_index, "FREQUENT_DOCUMENTS", 0)
     bank.add([Document(f"d{i}", f"the town number{i}") for i in range(10)])
     assert found(bank, "the number3 town") == ["d3"]
     assert len(found(bank, "the town")) == 10
@@ -146,10 +146,10 @@ def test_frequent_words_are_dropped_when_there_are_rarer_ones(bank, monkeypatch)
 def test_work_is_bounded_rarest_words_first(bank, monkeypatch):
     bank.add([Document(f"d{i}", f"common {'half' * (i % 2)} number{i}") for i in range(10)])
     assert len(found(bank, "common half number4")) == 10
-    monkeypatch.setattr(lexical, "MAX_PAIRS", 6)
+    monkeypatch.setattr(word_index, "MAX_PAIRS", 6)
     assert len(found(bank, "common half number4")) == 6
     assert len(found(bank, "common")) == 10
-    monkeypatch.setattr(lexical, "MAX_TERMS", 1)
+    monkeypatch.setattr(word_index, "MAX_TERMS", 1)
     assert found(bank, "common half number4") == ["d4"]
 
 
@@ -301,7 +301,7 @@ def test_without_fts5_the_bank_works_and_says_why_it_is_not_searched(
     planets, path, tiny_model, tiny_tokenizer, monkeypatch
 ):
     planets.close()
-    monkeypatch.setattr(lexical, "has_fts5", lambda db: False)
+    monkeypatch.setattr(word_index, "has_fts5", lambda db: False)
     with MemoryBank.open(path, tiny_model, tiny_tokenizer) as bank:
         bank.delete("mars")
         bank.add([Document("venus", "Hot and cloudy.")])

@@ -13,8 +13,8 @@ from msa.cli import main
 from msa.errors import BankCorruptError, ConfigError, InputError
 from msa.evaluation.agreement import selection_agreement
 from msa.memory.bank import MemoryBank
-from msa.memory.budget import plan
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.memory_plan import plan
 from msa.ops.quantisation import PACKED, pack, packed_width, unpack
 
 # Largest error as a share of a row's largest number: half a step.
@@ -75,7 +75,7 @@ def test_content_of_a_packed_bank_is_near_that_of_a_full_one(
     for kind in ("float32", precision):
         name = None if kind == "float32" else kind
         with make(tmp_path / kind, tiny_model, tiny_tokenizer, name) as bank:
-            resident = ResidentBank(bank, plan=plan(bank, content=tier))
+            resident = LoadedBank(bank, plan=plan(bank, content=tier))
             assert bank.manifest.packed == name
             contents[kind] = [
                 resident.content(layer, resident.route(layer, *queries)) for layer in LAYERS
@@ -99,7 +99,7 @@ def test_a_packed_bank_is_smaller_and_its_header_says_what_it_is(
             sizes[kind] = bank.info().segment_bytes
             planned = plan(bank, content="held")
             assert bank.info().content_dtype == (kind or "float32")
-            resident = ResidentBank(bank, plan=planned)
+            resident = LoadedBank(bank, plan=planned)
             assert resident._view._content.num_bytes == planned.content_bytes
         header = json.loads((tmp_path / str(kind) / "bank.json").read_text())
         assert header["content_dtype"] == (kind or "float32")
@@ -112,10 +112,10 @@ def test_compaction_and_repair_keep_packed_content_byte_for_byte(
     with make(tmp_path / "b", tiny_model, tiny_tokenizer, "int8") as bank:
         ids = [s.document.id for s in bank.documents(20)]
         bank.delete(ids[:5])
-        resident = ResidentBank(bank)
+        resident = LoadedBank(bank)
         before = resident.content(2, resident.route(2, *queries))
         bank.compact()
-        resident = ResidentBank(bank)
+        resident = LoadedBank(bank)
         after = resident.content(2, resident.route(2, *queries))
         assert torch.equal(before.keys, after.keys)
         assert torch.equal(before.values, after.values)
@@ -128,7 +128,7 @@ def test_damaged_packed_content_is_never_handed_out(tmp_path, tiny_model, tiny_t
         data = bytearray(segment.read_bytes())
         data[-3000:] = bytes(b ^ 1 for b in data[-3000:])
         segment.write_bytes(data)
-        resident = ResidentBank(bank, plan=plan(bank, content="mapped"), top_k=20)
+        resident = LoadedBank(bank, plan=plan(bank, content="mapped"), top_k=20)
         with pytest.raises(BankCorruptError, match="checksum"):
             resident.content(3, resident.route(3, *queries))
 

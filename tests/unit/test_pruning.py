@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from bank_tools import LAYERS, make_documents
 from msa.errors import InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.keys import LayerKeys
-from msa.memory.pruning import PrunedKeys, PruningSettings
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
+from msa.memory.search.layer_index import LayerIndex
 from msa.ops import pruning
 from msa.ops.pruning import BlockScan, cluster_order, describe_blocks
 from msa.ops.routing import exact_scores, route_documents
@@ -76,7 +76,7 @@ def test_exact_pruning_is_the_full_scan(
     if masked:
         mask = torch.rand(len(counts), generator=torch.Generator().manual_seed(seed)) < 0.5
     end = int(counts[:documents].sum())
-    pruned = PrunedKeys.build(
+    pruned = ClusteredIndex.build(
         keys[:end], counts[:documents], PruningSettings(block_size=block_size, seed=seed)
     )
     for row in range(documents, len(counts)):  # one by one, as they are added
@@ -93,7 +93,7 @@ def test_a_filter_for_every_question(kinds):
     vectors, routes = questions(3, 4, 5)
     mask = torch.rand(4, 80, generator=torch.Generator().manual_seed(0)) < 0.2
     mask[2] = False
-    pruned = PrunedKeys.build(keys[: counts[:70].sum()], counts[:70])
+    pruned = ClusteredIndex.build(keys[: counts[:70].sum()], counts[:70])
     pruned = pruned.with_documents(keys[counts[:70].sum() :], counts[70:])
     got = pruned.search(vectors, routes, 7, mask)
     same(got, route_documents(vectors, routes, keys, counts, 7, mask))
@@ -106,7 +106,7 @@ def test_equal_keys_are_given_in_order(slack):
     keys = keys[:1].expand(len(keys), -1, -1).contiguous()
     vectors, routes = questions(0, 2, 4)
     routes[:] = True
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(slack=slack, block_size=4))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(slack=slack, block_size=4))
     got = pruned.search(vectors, routes, 16)
     same(got, route_documents(vectors, routes, keys, counts, 16))
     assert got.documents[0].tolist() == list(range(16))
@@ -116,7 +116,7 @@ def test_a_tie_with_the_tail_goes_to_the_lower_row():
     keys, counts = make(1, 20, largest=1)
     vectors, routes = questions(1, 1, 3)
     routes[:] = True
-    pruned = PrunedKeys.build(keys, counts).with_documents(keys, counts)
+    pruned = ClusteredIndex.build(keys, counts).with_documents(keys, counts)
     both = torch.cat([keys, keys]), torch.cat([counts, counts])
     same(pruned.search(vectors, routes, 9), route_documents(vectors, routes, *both, 9))
 
@@ -127,7 +127,7 @@ def test_int8_keys():
     small = (keys / scales[:, None, None]).round().to(torch.int8)
     end = int(counts[:50].sum())
     vectors, routes = questions(4, 3, 6)
-    pruned = PrunedKeys.build(
+    pruned = ClusteredIndex.build(
         small[:end], counts[:50], PruningSettings(block_size=8), scales=scales[:end]
     ).with_documents(small[end:], counts[50:], scales=scales[end:])
     expected = route_documents(vectors, routes, small, counts, 16, scales=scales)
@@ -137,7 +137,7 @@ def test_int8_keys():
 def test_no_documents_and_rows_that_do_not_route():
     keys, counts = make(0, 10)
     vectors, routes = questions(0, 2, 4)
-    empty = PrunedKeys.build(keys[:0], counts[:0])
+    empty = ClusteredIndex.build(keys[:0], counts[:0])
     assert empty.search(vectors, routes, 3).documents.shape == (2, 0)
     grown = empty.with_documents(keys, counts)
     same(grown.search(vectors, routes, 3), route_documents(vectors, routes, keys, counts, 3))
@@ -151,7 +151,7 @@ def test_nan_counts_as_the_lowest_score():
     keys, counts = make(2, 40)
     keys[7] = torch.nan
     vectors, routes = questions(2, 2, 4)
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=4))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(block_size=4))
     same(pruned.search(vectors, routes, 50), route_documents(vectors, routes, keys, counts, 50))
 
 
@@ -175,7 +175,7 @@ def test_alike_keys_become_neighbours():
 
 def test_a_bound_is_never_below_a_score():
     keys, counts = make(7, 150)
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=8))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(block_size=8))
     blocks = pruned._blocks
     vectors, _ = questions(7, 1, 9)
     scores = exact_scores(vectors, torch.ones(1, 9, dtype=torch.bool), blocks.keys[:, None])[0]
@@ -188,7 +188,7 @@ def test_a_bound_is_never_below_a_score():
 
 def test_less_slack_reads_less_and_keeps_most():
     keys, counts = make(8, 1500, kinds=60)
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(block_size=16))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(block_size=16))
     read, kept = {}, {}
     generator = torch.Generator().manual_seed(9)
     vectors = keys.flatten(1)[torch.randint(0, len(keys), (20, 2), generator=generator)] / 2
@@ -214,7 +214,7 @@ def test_fewer_documents_pass_a_filter_than_are_wanted():
     mask[[3, 77, 150]] = True
     vectors, routes = questions(9, 2, 4)
     routes[:] = True
-    pruned = PrunedKeys.build(keys, counts, PruningSettings(slack=0.0, block_size=4))
+    pruned = ClusteredIndex.build(keys, counts, PruningSettings(slack=0.0, block_size=4))
     got = pruned.search(vectors, routes, 16, mask)
     same(got, route_documents(vectors, routes, keys, counts, 16, mask))
     assert sorted(got.documents[0].tolist()) == [-1] * 13 + [3, 77, 150]
@@ -222,7 +222,7 @@ def test_fewer_documents_pass_a_filter_than_are_wanted():
 
 def test_a_view_is_not_changed_by_documents_added_later():
     keys, counts = make(10, 30)
-    before = PrunedKeys.build(keys[: counts[:20].sum()], counts[:20])
+    before = ClusteredIndex.build(keys[: counts[:20].sum()], counts[:20])
     after = before.with_documents(keys[counts[:20].sum() :], counts[20:])
     assert (before.num_documents, after.num_documents) == (20, 30)
     assert after.num_tail_chunks == int(counts[20:].sum())
@@ -241,9 +241,9 @@ def test_keys_of_a_layer_that_grows():
     for documents in (60, 62, 70, 100):
         end = int(counts[:documents].sum())
         some = keys[:end], counts[:documents]
-        pruned = PrunedKeys.followed(pruned, *some, settings)
+        pruned = ClusteredIndex.followed(pruned, *some, settings)
         tails.append(pruned.num_tail_chunks)
-        layer = LayerKeys(*some, layer=3, pruned=pruned)
+        layer = LayerIndex(*some, layer=3, pruned=pruned)
         same(layer.search(vectors, routes, 9), route_documents(vectors, routes, *some, 9))
         assert layer.num_bytes == keys[:end].nbytes + pruned.num_bytes
     first, second = int(counts[:60].sum()), int(counts[:62].sum())
@@ -255,15 +255,15 @@ def test_keys_of_a_layer_that_grows():
     [
         (lambda k, c: PruningSettings(slack=1.5), "slack=1.5: expected 0 to 1"),
         (lambda k, c: PruningSettings(block_size=0), "block_size=0: expected at least 1"),
-        (lambda k, c: PrunedKeys.build(k, c[1:]), "chunk_counts add up to"),
-        (lambda k, c: PrunedKeys.build(k[:, 0], c), "expected [C, G, D]"),
-        (lambda k, c: PrunedKeys.build(k.to(torch.int8), c), "expected scales for int8"),
-        (lambda k, c: PrunedKeys.build(k.to("meta"), c), "pruning works on the CPU"),
-        (lambda k, c: PrunedKeys.build(k, c).with_documents(k.half(), c), "keys of one bank"),
-        (lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2), 0), "top_k=0"),
-        (lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2, 5), 1), "expected the"),
+        (lambda k, c: ClusteredIndex.build(k, c[1:]), "chunk_counts add up to"),
+        (lambda k, c: ClusteredIndex.build(k[:, 0], c), "expected [C, G, D]"),
+        (lambda k, c: ClusteredIndex.build(k.to(torch.int8), c), "expected scales for int8"),
+        (lambda k, c: ClusteredIndex.build(k.to("meta"), c), "pruning works on the CPU"),
+        (lambda k, c: ClusteredIndex.build(k, c).with_documents(k.half(), c), "keys of one bank"),
+        (lambda k, c: ClusteredIndex.build(k, c).search(*questions(0, 1, 2), 0), "top_k=0"),
+        (lambda k, c: ClusteredIndex.build(k, c).search(*questions(0, 1, 2, 5), 1), "expected the"),
         (
-            lambda k, c: PrunedKeys.build(k, c).search(*questions(0, 1, 2), 1, c[1:] > 0),
+            lambda k, c: ClusteredIndex.build(k, c).search(*questions(0, 1, 2), 1, c[1:] > 0),
             "document_mask of shape",
         ),
     ],
@@ -279,8 +279,8 @@ def test_a_resident_bank_may_be_pruned(tmp_path, tiny_model, tiny_tokenizer, que
     """What is added, deleted, filtered and compacted is selected as without pruning."""
     with MemoryBank.create(tmp_path / "bank", tiny_model, tiny_tokenizer) as bank:
         bank.add(make_documents(60))
-        plain = ResidentBank(bank, dtype=dtype)
-        pruned = ResidentBank(bank, dtype=dtype, pruning=PruningSettings(block_size=4))
+        plain = LoadedBank(bank, dtype=dtype)
+        pruned = LoadedBank(bank, dtype=dtype, pruning=PruningSettings(block_size=4))
 
         def compare(**options):
             one, other = plain.view(**options), pruned.view(**options)

@@ -8,9 +8,9 @@ import torch
 from bank_tools import LAYERS, make_document, make_documents, routed
 from msa import Document
 from msa.errors import BankCorruptError, EmptyBankError, InputError
-from msa.memory.encoder import DocumentEncoder
+from msa.memory.ingest.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.types import LatentStates, LayerStates, MemoryReader, Selection
 
 
@@ -49,7 +49,7 @@ def test_it_answers_as_the_same_states_in_memory_do(bank, tiny_model, tiny_token
     documents = make_documents(50)
     for start in range(0, 50, 10):  # five segments
         bank.add(documents[start : start + 10])
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert isinstance(resident, MemoryReader)
     assert isinstance(resident.view(), MemoryReader)
     numbered = list(enumerate(documents, start=1))
@@ -62,7 +62,7 @@ def test_after_every_change_a_refresh_gives_what_a_fresh_load_gives(
 ):
     documents = dict(enumerate(make_documents(12), start=1))
     bank.add(documents.values())
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert not resident.refresh()
     for step in range(4):
         more = make_documents(5, f"more{step}-")
@@ -82,10 +82,10 @@ def test_after_every_change_a_refresh_gives_what_a_fresh_load_gives(
 
 
 def test_a_refresh_reads_new_segments_only(bank, monkeypatch):
-    from msa.memory.segments import Segment
+    from msa.memory.store.segments import Segment
 
     bank.add(make_documents(5))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     bank.add(make_documents(5, "more"))
     read = []
     real = Segment.routing_part
@@ -102,7 +102,7 @@ def test_a_refresh_reads_new_segments_only(bank, monkeypatch):
 
 def test_growing_leaves_earlier_views_as_they_are(bank, queries):
     bank.add(make_documents(8))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     old = resident.view()
     numbers, scores = routed(old, queries)
     content = old.content(2, old.route(2, *queries))
@@ -122,7 +122,7 @@ def test_growing_leaves_earlier_views_as_they_are(bank, queries):
 
 def test_a_deleted_document_is_never_routed(bank, queries):
     bank.add(make_documents(10))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     for left in range(9, 0, -1):
         best = int(routed(resident, queries)[0][0, 0])
         bank.delete(bank.get_number(best).document.id)
@@ -136,7 +136,7 @@ def test_a_deleted_document_is_never_routed(bank, queries):
 def test_fewer_documents_than_k_and_a_single_one(bank, tiny_model, tiny_tokenizer, queries):
     documents = make_documents(3)
     bank.add(documents[:1])
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert_same_as_plain(resident, tiny_model, tiny_tokenizer, [(1, documents[0])], queries)
     bank.add(documents[1:])
     resident.refresh()
@@ -146,7 +146,7 @@ def test_fewer_documents_than_k_and_a_single_one(bank, tiny_model, tiny_tokenize
 
 
 def test_an_empty_bank_says_what_to_do(bank, queries):
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert len(resident) == 0
     for reader in (resident, resident.view()):
         with pytest.raises(EmptyBankError, match=r"holds no documents.*msa index"):
@@ -163,7 +163,7 @@ def test_an_empty_bank_says_what_to_do(bank, queries):
 
 def test_a_row_without_routing_tokens_gets_no_documents_and_no_content(bank, queries):
     bank.add(make_documents(6))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     vectors, mask = queries
     mask = mask.clone()
     mask[1] = False
@@ -178,7 +178,7 @@ def test_a_row_without_routing_tokens_gets_no_documents_and_no_content(bank, que
 
 def test_a_batch_gives_what_its_rows_give_alone(bank, queries):
     bank.add(make_documents(30))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     vectors, mask = queries
     numbers, scores = routed(resident, queries)
     for i in range(3):
@@ -195,7 +195,7 @@ def test_a_filter_on_metadata_limits_what_is_routed(bank, queries):
         ]
     )
     bank.delete("doc1")
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     calls = []
 
     def only_b(metadata):
@@ -214,25 +214,25 @@ def test_a_filter_on_metadata_limits_what_is_routed(bank, queries):
 
 def test_top_k_is_a_setting(bank, queries):
     bank.add(make_documents(10))
-    assert routed(ResidentBank(bank, top_k=2), queries)[0].shape == (3, 2)
-    resident = ResidentBank(bank)
+    assert routed(LoadedBank(bank, top_k=2), queries)[0].shape == (3, 2)
+    resident = LoadedBank(bank)
     assert routed(resident.view(top_k=7), queries)[0].shape == (3, 7)
     assert routed(resident, queries)[0].shape == (3, 4)
-    for wrong in (lambda: resident.view(top_k=0), lambda: ResidentBank(bank, top_k=0)):
+    for wrong in (lambda: resident.view(top_k=0), lambda: LoadedBank(bank, top_k=0)):
         with pytest.raises(InputError, match="top_k=0"):
             wrong()
 
 
 def test_routing_keys_in_bfloat16_take_half_and_content_stays_exact(bank, queries):
     bank.add(make_documents(20))
-    exact, half = ResidentBank(bank), ResidentBank(bank, dtype=torch.bfloat16)
+    exact, half = LoadedBank(bank), LoadedBank(bank, dtype=torch.bfloat16)
     assert half.num_bytes * 2 == exact.num_bytes
     _, scores = routed(exact, queries)
     _, rough = routed(half, queries)
     torch.testing.assert_close(rough, scores, atol=0.02, rtol=0)
     selection = exact.route(2, *queries)
     assert torch.equal(half.content(2, selection).keys, exact.content(2, selection).keys)
-    other = ResidentBank(bank, content_dtype=torch.bfloat16)
+    other = LoadedBank(bank, content_dtype=torch.bfloat16)
     assert other.content(2, selection).keys.dtype == torch.bfloat16
 
 
@@ -240,7 +240,7 @@ def test_the_model_generates_with_a_bank(bank, tiny_model):
     bank.add(make_documents(10))
     ids = torch.arange(10, 30)[None]
     with torch.no_grad():
-        with_bank = tiny_model(ids, memory=ResidentBank(bank).view())
+        with_bank = tiny_model(ids, memory=LoadedBank(bank).view())
         without = tiny_model(ids)
     assert set(with_bank.selections) == set(LAYERS)
     assert not torch.allclose(with_bank.logits, without.logits)
@@ -257,9 +257,9 @@ def test_a_bank_with_damaged_routing_keys_does_not_load(bank, path):
     bank.add(make_documents(4))
     corrupt(path, bank.catalog.segments()[0].routing_bytes - 1)
     with pytest.raises(BankCorruptError, match=r"000001.safetensors.*msa bank verify"):
-        ResidentBank(bank)
+        LoadedBank(bank)
     bank.repair()
-    assert len(ResidentBank(bank)) == 4
+    assert len(LoadedBank(bank)) == 4
 
 
 def test_a_truncated_segment_does_not_load(bank, path):
@@ -267,13 +267,13 @@ def test_a_truncated_segment_does_not_load(bank, path):
     segment = path / "segments" / "000001.safetensors"
     segment.write_bytes(segment.read_bytes()[:-8])
     with pytest.raises(BankCorruptError, match=r"000001.safetensors.*bytes"):
-        ResidentBank(bank)
+        LoadedBank(bank)
 
 
 def test_damaged_content_is_never_answered_from(bank, path, queries):
     bank.add(make_documents(4))
     corrupt(path, -1)  # values of the last document written, in layer 3
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     resident.content(2, resident.route(2, *queries))
     with pytest.raises(BankCorruptError, match=r"000001.safetensors.*checksum"):
         resident.content(3, resident.route(3, *queries))
@@ -281,7 +281,7 @@ def test_damaged_content_is_never_answered_from(bank, path, queries):
 
 def test_a_damaged_new_segment_leaves_the_old_state_in_use(bank, path, queries):
     bank.add(make_documents(4))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     numbers, _ = routed(resident, queries)
     bank.add(make_documents(4, "more"))
     new = path / "segments" / "000002.safetensors"
@@ -300,14 +300,14 @@ def test_damage_to_documents_that_are_all_deleted_does_not_matter(bank, path, qu
     bank.add(make_documents(3, "more"))
     bank.delete(["doc0", "doc1", "doc2"])
     (path / "segments" / "000001.safetensors").write_bytes(b"gone")
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert set(routed(resident, queries)[0].flatten().tolist()) == {4, 5, 6}
 
 
 @pytest.mark.parametrize("moment", ["snapshot", "open"])
 def test_a_compact_in_the_middle_of_a_refresh_is_followed(bank, monkeypatch, moment):
     """After the catalog was read, and after a segment was opened but before it was read."""
-    from msa.memory.segments import Segment
+    from msa.memory.store.segments import Segment
 
     bank.add(make_documents(4))
     bank.add(make_documents(4, "more"))
@@ -321,7 +321,7 @@ def test_a_compact_in_the_middle_of_a_refresh_is_followed(bank, monkeypatch, mom
         return result
 
     monkeypatch.setattr(target, name, late)
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     assert len(resident) == 8
     assert resident.generation == bank.generation
 
@@ -330,13 +330,13 @@ def test_a_missing_segment_without_a_compact_is_an_error(bank, path):
     bank.add(make_documents(4))
     (path / "segments" / "000001.safetensors").unlink()
     with pytest.raises(BankCorruptError, match="missing"):
-        ResidentBank(bank)
+        LoadedBank(bank)
 
 
 def test_threads_ask_while_another_refreshes_and_the_bank_changes(bank, queries):
     """Whatever happens in between, a view's content is that of the documents it selected."""
     bank.add([make_document(f"d{i}", 0) for i in range(8)])
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     stop, errors = threading.Event(), []
 
     def ask():

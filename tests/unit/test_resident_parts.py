@@ -10,14 +10,14 @@ from conftest import routing_vectors_of
 from msa import Document
 from msa.errors import BankCorruptError, BudgetError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.ops.kernels import screening
 
 # ---- a share of a bank
 
 
 def shares(bank, world, **options):
-    return [ResidentBank(bank, shard=(rank, world), **options) for rank in range(world)]
+    return [LoadedBank(bank, shard=(rank, world), **options) for rank in range(world)]
 
 
 def assert_shares_are_the_whole(readers, whole, queries):
@@ -60,7 +60,7 @@ def test_with_one_vector_per_question_shares_are_the_whole(bank, monkeypatch, dt
     bank.add(make_documents(40))
     vectors, mask = routing_vectors_of(4, 1)
     mask[2] = False
-    whole, parts = ResidentBank(bank, dtype=dtype), shares(bank, 3, dtype=dtype)
+    whole, parts = LoadedBank(bank, dtype=dtype), shares(bank, 3, dtype=dtype)
     assert_shares_are_the_whole(parts, whole, (vectors, mask))
     together = whole.route(LAYERS[0], vectors, mask)
     for row in range(4):
@@ -80,7 +80,7 @@ def test_shares_together_are_the_whole(bank, queries, world, segments):
         bank.add(documents[start : start + 24 // segments])
     bank.delete(["doc3", "doc17"])
     readers = shares(bank, world)
-    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+    assert_shares_are_the_whole(readers, LoadedBank(bank), queries)
     counts = torch.cat([r.view()._rows.chunk_counts for r in readers])
     for reader in readers:
         size = int(reader.view()._rows.chunk_counts.sum())
@@ -99,7 +99,7 @@ def test_shares_follow_the_bank(bank, queries):
         numbers, scores = routed(old, queries)
         assert all(reader.refresh() for reader in readers)
         assert not any(reader.refresh() for reader in readers)
-        whole = ResidentBank(bank)
+        whole = LoadedBank(bank)
         assert_shares_are_the_whole(readers, whole, queries)
         assert_shares_are_the_whole(shares(bank, 3), whole, queries)
         assert torch.equal(routed(old, queries)[0], numbers)
@@ -109,7 +109,7 @@ def test_shares_follow_the_bank(bank, queries):
     for reader in readers:
         reader.refresh()
     assert all(a is r._buffers for a, r in zip(buffers, readers, strict=True))
-    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+    assert_shares_are_the_whole(readers, LoadedBank(bank), queries)
 
 
 def test_more_shares_than_documents_leaves_some_empty(bank, queries):
@@ -118,7 +118,7 @@ def test_more_shares_than_documents_leaves_some_empty(bank, queries):
     bank.add(make_documents(2))
     readers = shares(bank, 5)
     assert sorted(len(r) for r in readers) == [0, 0, 0, 1, 1]
-    assert_shares_are_the_whole(readers, ResidentBank(bank), queries)
+    assert_shares_are_the_whole(readers, LoadedBank(bank), queries)
     empty = next(r for r in readers if not len(r))
     selection = empty.route(2, *queries)
     assert selection.documents.shape == selection.scores.shape == (3, 0)
@@ -140,7 +140,7 @@ def test_a_filter_knows_how_many_pass_in_all_shares(bank, queries):
 @pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 3)])
 def test_a_share_that_is_none_is_refused(bank, shard):
     with pytest.raises(InputError, match=r"expected \(rank, world\)"):
-        ResidentBank(bank, shard=shard)
+        LoadedBank(bank, shard=shard)
 
 
 # ---- keys in int8
@@ -159,7 +159,7 @@ def test_int8_keys_give_exact_scores(tmp_path, tiny_model, tiny_tokenizer, queri
     with MemoryBank.create(path, tiny_model, tiny_tokenizer, dtype=stored) as bank:
         for start in range(0, 60, 20):
             bank.add(make_documents(60)[start : start + 20])
-        exact, small = ResidentBank(bank, dtype=stored), ResidentBank(bank, dtype=torch.int8)
+        exact, small = LoadedBank(bank, dtype=stored), LoadedBank(bank, dtype=torch.int8)
         assert small.num_bytes * 1.5 < exact.num_bytes
         assert_same_route(small, exact, queries)
         vectors, mask = queries
@@ -172,7 +172,7 @@ def test_int8_keys_give_exact_scores(tmp_path, tiny_model, tiny_tokenizer, queri
 
 def test_int8_keys_follow_the_bank(bank, queries):
     bank.add(make_documents(10))
-    small = ResidentBank(bank, dtype=torch.int8)
+    small = LoadedBank(bank, dtype=torch.int8)
     for step in range(4):
         old = small.view()
         numbers, _ = routed(old, queries)
@@ -181,19 +181,19 @@ def test_int8_keys_follow_the_bank(bank, queries):
         if step == 2:
             bank.compact()
         assert small.refresh()
-        assert_same_route(small, ResidentBank(bank, dtype=torch.float32), queries)
+        assert_same_route(small, LoadedBank(bank, dtype=torch.float32), queries)
         assert torch.equal(routed(old, queries)[0], numbers)
 
 
 def test_shares_of_int8_keys_are_the_whole(bank, queries):
     bank.add(make_documents(40))
     bank.delete("doc7")
-    assert_shares_are_the_whole(shares(bank, 3, dtype=torch.int8), ResidentBank(bank), queries)
+    assert_shares_are_the_whole(shares(bank, 3, dtype=torch.int8), LoadedBank(bank), queries)
 
 
 def test_keys_that_change_on_disk_after_loading_are_noticed(bank, path, queries):
     bank.add(make_documents(6))
-    small = ResidentBank(bank, dtype=torch.int8)
+    small = LoadedBank(bank, dtype=torch.int8)
     small.route(3, *queries)
     segment = path / "segments" / "000001.safetensors"
     with segment.open("r+b") as file:  # in place: the map sees it
@@ -210,21 +210,21 @@ def test_keys_that_change_on_disk_after_loading_are_noticed(bank, path, queries)
 
 def allocations_that_fail(monkeypatch, fails):
     """Let the memory for routing keys run out where `fails(dtype, device)` says so."""
-    from msa.memory import keys
+    from msa.memory.search import layer_index
 
-    real = keys._allocated
+    real = layer_index._allocated
 
     def allocated(shape, dtype, device):
         if fails(dtype, device):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
         return real(shape, dtype, device)
 
-    monkeypatch.setattr(keys, "_allocated", allocated)
+    monkeypatch.setattr(layer_index, "_allocated", allocated)
 
 
 def test_without_memory_for_the_plan_the_next_tier_is_taken(bank, queries, monkeypatch, caplog):
     bank.add(make_documents(40))
-    exact = ResidentBank(bank)
+    exact = LoadedBank(bank)
     assert exact.dtype == torch.float32
     sizes = []
 
@@ -233,7 +233,7 @@ def test_without_memory_for_the_plan_the_next_tier_is_taken(bank, queries, monke
         return sizes == [torch.float32, torch.float32]
 
     allocations_that_fail(monkeypatch, fails)
-    small = ResidentBank(bank, plan=exact.plan)
+    small = LoadedBank(bank, plan=exact.plan)
     assert small.plan.keys_dtype == "int8"
     assert_same_route(small, exact, queries)
     (record,) = caplog.records
@@ -244,16 +244,16 @@ def test_without_memory_for_the_plan_the_next_tier_is_taken(bank, queries, monke
 
 def test_without_memory_for_any_tier_there_is_one_error(bank, queries, monkeypatch):
     bank.add(make_documents(10))
-    resident = ResidentBank(bank)
+    resident = LoadedBank(bank)
     numbers, _ = routed(resident, queries)
     bank.add(make_documents(90, "more"))
     allocations_that_fail(monkeypatch, lambda dtype, device: True)
-    for attempt in (lambda: ResidentBank(bank), resident.refresh):
+    for attempt in (lambda: LoadedBank(bank), resident.refresh):
         with pytest.raises(BudgetError, match=r"no memory on 'cpu' .* in int8; free") as caught:
             attempt()
         assert "\n" not in str(caught.value)
     with pytest.raises(BudgetError, match=r"in bfloat16; free"):
-        ResidentBank(bank, dtype=torch.bfloat16)  # what was asked for is not changed
+        LoadedBank(bank, dtype=torch.bfloat16)  # what was asked for is not changed
     assert torch.equal(routed(resident, queries)[0], numbers)  # the old state stays in use
     monkeypatch.undo()
     assert bank.verify().ok
@@ -263,14 +263,14 @@ def test_without_memory_for_any_tier_there_is_one_error(bank, queries, monkeypat
 
 
 def test_a_bank_that_outgrows_its_plan_changes_its_tiers(bank, queries, monkeypatch):
-    from msa.memory import budget
+    from msa.memory.loaded import memory_plan
 
     bank.add(make_documents(10))
-    resident, old = ResidentBank(bank), None
+    resident, old = LoadedBank(bank), None
     assert resident.plan.content == "held"
     old = resident.view()
     numbers, _ = routed(old, queries)
-    monkeypatch.setattr(budget, "HELD_BYTES", 0)
+    monkeypatch.setattr(memory_plan, "HELD_BYTES", 0)
     bank.add(make_documents(1, "one"))
     resident.refresh()
     assert resident.plan.content == "held"  # little has changed
@@ -278,5 +278,5 @@ def test_a_bank_that_outgrows_its_plan_changes_its_tiers(bank, queries, monkeypa
     resident.refresh()
     assert resident.plan.content == "mapped"
     assert resident.plan.num_documents == 31
-    assert_same_route(resident, ResidentBank(bank), queries)
+    assert_same_route(resident, LoadedBank(bank), queries)
     assert torch.equal(routed(old, queries)[0], numbers)

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_tiny_model
 from msa.errors import ConfigError, InputError, TrainingError
-from msa.memory.encoder import DocumentEncoder
+from msa.memory.ingest.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.ops.routing import document_scores
 from msa.text.prompts import PromptEncoder

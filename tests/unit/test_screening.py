@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from bank_tools import LAYERS, make_documents
-from msa.memory import budget
-from msa.memory.resident import ResidentBank
+from msa.memory.loaded import memory_plan
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.ops import routing
 from msa.ops.kernels import screening
 from msa.ops.kernels.screening import Screen
@@ -276,8 +276,8 @@ def assert_same(one, other, queries):
 @pytest.mark.parametrize("shard", [(0, 1), (0, 2), (1, 2)])
 def test_a_loaded_bank_is_screened_and_follows(bank, queries, shard):
     many(bank)
-    loaded = ResidentBank(bank, shard=shard)
-    plain = ResidentBank(bank, plan=budget.plan(bank, screen=False, shard=shard), shard=shard)
+    loaded = LoadedBank(bank, shard=shard)
+    plain = LoadedBank(bank, plan=memory_plan.plan(bank, screen=False, shard=shard), shard=shard)
     for step in range(4):
         assert loaded.plan.screened
         assert not plain.plan.screened
@@ -298,12 +298,12 @@ def test_a_loaded_bank_is_screened_and_follows(bank, queries, shard):
 
 def test_what_is_planned_for_the_copy_is_what_it_takes(bank):
     many(bank)
-    loaded = ResidentBank(bank)
+    loaded = LoadedBank(bank)
     made = loaded.plan
     copies = sum(keys.screen.num_bytes for keys in loaded.view()._layer_keys.values())
     assert made.screen_bytes == copies
     assert loaded.num_bytes == made.keys_bytes + made.screen_bytes
-    without = budget.plan(bank, screen=False)
+    without = memory_plan.plan(bank, screen=False)
     assert made.memory_bytes > without.memory_bytes + made.screen_bytes
 
 
@@ -313,7 +313,7 @@ def test_the_copy_takes_no_more_memory_than_said(width):
     script = f"""
 import torch
 from pathlib import Path
-from msa.memory.pages import release_heap
+from msa.memory.store.mapped_pages import release_heap
 from msa.ops.kernels import screening
 def resident():
     release_heap()
@@ -335,23 +335,23 @@ for count in (1 << 13, 1 << 16):
 
 def test_without_room_for_the_copy_there_is_none(bank, monkeypatch):
     many(bank)
-    small = budget.plan(bank, dtype=torch.int8)
+    small = memory_plan.plan(bank, dtype=torch.int8)
     assert not small.screened
-    plain = budget.plan(bank, screen=False, content="held")
-    enough = plain.keys_bytes + plain.rows_bytes + plain.question_bytes + budget.WINDOW_BYTES
-    tight = budget.plan(bank, memory=int(enough / budget.USABLE) + 2)
+    plain = memory_plan.plan(bank, screen=False, content="held")
+    enough = plain.keys_bytes + plain.rows_bytes + plain.question_bytes + memory_plan.WINDOW_BYTES
+    tight = memory_plan.plan(bank, memory=int(enough / memory_plan.USABLE) + 2)
     assert not tight.screened
     assert tight.keys_dtype == plain.keys_dtype
-    assert budget.plan(bank, memory=10**9).screened
-    monkeypatch.setattr(budget, "HELD_SHARE", 1e-6)
-    assert not budget.plan(bank, memory=10**9).screened
+    assert memory_plan.plan(bank, memory=10**9).screened
+    monkeypatch.setattr(memory_plan, "HELD_SHARE", 1e-6)
+    assert not memory_plan.plan(bank, memory=10**9).screened
 
 
 def test_where_torch_lacks_the_product_there_is_none(bank, monkeypatch):
     many(bank)
     monkeypatch.setattr(screening, "is_available", lambda: False)
-    assert not budget.plan(bank).screened
-    assert all(keys.screen is None for keys in ResidentBank(bank).view()._layer_keys.values())
+    assert not memory_plan.plan(bank).screened
+    assert all(keys.screen is None for keys in LoadedBank(bank).view()._layer_keys.values())
 
 
 def test_the_product_is_tried_before_it_is_trusted(monkeypatch):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from msa.errors import BankCorruptError, StorageError
-from msa.memory.records import EncodedBatch
-from msa.memory.segments import (
+from msa.memory.store.records import EncodedBatch
+from msa.memory.store.segments import (
     Segment,
     SegmentMissingError,
     SegmentWriter,
@@ -194,7 +194,7 @@ def test_short_writes_are_continued(folder, monkeypatch):
 
 def test_a_stream_of_batches_is_cut_into_segments_of_bounded_size(folder, monkeypatch):
     batches = [make_batch([i], [2], seed=i) for i in range(1, 8)]
-    monkeypatch.setattr("msa.memory.segments.SEGMENT_BYTES", 2 * batches[0].num_bytes)
+    monkeypatch.setattr("msa.memory.store.segments.SEGMENT_BYTES", 2 * batches[0].num_bytes)
     written = SegmentWriter(folder, 5).write_all(iter(batches))
     assert [numbers for _, numbers in written] == [(1, 2), (3, 4), (5, 6), (7,)]
     assert [entry.segment for entry, _ in written] == [5, 6, 7, 8]
@@ -202,7 +202,7 @@ def test_a_stream_of_batches_is_cut_into_segments_of_bounded_size(folder, monkey
 
 
 def test_when_a_later_segment_fails_the_earlier_ones_are_removed(folder, monkeypatch):
-    monkeypatch.setattr("msa.memory.segments.SEGMENT_BYTES", 1)
+    monkeypatch.setattr("msa.memory.store.segments.SEGMENT_BYTES", 1)
 
     def batches():
         yield make_batch([1], [1])

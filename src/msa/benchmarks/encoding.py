@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msa.benchmarks.report import Report, Row
 from msa.benchmarks.timing import REPEATS, Note, Run, machine, seconds, side_by_side
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder, Tokens, length_buckets
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder, Tokens, length_buckets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

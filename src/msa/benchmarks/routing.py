@@ -39,7 +39,7 @@ from msa.benchmarks.timing import (
     machine,
     side_by_side,
 )
-from msa.memory.keys import LayerKeys
+from msa.memory.search.layer_index import LayerIndex
 from msa.ops.routing import select_documents
 from msa.types import Selection
 
@@ -188,7 +188,7 @@ def _measure(
     def per_head() -> Selection:
         return per_head_route(queries, mask, next(turns), counts, shape.top_k)
 
-    def search(layers: Sequence[LayerKeys]) -> Run:
+    def search(layers: Sequence[LayerIndex]) -> Run:
         turns = cycle(layers)
         return lambda: route(queries, mask, next(turns), shape.top_k)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from msa.benchmarks.timing import free_bytes, synchronize
 from msa.errors import InputError
-from msa.memory.keys import LayerKeys
+from msa.memory.search.layer_index import LayerIndex
 from msa.ops.kernels import screening
 from msa.ops.kernels.screening import Screen
 from msa.ops.routing import routing_vectors, unit_key_norm
@@ -177,7 +177,7 @@ def _screened(chunks: int, device: torch.device) -> bool:
     return device.type == "cpu" and screening.is_worthwhile(chunks)
 
 
-def layer_keys(keys: Tensor, counts: Tensor) -> LayerKeys:
+def layer_keys(keys: Tensor, counts: Tensor) -> LayerIndex:
     """Routing keys of a layer, searched as those of a loaded bank: with their copy in int8.
 
     Args:
@@ -186,11 +186,11 @@ def layer_keys(keys: Tensor, counts: Tensor) -> LayerKeys:
     """
     norm = unit_key_norm(keys.shape[1])
     screen = Screen.followed(None, keys, counts) if _screened(len(keys), keys.device) else None
-    return LayerKeys(keys, counts, 0, key_norm=norm, screen=screen)
+    return LayerIndex(keys, counts, 0, key_norm=norm, screen=screen)
 
 
 def settle(
-    routing_queries: Tensor, routing_mask: Tensor, layers: Sequence[LayerKeys], top_k: int
+    routing_queries: Tensor, routing_mask: Tensor, layers: Sequence[LayerIndex], top_k: int
 ) -> None:
     """Ask each layer a few times: a bank that serves knows whether its int8 copies are worth it."""
     for layer in layers:
@@ -198,7 +198,9 @@ def settle(
             route(routing_queries, routing_mask, layer, top_k)
 
 
-def route(routing_queries: Tensor, routing_mask: Tensor, layer: LayerKeys, top_k: int) -> Selection:
+def route(
+    routing_queries: Tensor, routing_mask: Tensor, layer: LayerIndex, top_k: int
+) -> Selection:
     """Routing of a question as a bank does it: queries [B, T, H, D] to the top-k documents."""
     vectors = routing_vectors(routing_queries, layer.keys.shape[1], "cosine")
     return layer.search(vectors, routing_mask, top_k)

@@ -183,11 +183,11 @@ def _asking(
 
 def _answer_rank_0(bank_path: Path, device: str) -> None:
     """Hold a share of the bank until rank 0 is done; no model is needed for that."""
-    from msa.memory.exchange import PeerStoppedError
-    from msa.memory.parallel import ParallelBank
+    from msa.memory.distributed.collective_rpc import PeerStoppedError
+    from msa.memory.distributed.sharded_bank import ShardedBank
 
     try:
-        with open_bank(bank_path) as bank, ParallelBank(bank, device) as memory:
+        with open_bank(bank_path) as bank, ShardedBank(bank, device) as memory:
             memory.serve()
     except (KeyboardInterrupt, PeerStoppedError):
         raise typer.Exit(1) from None  # whoever stopped says why

@@ -109,7 +109,7 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
 def _print_plan(bank: Path, device: str, memory: int | None, json: bool) -> None:
     with open_bank(bank) as opened:
-        from msa.memory.budget import plan
+        from msa.memory.loaded.memory_plan import plan
 
         made = plan(opened, device, memory=memory)
     if json:

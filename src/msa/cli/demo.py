@@ -23,7 +23,7 @@ from msa.types import Answer, Citation, Document, RankedDocument, Round
 
 if TYPE_CHECKING:
     from msa.memory.bank import MemoryBank
-    from msa.memory.reports import AddProgress, AddReport
+    from msa.memory.store.reports import AddProgress, AddReport
     from msa.model.checkpoint import Checkpoint
 
 SMALL = "worlds"

@@ -36,8 +36,8 @@ from msa.text.loaders import (
 if TYPE_CHECKING:
     from msa.evaluation.agreement import Agreement
     from msa.memory.bank import MemoryBank
-    from msa.memory.ranks import Follower, Lead, Place
-    from msa.memory.reports import AddProgress, AddReport
+    from msa.memory.distributed.torchrun_ingest import Follower, Lead, Place
+    from msa.memory.store.reports import AddProgress, AddReport
     from msa.types import Document
 
 SHOWN_REASONS = 20
@@ -283,7 +283,7 @@ def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
     Raises:
         RankError: a rank failed, ended or fell silent.
     """
-    from msa.memory.ranks import Lead
+    from msa.memory.distributed.torchrun_ingest import Lead
 
     ranks = Lead(place, work.rank_timeout)
     # the outer one: a stop can come while the others are told of a failure
@@ -301,7 +301,7 @@ def follow(place: Place, intake: Intake, work: _Work) -> int:
     Raises:
         RankError: rank 0 is gone.
     """
-    from msa.memory.ranks import Follower, StoppedError
+    from msa.memory.distributed.torchrun_ingest import Follower, StoppedError
 
     try:
         with Follower(place, work.rank_timeout) as ranks:
@@ -312,7 +312,7 @@ def follow(place: Place, intake: Intake, work: _Work) -> int:
 
 def _follow(ranks: Follower, intake: Intake, work: _Work, device: str) -> int:
     """The exit code, once this rank's share is stored or rank 0 knows why it is not."""
-    from msa.memory.ranks import StoppedError
+    from msa.memory.distributed.torchrun_ingest import StoppedError
 
     try:
         checkpoint = load_model(work.model, device, quiet=True)

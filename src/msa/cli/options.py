@@ -22,7 +22,7 @@ from msa.types import JSON
 if TYPE_CHECKING:
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
-    from msa.memory.ranks import Place
+    from msa.memory.distributed.torchrun_ingest import Place
     from msa.model.checkpoint import Checkpoint
 
 BankOption = Annotated[
@@ -192,7 +192,7 @@ def open_engine(
     with output.progress("Opening the bank"):
         from msa.inference.engine import MemoryEngine
         from msa.memory.bank import MemoryBank
-        from msa.memory.pruning import PruningSettings
+        from msa.memory.search.clustered_index import PruningSettings
 
         bank = MemoryBank.open(bank_path, checkpoint, read_only=True)
         pruning = None if slack is None else PruningSettings(slack=slack)
@@ -206,7 +206,7 @@ def place_in_torchrun() -> Place | None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     _stop_on_sigterm()
-    from msa.memory.ranks import Place
+    from msa.memory.distributed.torchrun_ingest import Place
 
     return Place.from_environment()
 

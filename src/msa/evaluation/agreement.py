@@ -10,7 +10,7 @@ import torch
 
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
-from msa.memory.encoder import DocumentEncoder
+from msa.memory.ingest.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.ops.quantisation import unpack
 from msa.types import LatentStates, LayerStates

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from msa.evaluation.retrieval import Progress, Scores
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, length_buckets
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, length_buckets
 from msa.model.checkpoint import Checkpoint
 from msa.types import Document
 

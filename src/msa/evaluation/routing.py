@@ -16,7 +16,7 @@ import torch
 from msa.evaluation.retrieval import Progress, Scores, z_scores
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.latent import LatentMemory
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptEncoder

@@ -34,7 +34,7 @@ from msa.evaluation.routing import encode_corpus
 from msa.evaluation.systems import GoldSystem, MemorySystem, ReaderSystem, System, bank_documents
 from msa.inference.engine import MemoryEngine
 from msa.memory.bank import MemoryBank
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS
 from msa.memory.latent import LatentMemory
 from msa.model.checkpoint import Checkpoint
 from msa.model.identity import model_fingerprints

@@ -14,16 +14,16 @@ from msa.errors import InputError, RankError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
-from msa.inference.library import BankLibrary, Library, Shelf
+from msa.inference.library import BankQuerySnapshot, QuerySnapshot, SnapshotCache
 from msa.inference.options import AskOptions
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
-from msa.memory.budget import Plan
-from msa.memory.filters import Filter
-from msa.memory.lexical import LexicalQuery
-from msa.memory.parallel import ParallelBank
-from msa.memory.pruning import PruningSettings
-from msa.memory.resident import ResidentBank
+from msa.memory.distributed.sharded_bank import ShardedBank
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.memory_plan import MemoryPlan
+from msa.memory.search.clustered_index import PruningSettings
+from msa.memory.store.filters import Filter
+from msa.memory.store.word_index import LexicalQuery
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Event, Hit
 
@@ -61,8 +61,8 @@ class MemoryEngine:
         template: PromptTemplate | None = None,
         device: torch.device | str | None = None,
         options: AskOptions | None = None,
-        parallel: bool | ParallelBank = False,
-        plan: Plan | None = None,
+        parallel: bool | ShardedBank = False,
+        plan: MemoryPlan | None = None,
         pruning: PruningSettings | None = None,
         **changes: Any,
     ) -> None:
@@ -76,11 +76,12 @@ class MemoryEngine:
             device: where the model is moved; by default it stays where it is.
             options: by default the `ask_options.json` beside the model's weights, if there is one.
             parallel: hold the bank in shares, together with all ranks of the default process group
-                (`msa.memory.parallel`); every rank makes its engine, asks what it wants, if
-                anything, and closes it. Or a `ParallelBank` of this bank, which stays the caller's.
-            plan: what of the bank lies where; by default `msa.memory.budget.plan` decides. Not with
-                `parallel`, where every rank has a share of its own to plan for.
-            pruning: search the routing keys in blocks, not all of them (see `ResidentBank`). Not
+                (`msa.memory.distributed.sharded_bank`); every rank makes its engine, asks what it
+                wants, if anything, and closes it. Or a `ShardedBank` of this bank, which stays the
+                caller's.
+            plan: what of the bank lies where; by default `msa.memory.loaded.memory_plan.plan`
+                decides. Not with `parallel`, where every rank has a share of its own to plan for.
+            pruning: search the routing keys in blocks, not all of them (see `LoadedBank`). Not
                 with `parallel`.
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
@@ -109,18 +110,18 @@ class MemoryEngine:
         else:
             self.bank = MemoryBank.open(bank, model, tokenizer, template, read_only=True)
         self._encoder = PromptEncoder(tokenizer, template or self.bank.template)
-        self._parallel: ParallelBank | None = None  # to be closed here
-        resident: ResidentBank | ParallelBank
-        if isinstance(parallel, ParallelBank):
+        self._parallel: ShardedBank | None = None  # to be closed here
+        resident: LoadedBank | ShardedBank
+        if isinstance(parallel, ShardedBank):
             resident = parallel
         elif parallel:
-            resident = ParallelBank(self.bank, model.device, content_dtype=model.dtype)
+            resident = ShardedBank(self.bank, model.device, content_dtype=model.dtype)
             self._parallel = resident
         else:
-            resident = ResidentBank(
+            resident = LoadedBank(
                 self.bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
             )
-        self._shelf = Shelf(self.bank, resident)
+        self._shelf = SnapshotCache(self.bank, resident)
 
     def close(self) -> None:
         """Close the bank, if it was opened here. With `parallel=True`, answer the others first.
@@ -211,14 +212,16 @@ class MemoryEngine:
         options = self.options.with_changes(**changes)
         return self._routed(_checked(questions), self._library(options, filter), options)
 
-    def _library(self, options: AskOptions, filter: Filter | None, top_k: int = 1) -> BankLibrary:
+    def _library(
+        self, options: AskOptions, filter: Filter | None, top_k: int = 1
+    ) -> BankQuerySnapshot:
         """The bank as it is now; its layers select as many documents as anybody wants."""
         visible: int = self.model.config.top_k_documents
         return self._shelf.library(max(top_k, visible, options.candidates), filter)
 
     @torch.no_grad()
     def _routed(
-        self, questions: Sequence[str], library: Library, options: AskOptions
+        self, questions: Sequence[str], library: QuerySnapshot, options: AskOptions
     ) -> list[Candidates]:
         """Candidates of round 1: the layers up to the last routing layer, nothing written."""
         rounds = Interleave(self.model, self._encoder, library, options)
@@ -235,7 +238,7 @@ class MemoryEngine:
         return found
 
     @staticmethod
-    def _ranked(found: Candidates, library: Library, top_k: int) -> list[Hit]:
+    def _ranked(found: Candidates, library: QuerySnapshot, top_k: int) -> list[Hit]:
         """The best of one question's candidates."""
         fused = found.fused
         layers = {layer: dict(scores) for layer, scores in found.layers.items()}

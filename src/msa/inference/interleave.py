@@ -29,7 +29,7 @@ from msa.inference.decoding import (
     write_texts,
 )
 from msa.inference.fusion import Fused
-from msa.inference.library import Library
+from msa.inference.library import QuerySnapshot
 from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
     is_refusal,
@@ -40,8 +40,8 @@ from msa.inference.refusal import (
 )
 from msa.inference.spans import find_span
 from msa.inference.trace import CandidateReader, candidates
-from msa.memory.lexical import LexicalQuery
-from msa.memory.reports import StoredDocument
+from msa.memory.store.reports import StoredDocument
+from msa.memory.store.word_index import LexicalQuery
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.types import (
     Answer,
@@ -123,7 +123,7 @@ class Interleave:
         self,
         model: MSAForCausalLM,
         encoder: PromptEncoder,
-        library: Library,
+        library: QuerySnapshot,
         options: AskOptions,
     ) -> None:
         """Bring together what a batch of questions needs.

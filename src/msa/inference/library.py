@@ -11,18 +11,18 @@ import torch
 
 from msa.errors import EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.filters import Filter
-from msa.memory.lexical import LexicalQuery
-from msa.memory.parallel import ParallelBank, ParallelView
-from msa.memory.reports import StoredDocument
-from msa.memory.resident import ResidentBank, ResidentView
+from msa.memory.distributed.sharded_bank import ShardedBank, ShardedSnapshot
+from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
+from msa.memory.store.filters import Filter
+from msa.memory.store.reports import StoredDocument
+from msa.memory.store.word_index import LexicalQuery
 from msa.types import MemoryReader
 
 # Views with a filter cost a pass over the catalog; as many are kept while the bank stands still.
 _VIEWS_KEPT = 64
 
 
-class Library(Protocol):
+class QuerySnapshot(Protocol):
     """What rounds need of a memory."""
 
     @property
@@ -51,11 +51,11 @@ class Library(Protocol):
         ...
 
 
-class BankLibrary:
-    """A `Library` over one view of a resident or parallel bank."""
+class BankQuerySnapshot:
+    """A `QuerySnapshot` over one view of a resident or parallel bank."""
 
     def __init__(
-        self, bank: MemoryBank, view: ResidentView | ParallelView, where: Filter | None = None
+        self, bank: MemoryBank, view: BankSnapshot | ShardedSnapshot, where: Filter | None = None
     ) -> None:
         self._bank = bank
         self._view = view
@@ -68,29 +68,29 @@ class BankLibrary:
         return self._view
 
     def numbers(self, rows: Sequence[int]) -> list[int]:
-        """See `Library.numbers`."""
+        """See `QuerySnapshot.numbers`."""
         wanted = torch.tensor(list(rows), dtype=torch.int64)
         numbers: list[int] = self._view.rows_to_numbers(wanted).tolist()
         return numbers
 
     def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
-        """See `Library.ids`."""
+        """See `QuerySnapshot.ids`."""
         return self._bank.ids(numbers)
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
-        """See `Library.texts`."""
+        """See `QuerySnapshot.texts`."""
         return self._bank.get_many(numbers)
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
-        """See `Library.lexical`; documents that came after the view are left out."""
+        """See `QuerySnapshot.lexical`; documents that came after the view are left out."""
         found = self._bank.lexical_search(queries, top_k, filter=self._where)
         return [{n: s for n, s in some if n < self._next_number} for some in found]
 
 
-class Shelf:
+class SnapshotCache:
     """Hands out libraries over the latest state of a bank."""
 
-    def __init__(self, bank: MemoryBank, resident: ResidentBank | ParallelBank) -> None:
+    def __init__(self, bank: MemoryBank, resident: LoadedBank | ShardedBank) -> None:
         """Take a bank that is loaded for asking.
 
         Args:
@@ -99,14 +99,14 @@ class Shelf:
         """
         self.bank = bank
         self._resident = resident
-        self._filtered: dict[str, ResidentView | ParallelView] = {}
+        self._filtered: dict[str, BankSnapshot | ShardedSnapshot] = {}
 
-    def library(self, top_k: int, where: Filter | None = None) -> BankLibrary:
+    def library(self, top_k: int, where: Filter | None = None) -> BankQuerySnapshot:
         """The bank as it is now.
 
         Args:
             top_k: documents that a layer selects.
-            where: see `msa.memory.filters`.
+            where: see `msa.memory.store.filters`.
 
         Raises:
             EmptyBankError: there is no document to ask, or none that passes.
@@ -124,9 +124,9 @@ class Shelf:
                 f"Bank '{self.bank.path}' holds no documents; add some with "
                 f"'msa index {self.bank.path} FILE...' or MemoryBank.add."
             )
-        return BankLibrary(self.bank, replace(view, top_k=top_k), where)
+        return BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
 
-    def _filtered_view(self, where: Filter) -> ResidentView | ParallelView:
+    def _filtered_view(self, where: Filter) -> BankSnapshot | ShardedSnapshot:
         if callable(where):
             return self._resident.view(where)
         if not isinstance(where, Mapping):

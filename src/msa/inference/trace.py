@@ -11,9 +11,9 @@ from torch import Tensor
 
 from msa.errors import ModelError
 from msa.inference.fusion import Fused, fuse
-from msa.inference.library import Library
+from msa.inference.library import QuerySnapshot
 from msa.inference.options import AskOptions
-from msa.memory.lexical import LexicalQuery
+from msa.memory.store.word_index import LexicalQuery
 from msa.types import Content, MemoryReader, Selection
 
 
@@ -105,7 +105,7 @@ class Candidates:
 
 def candidates(
     reader: CandidateReader,
-    library: Library,
+    library: QuerySnapshot,
     options: AskOptions,
     queries: Sequence[LexicalQuery],
 ) -> list[Candidates]:
@@ -119,7 +119,7 @@ def candidates(
 
     Raises:
         ModelError: it was routed by vectors that are not numbers.
-        LexicalIndexError: see `Library.lexical`.
+        LexicalIndexError: see `QuerySnapshot.lexical`.
     """
     batch = reader.rows()
     rows = sorted({row for layers in batch for found in layers.values() for row, _ in found})

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
-from msa.memory.catalog import CATALOG_FILE, Catalog, CatalogRow
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
-from msa.memory.filters import Filter
-from msa.memory.ingest import COMMIT_TOKENS, AddOptions, Ingest, OnDuplicate
-from msa.memory.lexical import LexicalIndex, LexicalQuery
-from msa.memory.lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.ingest.pipeline import COMMIT_TOKENS, AddOptions, IngestPipeline, OnDuplicate
 from msa.memory.maintenance import Maintenance
-from msa.memory.manifest import BANK_FILE, Manifest
-from msa.memory.records import SegmentEntry, WrittenFile
-from msa.memory.reports import (
+from msa.memory.store.catalog import CATALOG_FILE, Catalog, CatalogRow
+from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
+from msa.memory.store.filters import Filter
+from msa.memory.store.manifest import BANK_FILE, Manifest
+from msa.memory.store.records import SegmentEntry, WrittenFile
+from msa.memory.store.reports import (
     AddProgress,
     AddReport,
     BankInfo,
@@ -30,8 +29,9 @@ from msa.memory.reports import (
     StoredDocument,
     VerifyReport,
 )
-from msa.memory.segments import SegmentWriter
-from msa.memory.storage import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
+from msa.memory.store.segments import SegmentWriter
+from msa.memory.store.word_index import LexicalIndex, LexicalQuery
+from msa.memory.store.writer_lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
@@ -319,7 +319,7 @@ class MemoryBank:
     def _add(self, documents: Iterable[Document], options: AddOptions) -> AddReport:
         encoder = self._encoder("add documents")
         limit = self.manifest.max_document_tokens
-        return Ingest(self.catalog, self._writer, encoder, limit, options).run(documents)
+        return IngestPipeline(self.catalog, self._writer, encoder, limit, options).run(documents)
 
     def adopt(
         self,
@@ -331,7 +331,7 @@ class MemoryBank:
         """Take over segments that other processes wrote, and commit their documents.
 
         The files are renamed to the next segment numbers, so that numbers rise with commits, as
-        readers expect. `msa.memory.bulk` builds on this.
+        readers expect. `msa.memory.distributed.bulk_ingest` builds on this.
 
         Args:
             files: written and synced.
@@ -528,7 +528,7 @@ class MemoryBank:
             queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
                 (those texts themselves are found too).
             top_k: documents per query, at most.
-            filter: which documents may be found, see `msa.memory.filters`.
+            filter: which documents may be found, see `msa.memory.store.filters`.
             title_weight: how often a word of the title counts.
 
         Returns:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from msa.errors import BankCorruptError, StorageError
-from msa.memory.catalog import Catalog
-from msa.memory.encoder import DocumentEncoder
-from msa.memory.records import EncodedBatch, SegmentEntry
-from msa.memory.reports import CompactReport, VerifyReport
-from msa.memory.segments import SEGMENT_BYTES, Segment, SegmentWriter
-from msa.memory.storage import storage_errors, sync_folder
+from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.store.catalog import Catalog
+from msa.memory.store.durable_files import storage_errors, sync_folder
+from msa.memory.store.records import EncodedBatch, SegmentEntry
+from msa.memory.store.reports import CompactReport, VerifyReport
+from msa.memory.store.segments import SEGMENT_BYTES, Segment, SegmentWriter
 
 
 class Maintenance:

@@ -1,9 +1,9 @@
 """Numbers in eight bits, one scale per chunk (ours).
 
 A routing key in int8 is a quarter of one in float32. Its scores are a little off, so the best
-candidates are scored once more from the keys on disk (`msa.memory.keys`). float8 has the same size
-and more range, which keys of unit length do not need; int8 is the closer of the two, and the
-kernels take it.
+candidates are scored once more from the keys on disk (`msa.memory.search.layer_index`). float8 has
+the same size and more range, which keys of unit length do not need; int8 is the closer of the two,
+and the kernels take it.
 
 Shapes: C chunks, G KV heads, D head dim.
 """

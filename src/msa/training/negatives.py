@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msa.errors import InputError, TrainingError
-from msa.memory.storage import write_file
+from msa.memory.store.durable_files import write_file
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.types import Document
 

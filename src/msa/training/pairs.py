@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from msa.errors import InputError
-from msa.memory.reports import part_id
+from msa.memory.store.reports import part_id
 from msa.text.loaders import LoadFailure, load_documents
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.training.questions import question_from, sentences

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from msa.errors import InputError, TrainingError
-from msa.memory.encoder import length_buckets
-from msa.memory.manifest import tokenizer_fingerprint
-from msa.memory.storage import write_file
+from msa.memory.ingest.encoder import length_buckets
+from msa.memory.store.durable_files import write_file
+from msa.memory.store.manifest import tokenizer_fingerprint
 from msa.model.calibrate import router_inputs
 from msa.model.identity import model_fingerprints
 from msa.ops.pooling import chunk_counts, pool_chunks

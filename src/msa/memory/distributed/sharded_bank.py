@@ -1,8 +1,8 @@
 """Memory Parallel: one bank held in shares by several processes, on one host or many (ours).
 
 The paper shards the memory over the GPUs of a node and sends every routing query to all of them.
-Here every rank of a `torch.distributed` group loads a share of the rows (`msa.memory.rows.Shard`),
-runs a model of its own, and may ask at any time:
+Here every rank of a `torch.distributed` group loads a share of the rows
+(`msa.memory.store.document_table.Partition`), runs a model of its own, and may ask at any time:
 
 - route: the asker folds its routing queries (Eq. 2) and sends the vectors to all ranks. Each scores
   its share and returns its own top-k with scores and rows of the whole bank. The asker merges: the
@@ -13,8 +13,8 @@ runs a model of its own, and may ask at any time:
 - content: every owner reads the pooled keys and values of those of its rows that were selected. The
   asker puts them together as one process would.
 
-The ranks meet in turns (`msa.memory.exchange`), each in a thread of its own: a rank without a
-question only answers, and one that generates for long keeps nobody waiting.
+The ranks meet in turns (`msa.memory.distributed.collective_rpc`), each in a thread of its own: a
+rank without a question only answers, and one that generates for long keeps nobody waiting.
 
 One state for all. Rows mean something in one generation of the bank alone, so a question needs
 shares that were cut from the same. A rank that finds the bank changed says so in the turn's header;
@@ -47,14 +47,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa.errors import EmptyBankError, InputError, RankError
-from msa.memory import budget
 from msa.memory.bank import MemoryBank
-from msa.memory.exchange import Exchange, as_bytes, from_bytes
-from msa.memory.filters import Filter
-from msa.memory.latest import LatestReader
-from msa.memory.manifest import BANK_FILE
-from msa.memory.resident import ResidentBank
-from msa.memory.share import CLOSE, CONTENT, DTYPES, NUMBERS, OPEN, ROUTE, ShareService, said
+from msa.memory.distributed.collective_rpc import Exchange, as_bytes, from_bytes
+from msa.memory.distributed.shard_server import (
+    CLOSE,
+    CONTENT,
+    DTYPES,
+    NUMBERS,
+    OPEN,
+    ROUTE,
+    ShardServer,
+    said,
+)
+from msa.memory.loaded import memory_plan
+from msa.memory.loaded.latest import LatestReader
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.store.filters import Filter
+from msa.memory.store.manifest import BANK_FILE
 from msa.ops.attention import gather_content
 from msa.types import Content, Selection
 
@@ -63,15 +72,15 @@ START_TIMEOUT = 600.0
 _DOCUMENT_BYTES = 12  # of a routed document: row int64, score float32
 
 
-class ParallelBank(LatestReader["ParallelView"]):
-    """A bank loaded by several processes together; the interface of `ResidentBank`.
+class ShardedBank(LatestReader["ShardedSnapshot"]):
+    """A bank loaded by several processes together; the interface of `LoadedBank`.
 
     All ranks make one, of the same bank, with the same settings. What a rank asks it asks alone;
     making and closing are done by all. A rank without a question closes it at once, and answers the
     others until all have closed::
 
         torch.distributed.init_process_group("gloo")
-        with ParallelBank(bank) as memory:
+        with ShardedBank(bank) as memory:
             if torch.distributed.get_rank() == 0:
                 model(question, memory=memory.view())
 
@@ -84,7 +93,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         group: the ranks; all by default.
         timeout: seconds for which a rank may be silent before the others give up.
         start_timeout: seconds that a rank may come later than another.
-        **options: of `ResidentBank`, such as dtype, content_dtype, top_k. Ranks of one host, and of
+        **options: of `LoadedBank`, such as dtype, content_dtype, top_k. Ranks of one host, and of
             one GPU, plan with equal parts of its memory.
 
     Attributes:
@@ -94,7 +103,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         ConfigError: there is no process group.
         RankError: a rank failed, ended, fell silent or did not come.
         BankMismatchError: the ranks opened different banks, or load them differently.
-        MSAError: as `ResidentBank` raises it, on any of the ranks.
+        MSAError: as `LoadedBank` raises it, on any of the ranks.
     """
 
     def __init__(
@@ -111,13 +120,13 @@ class ParallelBank(LatestReader["ParallelView"]):
             raise InputError(f"timeout={timeout}, start_timeout={start_timeout}: expected above 0")
         self.bank = bank
         self.device = torch.device(device)
-        self._share = ShareService(_digest(bank, options))
+        self._share = ShardServer(_digest(bank, options))
         self._exchange = Exchange(self._share, self.device, group, timeout, start_timeout)
         self.rank, self.world = self._exchange.rank, self._exchange.world
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         try:
-            resident = ResidentBank(
+            resident = LoadedBank(
                 bank, device, shard=(self.rank, self.world), **self._planned(options)
             )
             self._share.begin(resident, self._exchange)
@@ -137,7 +146,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         beside = [peer for peer in here if peer.gpu == mine.gpu]
         share = min(peer.gpu_memory for peer in beside) // len(beside)
         rest = {name: value for name, value in options.items() if name != "dtype"}
-        rest["plan"] = budget.plan(
+        rest["plan"] = memory_plan.plan(
             self.bank,
             self.device,
             dtype=options.get("dtype"),
@@ -163,7 +172,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         self.serve()
         self._share.forget()
 
-    def __enter__(self) -> ParallelBank:
+    def __enter__(self) -> ShardedBank:
         return self
 
     def __exit__(
@@ -192,11 +201,11 @@ class ParallelBank(LatestReader["ParallelView"]):
         """Memory of the routing keys in use, of this rank."""
         return self._share.resident.num_bytes
 
-    def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> ParallelView:
+    def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> ShardedSnapshot:
         """The state that `refresh` has agreed on, to ask from beginning to end.
 
         Args:
-            filter: see `ResidentBank.view`; it is applied on this rank alone.
+            filter: see `LoadedBank.view`; it is applied on this rank alone.
             top_k: documents that a layer selects.
 
         Raises:
@@ -209,7 +218,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         return view if top_k is None else replace(view, top_k=top_k)
 
     def refresh(self) -> bool:
-        """Take up what has changed in the bank, on all ranks; see `ResidentBank.refresh`.
+        """Take up what has changed in the bank, on all ranks; see `LoadedBank.refresh`.
 
         Returns:
             True if there was a change.
@@ -228,7 +237,7 @@ class ParallelBank(LatestReader["ParallelView"]):
             self._view = self._open(None)
             return True
 
-    def _open(self, filter: Filter | None) -> ParallelView:
+    def _open(self, filter: Filter | None) -> ShardedSnapshot:
         """A view of the state that all ranks agree on now."""
         name, payload = next(self._ids), None
         if filter is not None:
@@ -237,7 +246,7 @@ class ParallelBank(LatestReader["ParallelView"]):
         table = [from_bytes(answer, torch.int64).tolist() for answer in answers]
         handle = _Handle(self._exchange, name, [row[1] for row in table], [row[2] for row in table])
         view = self._share.resident.view()
-        return ParallelView(
+        return ShardedSnapshot(
             bank=str(self.bank.path),
             generation=table[0][0],
             top_k=view.top_k,
@@ -252,10 +261,10 @@ class ParallelBank(LatestReader["ParallelView"]):
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelView:
+class ShardedSnapshot:
     """One state of a bank that several ranks hold, for asking; a `MemoryReader`.
 
-    Rows are those of the whole bank, 0 to N - 1, as in a `ResidentView` of one process.
+    Rows are those of the whole bank, 0 to N - 1, as in a `BankSnapshot` of one process.
 
     Attributes:
         generation: of the bank when this state was read.
@@ -288,8 +297,8 @@ class ParallelView:
             routing_mask: [B, T] bool.
 
         Returns:
-            Selection with K = min(top_k, N), on the device given to `ParallelBank`; to the last bit
-            that of a `ResidentView` of one process.
+            Selection with K = min(top_k, N), on the device given to `ShardedBank`; to the last bit
+            that of a `BankSnapshot` of one process.
 
         Raises:
             EmptyBankError: there is no document to select.
@@ -325,7 +334,7 @@ class ParallelView:
             selection: of `route` of the same view.
 
         Returns:
-            Content on the device given to `ParallelBank`.
+            Content on the device given to `ShardedBank`.
 
         Raises:
             BankCorruptError: what some rank has on disk is not what was written.

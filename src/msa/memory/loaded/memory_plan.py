@@ -20,11 +20,11 @@ import torch
 
 from msa.errors import BudgetError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.manifest import DTYPES, Manifest
-from msa.memory.pages import WINDOW_BYTES
-from msa.memory.pruning import PruningSettings
-from msa.memory.records import SegmentEntry
-from msa.memory.rows import Shard
+from msa.memory.search.clustered_index import PruningSettings
+from msa.memory.store.document_table import Partition
+from msa.memory.store.manifest import DTYPES, Manifest
+from msa.memory.store.mapped_pages import WINDOW_BYTES
+from msa.memory.store.records import SegmentEntry
 from msa.ops.kernels import routing_cpu, screening
 from msa.ops.quantisation import is_supported, packed_width
 
@@ -45,8 +45,8 @@ _KEY_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Where everything is to lie. Made by `plan`; `ResidentBank` follows it.
+class MemoryPlan:
+    """Where everything is to lie. Made by `plan`; `LoadedBank` follows it.
 
     Attributes:
         bank: its folder.
@@ -255,7 +255,7 @@ def plan(
     memory: int | None = None,
     device_memory: int | None = None,
     entries: Sequence[SegmentEntry] | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Which tier will hold what of a bank, before anything is loaded.
 
     On a GPU: keys there as stored, else in int8, else in RAM; content pinned in RAM, else mapped.
@@ -292,7 +292,7 @@ def plan(
             raise InputError(f"memory of {given} bytes: expected more than 0")
     target = torch.device(device)
     draft = _Draft(
-        sizes=_sizes_of(bank, Shard(*shard), entries),
+        sizes=_sizes_of(bank, Partition(*shard), entries),
         device=str(target),
         memory=available_memory() if memory is None else memory,
         device_memory=_free_on(target) if device_memory is None else device_memory,
@@ -313,7 +313,7 @@ def plan(
     content_bytes = sizes.content(draft.content_dtype)
     prefetch = target.type != "cpu" or (not held and content_bytes > left / 2)
     window = 0 if held and keys_dtype != "int8" else WINDOW_BYTES
-    return Plan(
+    return MemoryPlan(
         bank=str(bank.path),
         device=str(target),
         shard=shard,
@@ -337,12 +337,12 @@ def plan(
     )
 
 
-def lower(given: Plan, bank: MemoryBank) -> Plan | None:
+def lower(given: MemoryPlan, bank: MemoryBank) -> MemoryPlan | None:
     """The plan to go on with when the device had no memory for this one; None when there is none.
 
     One tier down: from wider keys to int8, from int8 on a device to RAM.
     """
-    sizes = _sizes_of(bank, Shard(*given.shard), None)
+    sizes = _sizes_of(bank, Partition(*given.shard), None)
     if given.keys_dtype != "int8":
         return replace(
             given,
@@ -364,7 +364,7 @@ def lower(given: Plan, bank: MemoryBank) -> Plan | None:
     )
 
 
-def _sizes_of(bank: MemoryBank, shard: Shard, entries: Sequence[SegmentEntry] | None) -> _Sizes:
+def _sizes_of(bank: MemoryBank, shard: Partition, entries: Sequence[SegmentEntry] | None) -> _Sizes:
     if entries is None:
         entries = bank.catalog.snapshot().segments
     total = sum(e.num_chunks for e in entries)

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from msa.errors import BankCorruptError, MSAError
-from msa.memory.pages import PageWindow
-from msa.memory.rows import Piece, Rows
-from msa.memory.segments import RoutingPart, Segment, chunk_offsets
+from msa.memory.store.document_table import DocumentTable, SegmentSlice
+from msa.memory.store.mapped_pages import PageWindow
+from msa.memory.store.segments import RoutingPart, Segment, chunk_offsets
 from msa.ops.quantisation import packed_width, unpack
 
 # Pinned memory is given out in powers of two; blocks of one such size waste none of it.
@@ -73,7 +73,7 @@ class Arena:
         return torch.empty(size, dtype=torch.uint8)
 
 
-class HeldSegment:
+class ResidentSegment:
     """Content of a piece of a segment in RAM.
 
     A layer with damage is not held but read from the segment, which says what is wrong with the
@@ -93,7 +93,12 @@ class HeldSegment:
     """
 
     def __init__(
-        self, segment: Segment, part: RoutingPart, piece: Piece, dtype: torch.dtype, arena: Arena
+        self,
+        segment: Segment,
+        part: RoutingPart,
+        piece: SegmentSlice,
+        dtype: torch.dtype,
+        arena: Arena,
     ) -> None:
         self.segment = segment
         self.first = piece.chunks.start
@@ -181,8 +186,10 @@ class ContentStore:
         self.held = held
         self.window = PageWindow()
         self._arena = Arena(pinned=device.type == "cuda")
-        self._held: list[HeldSegment] = []  # as many as the rows have segments; only appended to
-        self._ahead = Ahead(self) if prefetch else None
+        self._held: list[
+            ResidentSegment
+        ] = []  # as many as the rows have segments; only appended to
+        self._ahead = Prefetcher(self) if prefetch else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -190,13 +197,13 @@ class ContentStore:
         """Memory of the content that is held."""
         return sum(t.nbytes for h in self._held for pair in h.layers.values() for t in pair)
 
-    def add(self, segment: Segment, part: RoutingPart, piece: Piece, index: int) -> None:
+    def add(self, segment: Segment, part: RoutingPart, piece: SegmentSlice, index: int) -> None:
         """Take up a piece of a segment that is to be number `index` of the rows' segments."""
         if self.held:
             del self._held[index:]  # left by a refresh that failed
-            self._held.append(HeldSegment(segment, part, piece, self.stored, self._arena))
+            self._held.append(ResidentSegment(segment, part, piece, self.stored, self._arena))
 
-    def fetch(self, rows: Rows, layer: int, chosen: Tensor) -> Fetched:
+    def fetch(self, rows: DocumentTable, layer: int, chosen: Tensor) -> Fetched:
         """Content of rows in one layer, and a start on the same rows in the next.
 
         Args:
@@ -216,7 +223,9 @@ class ContentStore:
             self._ahead.start(rows, self.layers[self.layers.index(layer) + 1], chosen)
         return result
 
-    def _joined(self, ahead: Fetched | None, rows: Rows, layer: int, chosen: Tensor) -> Fetched:
+    def _joined(
+        self, ahead: Fetched | None, rows: DocumentTable, layer: int, chosen: Tensor
+    ) -> Fetched:
         """What was fetched ahead and is of use, and the rest."""
         there = chosen[:0] if ahead is None else chosen[torch.isin(chosen, ahead.rows)]
         if ahead is None or not len(there):
@@ -242,7 +251,7 @@ class ContentStore:
                 tensor.record_stream(stream)  # its memory is of the side stream
         return fetched
 
-    def _copied(self, rows: Rows, layer: int, chosen: Tensor) -> Fetched:
+    def _copied(self, rows: DocumentTable, layer: int, chosen: Tensor) -> Fetched:
         """Content of rows [U], ascending, on its way to the device."""
         counts = rows.chunk_counts[chosen]
         if self._stream is None:
@@ -264,11 +273,11 @@ class ContentStore:
         """[C, G, D] in the dtype that is needed."""
         return unpack(stored, self.packed, self.dtype) if self.packed else stored
 
-    def _is_held(self, rows: Rows, layer: int, chosen: Tensor) -> bool:
+    def _is_held(self, rows: DocumentTable, layer: int, chosen: Tensor) -> bool:
         segments = torch.unique(rows.segment[chosen]).tolist()
         return self.held and all(layer in self._held[s].layers for s in segments)
 
-    def _pulled(self, rows: Rows, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _pulled(self, rows: DocumentTable, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Held content copied to the device document by document, with no copy on the way."""
         counts = rows.chunk_counts[chosen].tolist()
         shape = (sum(counts), *self.shape)
@@ -284,7 +293,7 @@ class ContentStore:
             done += count
         return keys, values
 
-    def read(self, rows: Rows, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, rows: DocumentTable, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled keys and values of rows [U], ascending: two [C, G, D] on the CPU.
 
         One read per segment. Packed content is returned as it is packed.
@@ -314,7 +323,7 @@ class ContentStore:
         return torch.cat(keys), torch.cat(values)
 
 
-class Ahead:
+class Prefetcher:
     """Content that is fetched before it is asked for, by one thread; at best, so to speak.
 
     What is fetched may turn out to be of no use, or to be damaged: then it is dropped, and who asks
@@ -327,7 +336,7 @@ class Ahead:
         self._pending: dict[int, Future[Fetched | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="msa-content")
 
-    def start(self, rows: Rows, layer: int, chosen: Tensor) -> None:
+    def start(self, rows: DocumentTable, layer: int, chosen: Tensor) -> None:
         """Begin to fetch rows [U], ascending, of a layer; forget what was begun for it before."""
         with self._lock:
             before = self._pending.pop(layer, None)
@@ -343,7 +352,7 @@ class Ahead:
             return None
         return future.result()
 
-    def _fetched(self, rows: Rows, layer: int, chosen: Tensor) -> Fetched | None:
+    def _fetched(self, rows: DocumentTable, layer: int, chosen: Tensor) -> Fetched | None:
         try:
             return self._store._copied(rows, layer, chosen)
         except (MSAError, torch.OutOfMemoryError):

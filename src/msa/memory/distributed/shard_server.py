@@ -1,4 +1,5 @@
-"""What a rank of Memory Parallel holds, and what it answers (ours; see `msa.memory.parallel`).
+"""What a rank of Memory Parallel holds, and what it answers (ours; see
+`msa.memory.distributed.sharded_bank`).
 
 Shapes: B batch, R routing tokens of the batch, U selected documents, C their chunks, G KV heads,
 D head dim, K documents per row.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from msa.errors import BankMismatchError, MSAError, RankError
-from msa.memory.exchange import (
+from msa.memory.distributed.collective_rpc import (
     Exchange,
     Request,
     as_bytes,
@@ -24,7 +25,7 @@ from msa.memory.exchange import (
     error_to_text,
     from_bytes,
 )
-from msa.memory.resident import ResidentBank, ResidentView
+from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
 from msa.types import Selection
 
 # Loads of all ranks until they have read the same generation, and the pause between two.
@@ -43,7 +44,7 @@ OPEN, CLOSE, ROUTE, CONTENT, NUMBERS = range(1, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class ShareService:
+class ShardServer:
     """What a rank holds, and what it answers; the `Service` of its exchange.
 
     Status in the header of a turn: what bank this is, the latest generation that this rank has seen
@@ -51,7 +52,7 @@ class ShareService:
     """
 
     def __init__(self, digest: int) -> None:
-        self.resident: ResidentBank
+        self.resident: LoadedBank
         self._digest = digest
         self._wanted = -1
         self._loaded = -1
@@ -60,13 +61,13 @@ class ShareService:
         self._agreed = -1
         self._attempts = 0
         self._refusal: MSAError | None = None
-        self._current: ResidentView
-        self._views: dict[tuple[int, int], ResidentView] = {}
+        self._current: BankSnapshot
+        self._views: dict[tuple[int, int], BankSnapshot] = {}
         self._exchange: Exchange
 
     # ---- one state for all
 
-    def begin(self, resident: ResidentBank, exchange: Exchange) -> None:
+    def begin(self, resident: LoadedBank, exchange: Exchange) -> None:
         """Take the share that was loaded."""
         self.resident = resident
         self._exchange = exchange
@@ -178,7 +179,7 @@ class ShareService:
                 answers.update({request.rank: error for request in some})
         return [answers[request.rank] for request in requests]
 
-    def _view_of(self, request: Request) -> ResidentView:
+    def _view_of(self, request: Request) -> BankSnapshot:
         return self._views[request.rank, request.arguments[0]]
 
     def _answered(self, request: Request) -> Tensor:
@@ -238,7 +239,7 @@ class ShareService:
         return answers
 
 
-def _among(view: ResidentView, bits: Tensor) -> ResidentView:
+def _among(view: BankSnapshot, bits: Tensor) -> BankSnapshot:
     """The view, of documents whose number's bit is set; see `_bits`."""
     passes = torch.from_numpy(numpy.unpackbits(bits.cpu().numpy())).bool()
     numbers = view._rows.numbers

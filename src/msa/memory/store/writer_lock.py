@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from msa.errors import BankError, BankLockedError
-from msa.memory.storage import storage_errors
+from msa.memory.store.durable_files import storage_errors
 
 LOCK_FILE = "writer.lock"
 HOLDER_FILE = "writer.json"

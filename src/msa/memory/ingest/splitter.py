@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from msa.errors import InputError
-from msa.memory.encoder import DocumentEncoder
-from msa.memory.reports import part_id
+from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.store.reports import part_id
 from msa.types import Document
 
 # Tokens of a split text may join differently at the edges of the template.
@@ -15,7 +15,7 @@ _SPLIT_MARGIN = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenizedDocument:
     """A document or part with its tokens, ready to be encoded."""
 
     number: int
@@ -27,7 +27,7 @@ class RejectedError(Exception):
     """Why a document cannot be stored; the others go on."""
 
 
-class Cutter:
+class DocumentSplitter:
     """Makes of a document the pieces that are encoded: itself, or its parts.
 
     Args:
@@ -39,7 +39,7 @@ class Cutter:
         self._encoder = encoder
         self._max_tokens = max_document_tokens
 
-    def cut(self, document: Document, number: int) -> tuple[Piece, ...]:
+    def cut(self, document: Document, number: int) -> tuple[TokenizedDocument, ...]:
         """The document in one piece, or in parts with numbers from `number` on.
 
         Raises:
@@ -47,7 +47,7 @@ class Cutter:
         """
         tokens = self._encoder.tokens(number, document)
         if len(tokens) <= self._max_tokens:
-            return (Piece(number, document, tokens),)
+            return (TokenizedDocument(number, document, tokens),)
         texts = self._split(document, number)
         if len(texts) == 1:  # white space at its ends was what made it too long
             return self.number([replace(document, text=texts[0])], number)
@@ -57,14 +57,15 @@ class Cutter:
         ]
         return self.number(parts, number)
 
-    def number(self, documents: Sequence[Document], first: int) -> tuple[Piece, ...]:
+    def number(self, documents: Sequence[Document], first: int) -> tuple[TokenizedDocument, ...]:
         """Pieces of these documents or parts, with numbers from `first` on.
 
         Raises:
             RejectedError: one has more tokens than the model has positions.
         """
         pieces = tuple(
-            Piece(first + i, d, self._encoder.tokens(first + i, d)) for i, d in enumerate(documents)
+            TokenizedDocument(first + i, d, self._encoder.tokens(first + i, d))
+            for i, d in enumerate(documents)
         )
         longest = max(len(p.tokens) for p in pieces)
         if longest > self._encoder.max_tokens:

@@ -14,8 +14,8 @@ import sqlite3
 from collections.abc import Iterable
 
 from msa.errors import StorageError
-from msa.memory.database import Database
-from msa.memory.filters import Filter, check_mapping, fields, parse, text_test
+from msa.memory.store.database import Database
+from msa.memory.store.filters import Filter, check_mapping, fields, parse, text_test
 
 _log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import BankCorruptError, BankError
-from msa.memory import lexical, metadata_index
-from msa.memory.database import Database, guard
-from msa.memory.filters import Filter
-from msa.memory.records import SegmentEntry
-from msa.memory.reports import StoredDocument
+from msa.memory.store import metadata_index, word_index
+from msa.memory.store.database import Database, guard
+from msa.memory.store.filters import Filter
+from msa.memory.store.records import SegmentEntry
+from msa.memory.store.reports import StoredDocument
 from msa.types import Document
 
 CATALOG_FILE = "catalog.sqlite"
@@ -145,7 +145,7 @@ class Catalog:
         self._writer = 0
         if not read_only:
             self._writer = self._become_writer()
-            lexical.keep(self._db)
+            word_index.keep(self._db)
             metadata_index.keep(self._db)
 
     @classmethod
@@ -271,7 +271,7 @@ class Catalog:
 
     def shrink(self) -> None:
         """Give the room of deleted texts back to the file system."""
-        lexical.shrink(self._db)  # the words of deleted texts go with them
+        word_index.shrink(self._db)  # the words of deleted texts go with them
         with self._db.alone("shrink") as db:
             db.execute("VACUUM")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -362,7 +362,8 @@ class Catalog:
         return [_stored_document(row) for row in rows]
 
     def passing(self, filter: Filter) -> list[int]:
-        """Numbers of the live documents that pass a filter, in order; see `msa.memory.filters`.
+        """Numbers of the live documents that pass a filter, in order; see
+        `msa.memory.store.filters`.
 
         Raises:
             InputError: the filter is neither a mapping that can be read nor a function.
@@ -432,15 +433,15 @@ class Catalog:
                 count = db.execute(query).fetchone()[0]
                 if count:
                     found.append(f"{CATALOG_FILE}: {count} {words}")
-            lines = lexical.problems(db) + metadata_index.problems(db)
+            lines = word_index.problems(db) + metadata_index.problems(db)
         return found + [f"{CATALOG_FILE}: {line}" for line in lines]
 
     def repair_indexes(self) -> None:
         """Build the index of words or of metadata again if it is damaged."""
         with self._db.reading() as db:
-            words, metadata = lexical.problems(db), metadata_index.problems(db)
+            words, metadata = word_index.problems(db), metadata_index.problems(db)
         if words:
-            lexical.build(self._db)
+            word_index.build(self._db)
         if metadata:
             metadata_index.build(self._db)
 

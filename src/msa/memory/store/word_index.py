@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msa.errors import InputError, LexicalIndexError, StorageError
-from msa.memory.database import Database
-from msa.memory.filters import Filter, text_test
+from msa.memory.store.database import Database
+from msa.memory.store.filters import Filter, text_test
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 """Runs of letters and digits, lower case, without diacritics, English endings removed."""

@@ -1,9 +1,9 @@
 """A bank loaded for asking: routing keys in memory, content in RAM or mapped from its segments.
 
-`ResidentBank` follows the bank (`refresh`); a `ResidentView` is one consistent state of it, and the
+`LoadedBank` follows the bank (`refresh`); a `BankSnapshot` is one consistent state of it, and the
 `MemoryReader` that a question uses from beginning to end. Views share the routing keys: new
 documents are written behind the rows of the views that are in use, never over them. What lies where
-is decided by a `msa.memory.budget.Plan`.
+is decided by a `msa.memory.loaded.memory_plan.MemoryPlan`.
 
 Shapes: B batch, T query tokens, N rows (documents loaded, deleted ones included until the next
 reload), C chunks, U selected documents, H query heads, G KV heads, D head dim, K documents per row.
@@ -21,41 +21,41 @@ import torch
 from torch import Tensor
 
 from msa.errors import BankError, BudgetError, EmptyBankError, InputError
-from msa.memory import budget
 from msa.memory.bank import MemoryBank
-from msa.memory.budget import Plan
-from msa.memory.catalog import Snapshot
-from msa.memory.content import ContentStore
-from msa.memory.filters import Filter
-from msa.memory.keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
-from msa.memory.latest import LatestReader
-from msa.memory.pages import release_heap
-from msa.memory.pruning import PrunedKeys, PruningSettings
-from msa.memory.records import SegmentEntry
-from msa.memory.rows import Piece, Rows, RowsBuilder, Shard
-from msa.memory.segments import Segment, SegmentMissingError
+from msa.memory.loaded import memory_plan
+from msa.memory.loaded.content_store import ContentStore
+from msa.memory.loaded.latest import LatestReader
+from msa.memory.loaded.memory_plan import MemoryPlan
+from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
+from msa.memory.search.layer_index import KeyBuffers, LayerIndex, StoredKeys, map_keys
+from msa.memory.store.catalog import Snapshot
+from msa.memory.store.document_table import DocumentTable, Partition, RowsBuilder, SegmentSlice
+from msa.memory.store.filters import Filter
+from msa.memory.store.mapped_pages import release_heap
+from msa.memory.store.records import SegmentEntry
+from msa.memory.store.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
 from msa.ops.kernels.screening import Screen
 from msa.ops.routing import unit_key_norm
 from msa.types import Content, Selection
 
 _LOAD_ATTEMPTS = 5
-_WHOLE = Shard()
+_WHOLE = Partition()
 _RELEASE_EVERY = 16  # segments loaded
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentView:
+class BankSnapshot:
     """One state of a bank, for asking; a `MemoryReader`. Rows are its documents, 0 to N - 1.
 
     Attributes:
         generation: of the bank when this state was read.
         top_k: documents that a layer selects, at most.
         num_documents: documents that can be selected.
-        shard: the share of the bank that this view holds; the whole by default. Rows and selections
-            are local to it.
+        shard: the share of the bank that this view holds; the whole by default. DocumentTable and
+            selections are local to it.
         first_row: row of the whole bank at which the share begins.
         total_documents: documents of the whole bank that can be selected.
         total_rows: rows of the whole bank, deleted documents included.
@@ -70,15 +70,15 @@ class ResidentView:
     dtype: torch.dtype
     device: torch.device
     _layers: tuple[int, ...]
-    _layer_keys: Mapping[int, LayerKeys]
+    _layer_keys: Mapping[int, LayerIndex]
     _keys_device: torch.device
     _mask: Tensor | None
     _content: ContentStore = field(repr=False)
-    _rows: Rows = field(repr=False)
+    _rows: DocumentTable = field(repr=False)
     first_row: int = 0
     total_documents: int = 0
     total_rows: int = 0
-    shard: Shard = _WHOLE
+    shard: Partition = _WHOLE
     _next_number: int = 0
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ class ResidentView:
         return self._rows.numbers[rows.clamp(min=0)].masked_fill(rows < 0, -1)
 
 
-class ResidentBank(LatestReader[ResidentView]):
+class LoadedBank(LatestReader[BankSnapshot]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
@@ -198,10 +198,11 @@ class ResidentBank(LatestReader[ResidentView]):
             documents whose scores are close; int8 is re-scored with the keys on disk.
         content_dtype: of the content that is handed out; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
-        shard: (rank, world), to hold one of `world` shares of the bank (see `Shard`). A share is
-            loaded anew when documents were added, since the ranges move; deleting changes a mask.
-        plan: which tier holds what; by default `msa.memory.budget.plan` decides, now and again when
-            the bank has grown by a quarter.
+        shard: (rank, world), to hold one of `world` shares of the bank (see `Partition`). A share
+            is loaded anew when documents were added, since the ranges move; deleting changes a
+            mask.
+        plan: which tier holds what; by default `msa.memory.loaded.memory_plan.plan` decides, now
+            and again when the bank has grown by a quarter.
         pruning: search the routing keys in blocks, not all of them; on a CPU only, off by default.
             It takes a second copy of the keys, which the plan counts, and time to make it while
             loading.
@@ -223,7 +224,7 @@ class ResidentBank(LatestReader[ResidentView]):
         content_dtype: torch.dtype | None = None,
         top_k: int | None = None,
         shard: tuple[int, int] = (0, 1),
-        plan: Plan | None = None,
+        plan: MemoryPlan | None = None,
         pruning: PruningSettings | None = None,
     ) -> None:
         manifest = bank.manifest
@@ -233,7 +234,7 @@ class ResidentBank(LatestReader[ResidentView]):
             raise InputError("plan and dtype are both given; make the plan with that dtype")
         self.bank = bank
         self.device = torch.device(device)
-        self.shard = Shard(*shard)
+        self.shard = Partition(*shard)
         self._dtype = dtype
         self._pruning = pruning
         self._lock = threading.Lock()
@@ -246,7 +247,7 @@ class ResidentBank(LatestReader[ResidentView]):
         self._content_dtype = content_dtype or model_dtype
         self._planned = plan is None
         self.plan = self._new_plan() if plan is None else plan
-        self._view = ResidentView(
+        self._view = BankSnapshot(
             bank=str(bank.path),
             generation=-1,
             layout=-1,
@@ -260,15 +261,15 @@ class ResidentBank(LatestReader[ResidentView]):
             _keys_device=torch.device(self.plan.keys_device),
             _mask=None,
             _content=self._new_content(),
-            _rows=Rows.none(len(manifest.routing_layers)),
+            _rows=DocumentTable.none(len(manifest.routing_layers)),
             shard=self.shard,
         )
         self.refresh()
 
-    def _new_plan(self, in_use: int = 0) -> Plan:
+    def _new_plan(self, in_use: int = 0) -> MemoryPlan:
         """What is to lie where; memory that is in use now counts as free."""
-        memory = budget.available_memory() + in_use if in_use else None
-        return budget.plan(
+        memory = memory_plan.available_memory() + in_use if in_use else None
+        return memory_plan.plan(
             self.bank,
             self.device,
             dtype=self._dtype,
@@ -294,7 +295,9 @@ class ResidentBank(LatestReader[ResidentView]):
         manifest = self.bank.manifest
         where = torch.device(self.plan.keys_device)
         # RAM that was never written to costs nothing
-        growth = max(self.plan.growth, budget.GROWTH) if where.type == "cpu" else self.plan.growth
+        growth = (
+            max(self.plan.growth, memory_plan.GROWTH) if where.type == "cpu" else self.plan.growth
+        )
         shape = (manifest.num_key_value_heads, manifest.head_dim)
         return KeyBuffers(manifest.routing_layers, shape, self.plan.torch_dtype, where, growth)
 
@@ -310,12 +313,12 @@ class ResidentBank(LatestReader[ResidentView]):
         """Of the routing keys in memory."""
         return self.plan.torch_dtype
 
-    def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> ResidentView:
+    def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> BankSnapshot:
         """The latest state read by `refresh`, to ask from beginning to end.
 
         Args:
-            filter: which documents may be selected, see `msa.memory.filters`. A mapping is one
-                query of the catalog; a function is called once per distinct metadata.
+            filter: which documents may be selected, see `msa.memory.store.filters`. A mapping is
+                one query of the catalog; a function is called once per distinct metadata.
             top_k: documents that a layer selects.
 
         Raises:
@@ -371,7 +374,7 @@ class ResidentBank(LatestReader[ResidentView]):
     def _moved(self, layout: int) -> bool:
         return self.bank.catalog.counter("layout") != layout
 
-    def _loaded(self, old: ResidentView | None) -> ResidentView:
+    def _loaded(self, old: BankSnapshot | None) -> BankSnapshot:
         """The present state, by the plan, or by a lower one where there is no memory for it."""
         plan, old = self.plan, self._replanned(old)
         try:
@@ -385,12 +388,12 @@ class ResidentBank(LatestReader[ResidentView]):
             self.plan = plan
             raise
 
-    def _replanned(self, old: ResidentView | None) -> ResidentView | None:
+    def _replanned(self, old: BankSnapshot | None) -> BankSnapshot | None:
         """The state to build on; None when the bank has outgrown its plan and changes its tiers."""
         if not self._planned or self._view.generation < 0:
             return old
         total = sum(e.num_chunks for e in self.bank.catalog.segments()) // self.shard.world
-        if total <= self.plan.num_chunks * budget.GROWTH:
+        if total <= self.plan.num_chunks * memory_plan.GROWTH:
             return old
         plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
         same = all(
@@ -408,7 +411,7 @@ class ResidentBank(LatestReader[ResidentView]):
         """
         plan = self.plan
         place = f"'{plan.keys_device}' for the routing keys of bank '{self.bank.path}'"
-        lower = budget.lower(plan, self.bank) if self._dtype is None else None
+        lower = memory_plan.lower(plan, self.bank) if self._dtype is None else None
         if lower is None:
             raise BudgetError(
                 f"no memory on {place} in {plan.keys_dtype}; free some, or hold shares of the bank "
@@ -420,7 +423,7 @@ class ResidentBank(LatestReader[ResidentView]):
         )
         self.plan = lower
 
-    def _load(self, old: ResidentView | None) -> ResidentView:
+    def _load(self, old: BankSnapshot | None) -> BankSnapshot:
         """The present state, on top of an old one of the same layout."""
         if old is None:
             snapshot = self.bank.catalog.snapshot()
@@ -437,7 +440,7 @@ class ResidentBank(LatestReader[ResidentView]):
         view = self._at(view, snapshot, rows)
         return replace(view, total_documents=live, total_rows=len(rows.live))
 
-    def _load_share(self, old: ResidentView | None) -> ResidentView:
+    def _load_share(self, old: BankSnapshot | None) -> BankSnapshot:
         """The present state of this process's share; loaded anew unless documents only went."""
         catalog = self.bank.catalog
         while True:
@@ -475,7 +478,7 @@ class ResidentBank(LatestReader[ResidentView]):
     def _opened(self, entry: SegmentEntry) -> Segment:
         return Segment(self.bank.segments_folder, entry, self.bank.manifest.routing_layers)
 
-    def _at(self, view: ResidentView, snapshot: Snapshot, rows: Rows) -> ResidentView:
+    def _at(self, view: BankSnapshot, snapshot: Snapshot, rows: DocumentTable) -> BankSnapshot:
         """The view with these rows live, at the moment of the snapshot."""
         return replace(
             view,
@@ -487,11 +490,11 @@ class ResidentBank(LatestReader[ResidentView]):
         )
 
     def _appended(
-        self, old: ResidentView | None, segments: Sequence[tuple[Segment, Piece]]
-    ) -> ResidentView:
+        self, old: BankSnapshot | None, segments: Sequence[tuple[Segment, SegmentSlice]]
+    ) -> BankSnapshot:
         """A view with the documents of more segments behind those of before, if there are such."""
         layers = self.bank.manifest.routing_layers
-        rows = Rows.none(len(layers)) if old is None else old._rows
+        rows = DocumentTable.none(len(layers)) if old is None else old._rows
         content = self._new_content() if old is None else old._content
         buffers = self._buffers if old is not None and self._buffers else self._new_buffers()
         maps = list(self._maps) if old is not None else []
@@ -533,18 +536,18 @@ class ResidentBank(LatestReader[ResidentView]):
         )
 
 
-def _whole(entry: SegmentEntry) -> Piece:
-    return Piece(slice(0, entry.num_documents), slice(0, entry.num_chunks))
+def _whole(entry: SegmentEntry) -> SegmentSlice:
+    return SegmentSlice(slice(0, entry.num_documents), slice(0, entry.num_chunks))
 
 
-def _pruned(before: LayerKeys | None, keys: LayerKeys, settings: PruningSettings) -> LayerKeys:
+def _pruned(before: LayerIndex | None, keys: LayerIndex, settings: PruningSettings) -> LayerIndex:
     """Keys that are searched in blocks, those of the state before where there are such."""
     blocks = None if before is None else before.pruned
-    made = PrunedKeys.followed(blocks, keys.keys, keys.counts, settings, scales=keys.scales)
+    made = ClusteredIndex.followed(blocks, keys.keys, keys.counts, settings, scales=keys.scales)
     return replace(keys, pruned=made)
 
 
-def _screened(before: LayerKeys | None, keys: LayerKeys) -> LayerKeys:
+def _screened(before: LayerIndex | None, keys: LayerIndex) -> LayerIndex:
     """Keys with a copy in int8, that of the state before as far as it goes."""
     screen = Screen.followed(None if before is None else before.screen, keys.keys, keys.counts)
     return replace(keys, screen=screen)

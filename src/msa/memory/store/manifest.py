@@ -14,7 +14,7 @@ import torch
 
 import msa
 from msa.errors import BankCorruptError, BankMismatchError, BankNotFoundError, ConfigError
-from msa.memory.storage import storage_errors, write_file
+from msa.memory.store.durable_files import storage_errors, write_file
 from msa.model.identity import checkpoint_name, model_fingerprints
 from msa.ops.quantisation import PACKED
 from msa.text.prompts import PromptTemplate

@@ -3,8 +3,8 @@
 Documents are taken from the caller one by one and committed in windows of bounded size, so memory
 stays flat for any number of them. A document and all its parts are in one commit.
 
-`Claim`, `Register`, `Pending` and `msa.memory.cutting.Cutter` are the steps of it, which
-`msa.memory.bulk` takes in several processes.
+`DocumentKey`, `IdRegistry`, `PendingWrite` and `msa.memory.ingest.splitter.DocumentSplitter` are
+the steps of it, which `msa.memory.distributed.bulk_ingest` takes in several processes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from msa.errors import DuplicateDocumentError, InputError
-from msa.memory.catalog import Catalog, CatalogRow
-from msa.memory.cutting import Cutter, Piece, RejectedError
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
-from msa.memory.records import EncodedBatch, SegmentEntry
-from msa.memory.reports import AddProgress, AddReport
-from msa.memory.segments import SegmentWriter
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.ingest.splitter import DocumentSplitter, RejectedError, TokenizedDocument
+from msa.memory.store.catalog import Catalog, CatalogRow
+from msa.memory.store.records import EncodedBatch, SegmentEntry
+from msa.memory.store.reports import AddProgress, AddReport
+from msa.memory.store.segments import SegmentWriter
 from msa.types import Document
 
 OnDuplicate = Literal["error", "skip", "update"]
@@ -74,7 +74,7 @@ class AddOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class DocumentKey:
     """What a document is known by, to decide what becomes of it.
 
     Attributes:
@@ -87,7 +87,7 @@ class Claim:
     metadata: str
 
     @classmethod
-    def of(cls, document: Document) -> Claim:
+    def of(cls, document: Document) -> DocumentKey:
         """Check a document.
 
         Raises:
@@ -98,7 +98,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class WriteDecision:
     """A document is to be stored.
 
     Attributes:
@@ -111,7 +111,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingWrite:
     """A document given by the caller that the next commit stores.
 
     Attributes:
@@ -120,9 +120,9 @@ class Pending:
         pieces: itself or its parts; none when only its metadata changes.
     """
 
-    claim: Claim
-    verdict: Verdict
-    pieces: tuple[Piece, ...] = ()
+    claim: DocumentKey
+    verdict: WriteDecision
+    pieces: tuple[TokenizedDocument, ...] = ()
 
     @property
     def is_new(self) -> bool:
@@ -227,7 +227,7 @@ def printable(document_id: object) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-class Register:
+class IdRegistry:
     """Decides what becomes of a document, by what is stored and what is on its way; gives numbers.
 
     There is one for all documents that are added in one call, in however many processes.
@@ -241,7 +241,7 @@ class Register:
         self._catalog = catalog
         self._on_duplicate = on_duplicate
         self._first_number = self._next_number = catalog.counter("next_number")
-        self._under_way: dict[str, Claim] = {}
+        self._under_way: dict[str, DocumentKey] = {}
         self._parts: set[str] = set()
         self._stored = 0
 
@@ -260,7 +260,7 @@ class Register:
         self._next_number += count
         return self._next_number - count
 
-    def claim(self, claim: Claim) -> Verdict | None:
+    def claim(self, claim: DocumentKey) -> WriteDecision | None:
         """What to do with a document; None when it is stored as given.
 
         With a verdict the document is on its way, until `settle` or `give_up`.
@@ -270,7 +270,7 @@ class Register:
             DuplicateDocumentError: its id holds other content, and on_duplicate is "error".
         """
         waiting = self._under_way.get(claim.id)
-        verdict = Verdict()
+        verdict = WriteDecision()
         if waiting is not None:
             known_as, twice = (waiting.content_hash, waiting.metadata), True
         else:
@@ -286,7 +286,7 @@ class Register:
             twice = known.numbers[0] >= self._first_number
             # Numbers stand in the encoded text: new text, new number. Metadata is not encoded.
             same_text = known.content_hash == claim.content_hash
-            verdict = Verdict(False) if same_text else Verdict(True, known.numbers)
+            verdict = WriteDecision(False) if same_text else WriteDecision(True, known.numbers)
         if known_as == (claim.content_hash, claim.metadata):
             return None
         self._check_duplicate(claim.id, twice)
@@ -322,7 +322,7 @@ class Register:
                 )
         self._parts.update(part_ids)
 
-    def settle(self, pending: Iterable[Pending]) -> None:
+    def settle(self, pending: Iterable[PendingWrite]) -> None:
         """These documents are stored."""
         for p in pending:
             self.give_up(p.claim.id, p.part_ids)
@@ -335,22 +335,22 @@ class Register:
 
 
 @dataclass(slots=True)
-class Window:
+class WriteBatch:
     """Documents that go into the bank together, and what else was found among them."""
 
-    pending: list[Pending] = field(default_factory=list)
+    pending: list[PendingWrite] = field(default_factory=list)
     num_tokens: int = 0
     documents: int = 0
     unchanged: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizedDocument]:
         """What is encoded."""
         return [piece for p in self.pending for piece in p.pieces]
 
 
-class Ingest:
+class IngestPipeline:
     """One call of `add`; see `MemoryBank.add`."""
 
     def __init__(
@@ -364,12 +364,12 @@ class Ingest:
         self._catalog = catalog
         self._writer = writer
         self._encoder = encoder
-        self._cutter = Cutter(encoder, max_document_tokens)
+        self._cutter = DocumentSplitter(encoder, max_document_tokens)
         self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
-        self._register = Register(catalog, options.on_duplicate)
-        self._window = Window()
-        self._running: tuple[Window, Future[Written]] | None = None
+        self._register = IdRegistry(catalog, options.on_duplicate)
+        self._window = WriteBatch()
+        self._running: tuple[WriteBatch, Future[Written]] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._stopped = threading.Event()
         self._counts = _Counts()
@@ -420,7 +420,7 @@ class Ingest:
                 self._begin()
         self._finish()
         if self._window.documents:
-            window, self._window = self._window, Window()
+            window, self._window = self._window, WriteBatch()
             self._settle(window, self._write(window))
 
     # ---- one document
@@ -439,17 +439,17 @@ class Ingest:
         window.pending.append(pending)
         window.num_tokens += pending.num_tokens
 
-    def _prepare(self, document: Document) -> Pending | None:
+    def _prepare(self, document: Document) -> PendingWrite | None:
         """What to store for a document; None when it is stored as given."""
-        claim = Claim.of(document)
+        claim = DocumentKey.of(document)
         verdict = self._register.claim(claim)
         if verdict is None:
             return None
         if not verdict.encode:
-            return Pending(claim, verdict)
+            return PendingWrite(claim, verdict)
         try:
             pieces = self._cutter.cut(document, self._register.next_number)
-            pending = Pending(claim, verdict, pieces)
+            pending = PendingWrite(claim, verdict, pieces)
             self._register.claim_parts(pending.part_ids)
         except RejectedError:
             self._register.give_up(claim.id)
@@ -461,7 +461,7 @@ class Ingest:
 
     def _begin(self) -> None:
         """Encode and write the window in a thread, and begin another."""
-        window, self._window = self._window, Window()
+        window, self._window = self._window, WriteBatch()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "msa-ingest")
         self._running = window, self._pool.submit(self._write, window)
@@ -472,7 +472,7 @@ class Ingest:
             (window, written), self._running = self._running, None
             self._settle(window, written.result())
 
-    def _write(self, window: Window) -> Written:
+    def _write(self, window: WriteBatch) -> Written:
         """Encode what is pending, into segments on disk."""
         if not window.pending:
             return []
@@ -490,7 +490,7 @@ class Ingest:
                 raise CancelledError
             yield batch
 
-    def _settle(self, window: Window, written: Written) -> None:
+    def _settle(self, window: WriteBatch, written: Written) -> None:
         """Commit what was written, durably; then say so."""
         pending = window.pending
         if pending:

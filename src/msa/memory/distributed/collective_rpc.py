@@ -41,7 +41,7 @@ from torch import Tensor
 
 from msa import errors
 from msa.errors import ConfigError, MSAError, RankError
-from msa.memory.budget import available_memory
+from msa.memory.loaded.memory_plan import available_memory
 
 NUM_ARGUMENTS = 4
 NUM_STATUS = 6
@@ -360,7 +360,7 @@ class Exchange:
             header[1 : 3 + NUM_ARGUMENTS] = [call.kind, len(call.payload), *call.arguments]
         table = torch.stack(self._gather(torch.tensor(header))).tolist()
         if state == _STOPPED:
-            raise RankError("this rank was stopped; make the engine or ParallelBank anew")
+            raise RankError("this rank was stopped; make the engine or ShardedBank anew")
         self._check(table)
         with self._changed:
             self._service.observe([row[3 + NUM_ARGUMENTS :] for row in table])
@@ -467,7 +467,7 @@ class Exchange:
         if missing:
             raise RankError(
                 f"rank {missing[0]} of {self.world} has not come within {seconds:.0f} s. All ranks "
-                f"must make the engine or the ParallelBank. {_AGAIN}"
+                f"must make the engine or the ShardedBank. {_AGAIN}"
             )
         return [Peer(**json.loads(self.noted("peer", rank))) for rank in range(self.world)]
 

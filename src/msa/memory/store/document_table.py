@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from msa.errors import InputError
-from msa.memory.records import SegmentEntry
-from msa.memory.segments import RoutingPart, Segment, chunk_offsets
+from msa.memory.store.records import SegmentEntry
+from msa.memory.store.segments import RoutingPart, Segment, chunk_offsets
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class DocumentTable:
     """Per document; all tensors on the CPU.
 
     Attributes:
@@ -39,7 +39,7 @@ class Rows:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def none(cls, num_layers: int) -> Rows:
+    def none(cls, num_layers: int) -> DocumentTable:
         """No documents, R routing layers."""
         empty = torch.empty(0, dtype=torch.int64)
         checksums = torch.empty((0, num_layers), dtype=torch.int32)
@@ -58,7 +58,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SegmentSlice:
     """The documents of one segment that are held.
 
     Attributes:
@@ -73,7 +73,7 @@ class Piece:
 class RowsBuilder:
     """Rows with the documents of more segments behind those of before."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: DocumentTable) -> None:
         self._rows = rows
         self._segments = list(rows.segments)
         self._columns: dict[str, list[Tensor]] = {
@@ -81,7 +81,7 @@ class RowsBuilder:
             for name in ("numbers", "chunk_counts", "segment", "first_chunk", "checksums")
         }
 
-    def add(self, segment: Segment, part: RoutingPart, piece: Piece) -> None:
+    def add(self, segment: Segment, part: RoutingPart, piece: SegmentSlice) -> None:
         """The documents of a piece of a segment."""
         numbers = part.numbers[piece.rows]
         self._columns["numbers"].append(numbers)
@@ -91,16 +91,16 @@ class RowsBuilder:
         self._columns["checksums"].append(part.checksums[piece.rows])
         self._segments.append(segment)
 
-    def build(self) -> Rows:
+    def build(self) -> DocumentTable:
         """All of them."""
         joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in self._columns.items()}
         live = torch.ones(len(joined["numbers"]), dtype=torch.bool)
         live[: len(self._rows.live)] = self._rows.live
-        return Rows(**joined, live=live, segments=tuple(self._segments))
+        return DocumentTable(**joined, live=live, segments=tuple(self._segments))
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Partition:
     """Which share of a bank one of several processes holds (ours).
 
     The bank's chunks, C in all, are cut into `world` equal ranges; a document belongs to the range
@@ -144,7 +144,7 @@ class Shard:
             count += entry.num_documents if first <= low else 0
         return count
 
-    def piece(self, counts: Tensor, first: int, num_chunks: int) -> Piece:
+    def piece(self, counts: Tensor, first: int, num_chunks: int) -> SegmentSlice:
         """What of a segment lies in this share.
 
         Args:
@@ -156,4 +156,4 @@ class Shard:
         begins = offsets[:-1] + first
         low, high = self.range(num_chunks)
         rows = int((begins < low).sum()), int((begins < high).sum())
-        return Piece(slice(*rows), slice(int(offsets[rows[0]]), int(offsets[rows[1]])))
+        return SegmentSlice(slice(*rows), slice(int(offsets[rows[0]]), int(offsets[rows[1]])))

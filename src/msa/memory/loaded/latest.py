@@ -10,7 +10,7 @@ from msa.types import Content, MemoryReader, Selection
 
 
 class View(MemoryReader, Protocol):
-    """One state of a bank, which stays as it is; see `ResidentView` and `ParallelView`."""
+    """One state of a bank, which stays as it is; see `BankSnapshot` and `ShardedSnapshot`."""
 
     @property
     def generation(self) -> int:
@@ -44,13 +44,13 @@ class LatestReader(Generic[AnyView]):
         return self._view.generation
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
-        """See `ResidentView.route`."""
+        """See `BankSnapshot.route`."""
         return self._view.route(layer, vectors, routing_mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
-        """See `ResidentView.content`."""
+        """See `BankSnapshot.content`."""
         return self._view.content(layer, selection)
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
-        """See `ResidentView.rows_to_numbers`."""
+        """See `BankSnapshot.rows_to_numbers`."""
         return self._view.rows_to_numbers(rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msa.errors import InputError, ModelError
-from msa.memory.records import EncodedBatch
+from msa.memory.store.records import EncodedBatch
 from msa.ops.quantisation import pack
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Document, LatentStates, LayerStates

@@ -1,6 +1,6 @@
 """Routing keys that are searched without reading all of them (ours; off unless asked for).
 
-`PrunedKeys` holds the routing keys of one layer in blocks of alike ones (`msa.ops.pruning`) and
+`ClusteredIndex` holds the routing keys of one layer in blocks of alike ones (`msa.ops.pruning`) and
 reads the blocks that can hold a question's best documents. With `slack` 1 it selects what a full
 scan selects, always; below 1 nearly that, for a fraction of the work. Documents that are added
 later lie behind, in a tail that is read in full until the next `build`.
@@ -53,7 +53,7 @@ class PruningSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class PrunedKeys:
+class ClusteredIndex:
     """The routing keys of one layer, in blocks, with a tail. Frozen: views may share it.
 
     Attributes:
@@ -77,7 +77,7 @@ class PrunedKeys:
         settings: PruningSettings | None = None,
         *,
         scales: Tensor | None = None,
-    ) -> PrunedKeys:
+    ) -> ClusteredIndex:
         """Part the keys of a layer into blocks; they are copied into another order.
 
         Args:
@@ -115,13 +115,13 @@ class PrunedKeys:
         """Chunks that every search reads in full; `build` again when they are many."""
         return len(self._tail_keys)
 
-    def with_slack(self, slack: float) -> PrunedKeys:
+    def with_slack(self, slack: float) -> ClusteredIndex:
         """The same keys, searched with another slack."""
         return replace(self, settings=replace(self.settings, slack=slack))
 
     def with_documents(
         self, routing_keys: Tensor, chunk_counts: Tensor, *, scales: Tensor | None = None
-    ) -> PrunedKeys:
+    ) -> ClusteredIndex:
         """These keys with more documents behind; they share all but the tail, which is copied.
 
         Args:
@@ -151,13 +151,13 @@ class PrunedKeys:
     @classmethod
     def followed(
         cls,
-        before: PrunedKeys | None,
+        before: ClusteredIndex | None,
         routing_keys: Tensor,
         chunk_counts: Tensor,
         settings: PruningSettings,
         *,
         scales: Tensor | None = None,
-    ) -> PrunedKeys:
+    ) -> ClusteredIndex:
         """The keys of a layer that has grown since `before` was made of its first documents.
 
         New documents become the tail, which is not copied: the caller must leave these keys as they

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa.errors import BankCorruptError, BudgetError
-from msa.memory.pages import PageWindow
-from msa.memory.pruning import PrunedKeys
-from msa.memory.rows import Rows
-from msa.memory.segments import SegmentMissingError, chunk_offsets
+from msa.memory.search.clustered_index import ClusteredIndex
+from msa.memory.store.document_table import DocumentTable
+from msa.memory.store.mapped_pages import PageWindow
+from msa.memory.store.segments import SegmentMissingError, chunk_offsets
 from msa.ops.kernels import route_documents
 from msa.ops.kernels.screening import Screen
 from msa.ops.quantisation import quantise
@@ -47,12 +47,12 @@ class LayerSearch(Protocol):
         top_k: int,
         document_mask: Tensor | None = None,
     ) -> Selection:
-        """See `LayerKeys.search`."""
+        """See `LayerIndex.search`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class LayerKeys:
+class LayerIndex:
     """Routing keys of one layer in one state of a bank.
 
     Attributes:
@@ -72,7 +72,7 @@ class LayerKeys:
     scales: Tensor | None = None
     key_norm: float | None = None
     stored: StoredKeys | None = None
-    pruned: PrunedKeys | None = None
+    pruned: ClusteredIndex | None = None
     screen: Screen | None = None
 
     @property
@@ -181,7 +181,7 @@ class StoredKeys:
     """
 
     def __init__(
-        self, rows: Rows, maps: Sequence[Mapping[int, Tensor]], window: PageWindow
+        self, rows: DocumentTable, maps: Sequence[Mapping[int, Tensor]], window: PageWindow
     ) -> None:
         self.rows = rows
         self.first = chunk_offsets(rows.chunk_counts)
@@ -292,10 +292,10 @@ class KeyBuffers:
 
     def layer(
         self, layer: int, counts: Tensor, num_chunks: int, key_norm: float | None
-    ) -> LayerKeys:
+    ) -> LayerIndex:
         """The first C keys of one layer. `stored` is to be set for int8 keys."""
         scales = self._scales[layer][:num_chunks] if self._scales else None
-        return LayerKeys(self._keys[layer][:num_chunks], counts, layer, scales, key_norm)
+        return LayerIndex(self._keys[layer][:num_chunks], counts, layer, scales, key_norm)
 
 
 def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from msa.memory.bulk import Assignment, Window
-from msa.memory.cutting import Piece
-from msa.memory.ingest import Claim, Pending, Verdict
-from msa.memory.records import SegmentEntry, WrittenFile
+from msa.memory.distributed.bulk_ingest import Assignment, Window
+from msa.memory.ingest.pipeline import DocumentKey, PendingWrite, WriteDecision
+from msa.memory.ingest.splitter import TokenizedDocument
+from msa.memory.store.records import SegmentEntry, WrittenFile
 from msa.types import Document
 
 MESSAGE_BYTES = 1 << 32
@@ -84,14 +84,14 @@ class Channel:
         self._socket.close()
 
 
-def claim_out(claim: Claim) -> list[str]:
+def claim_out(claim: DocumentKey) -> list[str]:
     """A claim as JSON."""
     return [claim.id, claim.content_hash.hex(), claim.metadata]
 
 
-def claim_in(value: Sequence[str]) -> Claim:
+def claim_in(value: Sequence[str]) -> DocumentKey:
     """What `claim_out` wrote."""
-    return Claim(value[0], bytes.fromhex(value[1]), value[2])
+    return DocumentKey(value[0], bytes.fromhex(value[1]), value[2])
 
 
 def answer_out(answer: Assignment | str | None) -> Any:
@@ -105,7 +105,7 @@ def answer_in(value: Any) -> Assignment | str | None:
     """What `answer_out` wrote."""
     if value is None or isinstance(value, str):
         return value
-    return Assignment(Verdict(value[0], tuple(value[1])), value[2])
+    return Assignment(WriteDecision(value[0], tuple(value[1])), value[2])
 
 
 def window_out(window: Window) -> dict[str, Any]:
@@ -135,8 +135,13 @@ def window_in(value: dict[str, Any]) -> Window:
     pending = []
     for claim, encode, replaces, pieces in value["pending"]:
         # of the metadata, the claim's text is what is stored
-        made = [Piece(n, Document(i, text, title), range(t)) for n, i, title, text, t in pieces]
-        pending.append(Pending(claim_in(claim), Verdict(encode, tuple(replaces)), tuple(made)))
+        made = [
+            TokenizedDocument(n, Document(i, text, title), range(t))
+            for n, i, title, text, t in pieces
+        ]
+        pending.append(
+            PendingWrite(claim_in(claim), WriteDecision(encode, tuple(replaces)), tuple(made))
+        )
     files = [WrittenFile(n, SegmentEntry(**e), tuple(numbers)) for n, e, numbers in value["files"]]
     failed = [(name, reason) for name, reason in value["failed"]]
     return Window(value["documents"], value["unchanged"], failed, pending, files)

@@ -3,9 +3,9 @@
 Every rank is given the same stream of documents. A document belongs to the rank that its id's
 CRC-32 names, so one id always comes to one rank, in the order of the stream. Ranks meet through
 torchrun's store; from then on each holds one TCP connection to rank 0, over which it asks what
-`msa.memory.bulk.Desk` lists, as JSON. A process that dies closes its connection, a host that dies
-stops answering (TCP keepalive), and one that hangs falls silent: rank 0 tells the others to stop
-and raises one error. What was committed until then stays.
+`msa.memory.distributed.bulk_ingest.Desk` lists, as JSON. A process that dies closes its connection,
+a host that dies stops answering (TCP keepalive), and one that hangs falls silent: rank 0 tells the
+others to stop and raises one error. What was committed until then stays.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from msa.errors import BankError, ConfigError, MSAError, RankError
 from msa.memory.bank import MemoryBank
-from msa.memory.bulk import Assignment, BulkEncoder, Coordinator, Window
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS
-from msa.memory.ingest import COMMIT_TOKENS, Claim, OnDuplicate
-from msa.memory.reports import AddProgress, AddReport
-from msa.memory.wire import (
+from msa.memory.distributed.bulk_ingest import Assignment, BulkEncoder, Coordinator, Window
+from msa.memory.distributed.wire import (
     Channel,
     answer_in,
     answer_out,
@@ -41,6 +38,9 @@ from msa.memory.wire import (
     window_in,
     window_out,
 )
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS
+from msa.memory.ingest.pipeline import COMMIT_TOKENS, DocumentKey, OnDuplicate
+from msa.memory.store.reports import AddProgress, AddReport
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
@@ -509,7 +509,7 @@ class Follower:
         """See `Coordinator.join`; waits until rank 0 has opened the bank."""
         return str(self._ask("join"))
 
-    def claim(self, worker: str, claims: Sequence[Claim]) -> list[Assignment | str | None]:
+    def claim(self, worker: str, claims: Sequence[DocumentKey]) -> list[Assignment | str | None]:
         """See `Coordinator.claim`."""
         answers = self._ask("claim", [claim_out(claim) for claim in claims])
         return [answer_in(answer) for answer in answers]

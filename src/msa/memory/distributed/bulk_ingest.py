@@ -11,8 +11,8 @@ the bank's folder, which all of them see. For a window of documents it
    transaction.
 
 What is not committed does not exist. A process that dies leaves nothing but files that the next
-writer removes. How the processes talk is not decided here: `msa.memory.ranks` does it over sockets
-for torchrun, `examples/ray_index.py` over Ray.
+writer removes. How the processes talk is not decided here: `msa.memory.distributed.torchrun_ingest`
+does it over sockets for torchrun, `examples/ray_index.py` over Ray.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from typing import TYPE_CHECKING, Protocol
 
 from msa.errors import InputError, RankError, StorageError
 from msa.memory.bank import SEGMENTS_FOLDER, MemoryBank
-from msa.memory.cutting import Cutter, RejectedError
-from msa.memory.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
-from msa.memory.ingest import (
+from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.ingest.pipeline import (
     COMMIT_DOCUMENTS,
     COMMIT_TOKENS,
     AddOptions,
-    Claim,
+    DocumentKey,
+    IdRegistry,
     OnDuplicate,
-    Pending,
-    Register,
-    Verdict,
+    PendingWrite,
+    WriteDecision,
     printable,
 )
-from msa.memory.manifest import Manifest
-from msa.memory.records import EncodedBatch, WrittenFile
-from msa.memory.reports import AddProgress, AddReport
-from msa.memory.segments import SegmentWriter
-from msa.memory.storage import storage_errors
+from msa.memory.ingest.splitter import DocumentSplitter, RejectedError
+from msa.memory.store.durable_files import storage_errors
+from msa.memory.store.manifest import Manifest
+from msa.memory.store.records import EncodedBatch, WrittenFile
+from msa.memory.store.reports import AddProgress, AddReport
+from msa.memory.store.segments import SegmentWriter
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
@@ -70,7 +70,7 @@ class Assignment:
         number: for a document in one piece; the parts of a split one get others.
     """
 
-    verdict: Verdict
+    verdict: WriteDecision
     number: int
 
 
@@ -89,7 +89,7 @@ class Window:
     documents: int = 0
     unchanged: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
-    pending: list[Pending] = field(default_factory=list)
+    pending: list[PendingWrite] = field(default_factory=list)
     files: list[WrittenFile] = field(default_factory=list)
 
     @property
@@ -108,7 +108,7 @@ class Desk(Protocol):
         """A folder for the worker."""
         ...
 
-    def claim(self, worker: str, claims: Sequence[Claim]) -> list[Assignment | str | None]:
+    def claim(self, worker: str, claims: Sequence[DocumentKey]) -> list[Assignment | str | None]:
         """What becomes of documents."""
         ...
 
@@ -139,7 +139,7 @@ class Coordinator:
     ) -> None:
         AddOptions(on_duplicate)  # checks it
         self._bank = bank
-        self._register = Register(bank.catalog, on_duplicate)
+        self._register = IdRegistry(bank.catalog, on_duplicate)
         self._chunk_size = bank.manifest.chunk_size
         self._progress = progress
         self._run = uuid.uuid4().hex[:8]
@@ -187,7 +187,7 @@ class Coordinator:
             self._folders.append(folder)
             return name
 
-    def claim(self, worker: str, claims: Sequence[Claim]) -> list[Assignment | str | None]:
+    def claim(self, worker: str, claims: Sequence[DocumentKey]) -> list[Assignment | str | None]:
         """What becomes of documents, one answer for each.
 
         Returns:
@@ -350,10 +350,10 @@ class BulkEncoder:
             dtype=manifest.torch_dtype,
             packed=manifest.packed,
         )
-        self._cutter = Cutter(self._encoder, manifest.max_document_tokens)
+        self._cutter = DocumentSplitter(self._encoder, manifest.max_document_tokens)
         self._writer = SegmentWriter(folder, 1)
         self._window = Window()
-        self._gathered: list[tuple[Claim, Document]] = []
+        self._gathered: list[tuple[DocumentKey, Document]] = []
         self._characters = 0
 
     def add(self, documents: Iterable[Document]) -> None:
@@ -384,7 +384,7 @@ class BulkEncoder:
             )
         self._window.documents += 1
         try:
-            self._gathered.append((Claim.of(document), document))
+            self._gathered.append((DocumentKey.of(document), document))
         except RejectedError as reason:
             self._window.failed.append((printable(document.id), str(reason)))
             return
@@ -396,14 +396,14 @@ class BulkEncoder:
         if not gathered:
             return
         answers = self._desk.claim(self._worker, [claim for claim, _ in gathered])
-        split: list[tuple[Claim, Verdict, list[Document]]] = []
+        split: list[tuple[DocumentKey, WriteDecision, list[Document]]] = []
         for (claim, document), answer in zip(gathered, answers, strict=True):
             if answer is None:
                 self._window.unchanged += 1
             elif isinstance(answer, str):
                 self._window.failed.append((claim.id, answer))
             elif not answer.verdict.encode:
-                self._window.pending.append(Pending(claim, answer.verdict))
+                self._window.pending.append(PendingWrite(claim, answer.verdict))
             else:
                 try:
                     pieces = self._cutter.cut(document, answer.number)
@@ -413,12 +413,14 @@ class BulkEncoder:
                 if len(pieces) > 1:
                     split.append((claim, answer.verdict, [p.document for p in pieces]))
                 else:
-                    self._window.pending.append(Pending(claim, answer.verdict, pieces))
+                    self._window.pending.append(PendingWrite(claim, answer.verdict, pieces))
             self._alive()
         if split:
             self._claim_parts(split)
 
-    def _claim_parts(self, split: Sequence[tuple[Claim, Verdict, list[Document]]]) -> None:
+    def _claim_parts(
+        self, split: Sequence[tuple[DocumentKey, WriteDecision, list[Document]]]
+    ) -> None:
         """Number the parts of documents that had to be split."""
         wanted = [[part.id for part in parts] for _, _, parts in split]
         answers = self._desk.claim_parts(self._worker, wanted)
@@ -430,7 +432,7 @@ class BulkEncoder:
             except RejectedError as reason:
                 self._window.failed.append((claim.id, str(reason)))
             else:
-                self._window.pending.append(Pending(claim, verdict, pieces))
+                self._window.pending.append(PendingWrite(claim, verdict, pieces))
 
     def _commit(self) -> None:
         """Encode what was claimed, write it and hand it over."""

@@ -38,8 +38,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msa.errors import BankCorruptError, StorageError
-from msa.memory.records import EncodedBatch, SegmentEntry, segment_name
-from msa.memory.storage import storage_errors, write_file
+from msa.memory.store.durable_files import storage_errors, write_file
+from msa.memory.store.records import EncodedBatch, SegmentEntry, segment_name
 from msa.types import LatentStates, LayerStates
 
 # Latent states per file: enough for few files, little enough to hold and to rewrite.

@@ -1,0 +1,1 @@
+"""One bank over many processes and hosts."""

@@ -1,0 +1,1 @@
+"""From documents to segments: split, encode, number, write."""

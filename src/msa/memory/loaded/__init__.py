@@ -1,0 +1,1 @@
+"""A bank in memory, for asking: keys, content, snapshots, the memory plan."""

@@ -1,0 +1,1 @@
+"""Which documents are the top-k of one layer."""

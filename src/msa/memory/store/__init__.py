@@ -1,0 +1,1 @@
+"""What lies on disk: segments, catalog, manifest. Imports nothing else of `memory`."""
