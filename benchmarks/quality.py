@@ -57,9 +57,7 @@ def run(loaded, documents: list[Document], sets: dict[str, list], options: dict)
         row["tokens"] = report.tokens
         row["encoded_tokens_per_second"] = round(report.tokens / (time.perf_counter() - started))
         row["failed"] = len(report.failed)
-        with MemoryEngine(
-            loaded.model, loaded.tokenizer, bank, template=loaded.template, **options
-        ) as engine:
+        with MemoryEngine(bank, **options) as engine:
             for name, questions in sets.items():
                 figures, answers = ask_all(engine, questions)
                 hits = engine.retrieve([q.text for q in questions], top_k=16)

@@ -50,7 +50,7 @@ def measure(loaded, path: Path, args: argparse.Namespace) -> dict[str, object]:
         report = bank.add(documents(), on_duplicate="skip")
         info = bank.info()
         start = time.perf_counter()
-        with MemoryEngine(loaded.model, loaded.tokenizer, bank, template=loaded.template) as engine:
+        with MemoryEngine(bank) as engine:
             opened = time.perf_counter() - start
             questions = draw(path, bank, args)
             asking = [engine.ask(q).usage for q in questions]

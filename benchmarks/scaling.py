@@ -190,13 +190,9 @@ def ask(args: argparse.Namespace) -> dict[str, object]:
     (scan,) = args.scans
     _, kinds = questions_of(args)
     start = time.perf_counter()
-    engine = MemoryEngine(
-        loaded.model,
-        loaded.tokenizer,
-        Path(args.bank, "bank"),
-        template=loaded.template,
-        pruning=None if scan == "full" else PruningSettings(slack=float(scan)),
-    )
+    bank = MemoryBank.open(Path(args.bank, "bank"), loaded, read_only=True)
+    pruning = None if scan == "full" else PruningSettings(slack=float(scan))
+    engine = MemoryEngine(bank, pruning=pruning)
     found: dict[str, object] = {"seconds_to_load": round(time.perf_counter() - start, 2)}
     with engine:
         engine.ask(next(iter(kinds.values()))[0].text)  # the first touches what is mapped

@@ -89,7 +89,7 @@ def searches_of(bank: MemoryBank, loaded, args: argparse.Namespace) -> list[tupl
 
     _, one, two = questions_of(args)
     plan = memory_plan.plan(bank, dtype=bank.manifest.torch_dtype, content_dtype=loaded.model.dtype)
-    engine = MemoryEngine(loaded.model, loaded.tokenizer, bank, template=loaded.template, plan=plan)
+    engine = MemoryEngine(bank, plan=plan)
     LayerIndex.search = watched
     try:
         for question in one[: args.questions // 2] + two[: args.questions // 2]:

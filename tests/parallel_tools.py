@@ -128,10 +128,10 @@ def empty(rank, world, folder):
 
 
 def engine(rank, world, folder):
-    from msa import MemoryEngine, load
+    from msa import MemoryBank, MemoryEngine, load
 
-    loaded = load(folder / "model")
-    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank", parallel=True) as engine:
+    bank = MemoryBank.open(folder / "bank", load(folder / "model"), read_only=True)
+    with bank, MemoryEngine(bank, parallel=True) as engine:
         return [] if rank == 0 else asked(engine, QUESTIONS[rank : rank + 2])
 
 

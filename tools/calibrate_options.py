@@ -98,7 +98,7 @@ def opened(
         wanted.setdefault(key)
     bank = MemoryBank.create(Path(place, "bank"), checkpoint)
     bank.add([questions.documents[key] for key in wanted])
-    return MemoryEngine(checkpoint.model, checkpoint.tokenizer, bank, options=options)
+    return MemoryEngine(bank, options=options)
 
 
 def routed(engine: MemoryEngine, drawn: Sequence[TrainingQuestion]) -> list[Asked]:

@@ -467,7 +467,7 @@ def ask_all(
         MemoryBank.create(Path(path, "bank"), checkpoint) as bank,
     ):
         bank.add(Document(d["id"], d["text"], d["title"]) for d in documents)
-        engine = MemoryEngine(checkpoint.model, checkpoint.tokenizer, bank)
+        engine = MemoryEngine(bank)
         for rows in candidates.values():
             steps = [step_of_row(row) for row in rows]
             answers = engine.ask([step.question for step in steps])

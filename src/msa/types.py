@@ -7,9 +7,12 @@ documents). One tensor layout everywhere: tokens or chunks before heads (BTHD).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from msa.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,3 +270,26 @@ class Event:
     kind: str
     round: int
     data: Any
+
+
+def whole_number(value: object, name: str, least: int | None = None) -> int:
+    """An integer of any kind (Python's, NumPy's, torch's) as Python's.
+
+    Args:
+        value: what was given.
+        name: of the argument, for the message.
+        least: the smallest that is allowed; any by default.
+
+    Raises:
+        InputError: it is a float, text, a truth value, or below `least`.
+    """
+    kind = type(value).__name__
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(f"{name}={value!r} is a {kind}: expected a whole number")
+    if least is not None and number < least:
+        raise InputError(f"{name}={number}: expected at least {least}")
+    return number

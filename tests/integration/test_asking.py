@@ -14,8 +14,8 @@ import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
 from msa import Document, MemoryBank, MemoryEngine
 from msa.errors import (
+    BankError,
     BankMismatchError,
-    BankNotFoundError,
     ConfigError,
     EmptyBankError,
     InputError,
@@ -23,6 +23,8 @@ from msa.errors import (
 )
 from msa.inference.options import AskOptions
 from msa.memory.search.clustered_index import PruningSettings
+from msa.model.checkpoint import Checkpoint
+from msa.text.prompts import PromptTemplate
 from msa.types import Answer
 
 DOCUMENTS = [
@@ -77,7 +79,7 @@ def watched(
 def test_every_citation_was_routed_to_and_stands_in_the_bank(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     answer = engine.ask(QUESTION, **FEW)
     assert answer.citations
     texts = {d.id: d.text for d in DOCUMENTS}
@@ -93,7 +95,7 @@ def test_every_citation_was_routed_to_and_stands_in_the_bank(
 def test_a_batch_answers_like_its_questions_one_by_one(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, batch_size=3, **FEW)
+    engine = MemoryEngine(bank, batch_size=3, **FEW)
     questions = [QUESTION, "Bob?", "How long is the river in the city where Ada was born?", "Cid?"]
     together = engine.ask(questions)
     alone = [engine.ask(q) for q in questions]
@@ -110,7 +112,7 @@ def test_a_batch_answers_like_its_questions_one_by_one(
 def test_a_stream_ends_with_the_answer_that_is_given_without_one(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     plain = engine.ask(QUESTION)
     events = list(engine.ask(QUESTION, stream=True))
     assert events[-1].kind == "answer"
@@ -124,7 +126,7 @@ def test_a_stream_ends_with_the_answer_that_is_given_without_one(
 def test_retrieve_lists_as_many_as_asked_for_and_routes_as_an_answer_does(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     everything = engine.retrieve(QUESTION, top_k=99)
     assert sorted(h.id for h in everything) == sorted(d.id for d in DOCUMENTS)
     assert sum(h.score for h in everything) == pytest.approx(1)
@@ -144,7 +146,7 @@ def test_retrieve_lists_as_many_as_asked_for_and_routes_as_an_answer_does(
 def test_a_question_sees_what_was_added_and_deleted_before_it(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     bank.add([Document("eve", "Eve sails.")])
     assert "eve" in {h.id for h in engine.retrieve("Eve?", top_k=9)}
     bank.delete(["ada", "bob", "rome", "cid", "tiber"])
@@ -168,7 +170,7 @@ def test_a_question_sees_what_was_added_and_deleted_before_it(
 def test_a_document_deleted_while_it_is_asked_for_is_not_read(
     bank: MemoryBank, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     read = [c.id for c in engine.ask(QUESTION).citations]
     watched(monkeypatch, bank, moment, lambda: (bank.delete(read), bank.compact()))
     answer = engine.ask(QUESTION)
@@ -180,7 +182,7 @@ def test_a_document_deleted_while_it_is_asked_for_is_not_read(
 def test_a_question_under_way_keeps_its_state_of_the_bank(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     before = engine.ask(QUESTION)
     events = engine.ask(QUESTION, stream=True)
     seen = [next(events)]  # the first round has routed
@@ -193,7 +195,7 @@ def test_a_question_under_way_keeps_its_state_of_the_bank(
 
 
 def test_a_filter_keeps_tenants_apart(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     for _ in range(2):  # the second time from the views that are kept
         assert {h.id for h in engine.retrieve(QUESTION, filter={"user": "a"})} == {
             "ada", "rome", "tiber"
@@ -217,7 +219,7 @@ def test_a_filter_keeps_tenants_apart(bank: MemoryBank, model: Any, tokenizer: A
 def test_a_filter_compares_as_json_does(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
     kinds = {"one": 1, "true": True, "text": "1", "list": [1, 2], "none": None, "big": 1.5}
     bank.add([Document(name, f"{name} it is.", metadata={"is": v}) for name, v in kinds.items()])
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
 
     def found(value: Any) -> set[str]:
         return {h.id for h in engine.retrieve(QUESTION, filter={"is": value})}
@@ -237,15 +239,15 @@ def test_a_filter_compares_as_json_does(bank: MemoryBank, model: Any, tokenizer:
 def test_a_long_document_is_asked_in_parts(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
     text = " ".join(f"Sentence {i} of the book tells of Ada." for i in range(60))
     bank.add([Document("book", text)])
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     hits = engine.retrieve("What does the book tell?", top_k=99)
     parts = {h.id: h.text for h in hits if h.id.startswith("book#")}
     assert len(parts) == len(bank.parts("book")) > 1
 
 
 def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
-    full = MemoryEngine(model, tokenizer, bank, **FEW)
-    pruned = MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(block_size=2), **FEW)
+    full = MemoryEngine(bank, **FEW)
+    pruned = MemoryEngine(bank, pruning=PruningSettings(block_size=2), **FEW)
     for question in (QUESTION, "Cid?"):
         ours, theirs = pruned.ask(question), full.ask(question)
         assert (ours.text, ours.citations, ours.rounds) == (
@@ -254,28 +256,42 @@ def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, toke
             theirs.rounds,
         )
     with pytest.raises(InputError, match="pruning and parallel"):
-        MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(), parallel=True)
+        MemoryEngine(bank, pruning=PruningSettings(), parallel=True)
 
 
-def test_a_bank_may_be_given_by_its_path(
+def test_a_bank_that_is_open_for_reading_follows_another_that_writes(
     bank: MemoryBank, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    with MemoryEngine(model, tokenizer, tmp_path / "bank", **FEW) as engine:
+    reader = MemoryBank.open(tmp_path / "bank", model, tokenizer, read_only=True)
+    with reader, MemoryEngine(reader, **FEW) as engine:
         assert engine.ask(QUESTION).citations
-        bank.delete("ada")  # by another, while the engine has it open
+        bank.delete("ada")
         assert "ada" not in {h.id for h in engine.retrieve(QUESTION)}
-    with pytest.raises(BankNotFoundError):
-        MemoryEngine(model, tokenizer, tmp_path / "nothing")
 
 
-def test_a_bank_of_another_model_is_refused(
-    bank: MemoryBank, tokenizer: Any, tmp_path: Path
+def test_a_bank_brings_all_that_an_engine_needs_or_is_refused(
+    bank: MemoryBank, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    other = make_tiny_model(seed=1)
-    with pytest.raises(BankMismatchError):
-        MemoryEngine(other, tokenizer, bank)
-    with pytest.raises(BankMismatchError):
-        MemoryEngine(other, tokenizer, tmp_path / "bank")
+    for given in (tmp_path / "bank", str(tmp_path / "bank"), model):
+        with pytest.raises(InputError, match=r"expected an open bank, as in MemoryEngine\(Mem"):
+            MemoryEngine(given)
+    with MemoryBank.open(tmp_path / "bank", read_only=True) as bare:
+        with pytest.raises(BankError, match=r"without a model.*open it with the one that made it"):
+            MemoryEngine(bare)
+    options = AskOptions(max_rounds=1)
+    held = Checkpoint(model, tokenizer, PromptTemplate(), options, "tiny")
+    with MemoryBank.open(tmp_path / "bank", held, read_only=True) as known:
+        assert MemoryEngine(known).options == options
+        assert MemoryEngine(known, options=AskOptions(), max_rounds=2).options.max_rounds == 2
+
+
+def test_a_model_that_was_changed_after_its_bank_was_opened_is_refused(
+    bank: MemoryBank, model: Any
+) -> None:
+    assert MemoryEngine(bank)
+    model.model.layers[0].mlp.up_proj.weight.data[1, 3] += 1
+    with pytest.raises(BankMismatchError, match="other model weights"):
+        MemoryEngine(bank)
 
 
 def test_options_beside_the_weights_are_the_engines_defaults(
@@ -284,17 +300,18 @@ def test_options_beside_the_weights_are_the_engines_defaults(
     model.save_pretrained(tmp_path / "checkpoint")
     AskOptions(max_rounds=1, max_new_tokens=3).save(tmp_path / "checkpoint")
     loaded = type(model).from_pretrained(tmp_path / "checkpoint")
-    engine = MemoryEngine(loaded, tokenizer, bank, max_new_tokens=5)
+    reader = MemoryBank.open(tmp_path / "bank", loaded, tokenizer, read_only=True)
+    engine = MemoryEngine(reader, max_new_tokens=5)
     assert engine.options == AskOptions(max_rounds=1, max_new_tokens=5)
     assert len(engine.ask(QUESTION).rounds) == 2  # one to read, one to answer
     assert engine.ask(QUESTION, max_new_tokens=1).usage.generated_tokens < 20
-    assert MemoryEngine(model, tokenizer, bank).options == AskOptions()
+    assert MemoryEngine(bank).options == AskOptions()
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     cases: list[tuple[type[Exception], Callable[[], Any]]] = [
         (InputError, lambda: engine.ask("")),
         (InputError, lambda: engine.ask(7)),
@@ -308,7 +325,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         (InputError, lambda: engine.ask("", stream=True)),  # at once, not at the first event
         (ConfigError, lambda: engine.ask(QUESTION, top_k=3)),
         (ConfigError, lambda: engine.ask(QUESTION, max_rounds=0)),
-        (ConfigError, lambda: MemoryEngine(model, tokenizer, bank, temperature=-1)),
+        (ConfigError, lambda: MemoryEngine(bank, temperature=-1)),
     ]
     for kind, call in cases:
         with pytest.raises(kind) as error:
@@ -320,7 +337,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
 def test_a_model_that_computes_nonsense_is_refused(
     bank: MemoryBank, model: Any, tokenizer: Any, routing: bool
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     with torch.no_grad():
         if routing:
             model.model.layers[2].self_attn.router_q_proj[0].weight.fill_(math.nan)
@@ -336,7 +353,7 @@ def test_a_model_that_computes_nonsense_is_refused(
 def test_a_model_whose_last_layer_computes_nonsense_answers_nothing(
     bank: MemoryBank, model: Any, tokenizer: Any
 ) -> None:
-    engine = MemoryEngine(model, tokenizer, bank)
+    engine = MemoryEngine(bank)
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.fill_(math.nan)
     with pytest.raises(ModelError, match="logits are not finite"):
@@ -344,7 +361,7 @@ def test_a_model_whose_last_layer_computes_nonsense_answers_nothing(
 
 
 def test_several_threads_may_ask_one_engine(bank: MemoryBank, model: Any, tokenizer: Any) -> None:
-    engine = MemoryEngine(model, tokenizer, bank, **FEW)
+    engine = MemoryEngine(bank, **FEW)
     questions = [QUESTION, "Bob?", "How long is the Tiber?", "Who paints?"]
     expected = [engine.ask(q).text for q in questions]
     with ThreadPoolExecutor(4) as pool:
@@ -358,6 +375,6 @@ def test_a_bfloat16_model_asks_its_bank(tmp_path: Path, tokenizer: Any) -> None:
     model = make_tiny_model().to(torch.bfloat16)
     with MemoryBank.create(tmp_path / "bank", model, tokenizer) as bank:
         bank.add(DOCUMENTS)
-        engine = MemoryEngine(model, tokenizer, bank, prior_weight=1.0, **FEW)
+        engine = MemoryEngine(bank, prior_weight=1.0, **FEW)
         assert engine.ask(QUESTION).citations
         assert len(engine.retrieve(QUESTION)) == len(DOCUMENTS)

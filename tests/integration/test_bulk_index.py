@@ -156,8 +156,8 @@ def made_by_one(corpus, loaded, tmp_path_factory) -> Path:
 
 def found(path: Path, loaded, questions: list[str], top_k: int) -> list[dict[str, float]]:
     """Id -> score for every question."""
-    with MemoryBank.open(path, loaded.model, loaded.tokenizer, read_only=True) as bank:
-        engine = MemoryEngine(loaded.model, loaded.tokenizer, bank, template=loaded.template)
+    with MemoryBank.open(path, loaded, read_only=True) as bank:
+        engine = MemoryEngine(bank)
         return [
             {hit.id: hit.score for hit in engine.retrieve(question, top_k=top_k)}
             for question in questions

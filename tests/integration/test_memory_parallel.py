@@ -141,8 +141,8 @@ def test_an_empty_bank_is_said_to_be_empty(seen):
 
 
 def test_answers_and_hits_are_those_of_one_process(seen, folder, tiny_tokenizer, world):
-    loaded = load(folder / "model")
-    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank") as engine:
+    bank = MemoryBank.open(folder / "bank", load(folder / "model"), read_only=True)
+    with bank, MemoryEngine(bank) as engine:
         for rank, found in seen["engine"].items():
             questions = tools.QUESTIONS[rank : rank + 2]
             assert found == ([] if rank == 0 else tools.as_json(tools.asked(engine, questions)))
@@ -221,7 +221,7 @@ def test_msa_search_under_torchrun_prints_once_what_one_process_finds(folder, tm
     )
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    loaded = load(folder / "model")
-    with MemoryEngine(loaded.model, loaded.tokenizer, folder / "bank") as engine:
+    bank = MemoryBank.open(folder / "bank", load(folder / "model"), read_only=True)
+    with bank, MemoryEngine(bank) as engine:
         hits = engine.retrieve("Whose lamp?", top_k=10)
     assert [(hit["id"], hit["score"]) for hit in found] == [(hit.id, hit.score) for hit in hits]

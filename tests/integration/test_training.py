@@ -136,9 +136,9 @@ def test_the_exported_model_answers_from_a_bank(whole, tmp_path):
     assert not any("number_head" in name for name in loaded.model.state_dict())
     assert type(loaded.model).__name__ == "MSAForCausalLM"
     documents = [Document(f"d{i}", f"Person {i} lives in town {i}.") for i in range(5)]
-    with MemoryBank.create(tmp_path / "bank", loaded.model, loaded.tokenizer) as bank:
+    with MemoryBank.create(tmp_path / "bank", loaded) as bank:
         bank.add(documents)
-        engine = MemoryEngine(loaded.model, loaded.tokenizer, bank, template=loaded.template)
+        engine = MemoryEngine(bank)
         answer = engine.ask("Where does person 3 live?", max_new_tokens=5, max_rounds=2)
         assert {c.id for c in answer.citations} <= {d.id for d in documents}
         assert answer.rounds

@@ -13,8 +13,9 @@ import numpy
 import pytest
 
 from bank_tools import folder_state, ids_of, make_document, make_documents
-from msa.errors import BankError, BankLockedError, StorageError
+from msa.errors import BankError, BankLockedError, InputError, StorageError
 from msa.memory.bank import MemoryBank
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.store.catalog import Catalog
 from msa.memory.store.durable_files import publish, write_file
 
@@ -131,13 +132,15 @@ def test_a_relative_path_means_the_folder_that_it_meant_first(
     assert folder_state(tmp_path / "two" / "bank") == other
 
 
-@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced", "copied over"])
 def test_a_bank_that_is_not_there_any_more_is_noticed(bank, path, how):
     bank.add(make_documents(2))
     copy = path.with_name("copy")
     shutil.copytree(path, copy)
     if how == "moved":
         path.rename(path.with_name("moved"))
+    elif how == "copied over":
+        shutil.copytree(copy, path, copy_function=shutil.copyfile, dirs_exist_ok=True)
     else:
         shutil.rmtree(path)
     if how == "replaced":
@@ -156,6 +159,34 @@ def test_a_bank_that_is_not_there_any_more_is_noticed(bank, path, how):
     if how == "replaced":
         assert folder_state(path) == before
     bank.close()
+
+
+def test_a_bank_that_is_replaced_amid_an_add_gets_no_file(bank, path):
+    bank.add(make_documents(2))
+    copy = path.with_name("copy")
+    shutil.copytree(path, copy)
+    before = folder_state(copy)
+
+    def documents():
+        yield make_document("late")
+        shutil.rmtree(path)
+        copy.rename(path)
+
+    with pytest.raises(BankError, match="moved, removed or replaced"):
+        bank.add(documents())
+    assert folder_state(path) == before
+
+
+def test_an_older_state_that_was_copied_over_a_catalog_is_noticed(tmp_path):
+    catalog = Catalog.create(tmp_path)
+    catalog.delete([])
+    assert catalog.counter("generation") == 1
+    db = catalog._db.connection  # as a backup that was restored into the same file
+    db.execute("UPDATE counters SET value = 0 WHERE name = 'generation'")
+    for use in (catalog.count, lambda: catalog.delete([])):
+        with pytest.raises(BankError, match=r"older state \(generation 0, 1 was read .* open"):
+            use()
+    catalog.close()
 
 
 # ---- nothing that was written is overwritten
@@ -280,6 +311,36 @@ def test_a_forked_process_neither_writes_nor_reads_nor_keeps_the_lock(bank, path
 # ---- the catalog
 
 
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda bank: bank.get_many([2.5]), r"document number=2\.5 is a float: expected a whole"),
+        (lambda bank: bank.get_many(["1"]), r"document number='1' is a str: expected a whole"),
+        (lambda bank: bank.ids([True]), r"document number=True is a bool: expected a whole"),
+        (lambda bank: bank.get_many(1), r"numbers are a int: expected several"),
+        (lambda bank: bank.get_number("doc0"), r"document number='doc0' is a str"),
+        (lambda bank: bank.documents(limit=1.5), r"limit=1\.5 is a float: expected a whole"),
+        (lambda bank: bank.documents(offset=-1), r"offset=-1: expected at least 0"),
+        (lambda bank: bank.get(1), r"document id 1 is a int: expected text"),
+        (lambda bank: bank.parts(None), r"document id None is a NoneType: expected text"),
+        (lambda bank: bank.delete(1), r"delete\(\) was given a int: expected an id, or several"),
+        (lambda bank: bank.delete(["doc0", 1]), r"document id 1 is a int: expected text"),
+        (lambda bank: bank.update("doc0"), r"update\(\) was given a str: expected one msa.Doc"),
+        (lambda bank: bank.add(make_document("x")), r"add\(\) was given a Document: expected sev"),
+        (lambda bank: bank.add(7), r"add\(\) was given a int: expected several msa.Document"),
+        (lambda bank: bank.lexical_search(["river"], 2.0), r"top_k=2\.0 is a float"),
+        (lambda bank: LoadedBank(bank, top_k="3"), r"top_k='3' is a str: expected a whole"),
+        (lambda bank: LoadedBank(bank).view(top_k=0), r"top_k=0: expected at least 1"),
+    ],
+)
+def test_what_is_of_another_type_is_refused_in_one_line(bank, use, message):
+    bank.add(make_documents(2))
+    with pytest.raises(InputError, match=message) as caught:
+        use(bank)
+    assert "\n" not in str(caught.value)
+    assert ids_of(bank) == ["doc0", "doc1"]
+
+
 def test_numbers_may_be_numpys(bank):
     bank.add(make_documents(4))
     numbers = numpy.array([2, 3], dtype=numpy.int64)
@@ -288,8 +349,9 @@ def test_numbers_may_be_numpys(bank):
     assert [s.number for s in bank.documents(numpy.int64(2), numpy.uint8(1))] == [2, 3]
     bank.catalog.delete(numbers)
     assert ids_of(bank) == ["doc0", "doc3"]
-    with pytest.raises(TypeError):
-        bank.get_many([2.5])
+    assert bank.ids(numbers) == {}
+    assert bank.ids(numpy.array([1, 4])) == {1: "doc0", 4: "doc3"}
+    assert bank.get_many([2**70, -1, 4]).keys() == {4}
 
 
 def test_compact_works_after_an_interrupted_transaction(bank):

@@ -60,7 +60,7 @@ def engine(tiny_model, tiny_tokenizer, tiny_set, tmp_path_factory):
     path = tmp_path_factory.mktemp("banks") / "bank"
     with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
         bank.add(bank_documents(tiny_set.documents))
-        with MemoryEngine(tiny_model, tiny_tokenizer, bank, max_new_tokens=12) as engine:
+        with MemoryEngine(bank, max_new_tokens=12) as engine:
             yield engine
 
 
@@ -82,7 +82,7 @@ def test_layer_scores_rank_as_the_engine_routes(tiny_tokenizer, tiny_set, tmp_pa
     model = make_tiny_model(query_reduction=reduction)
     with MemoryBank.create(tmp_path / "bank", model, tiny_tokenizer) as bank:
         bank.add(tiny_set.documents)
-        engine = MemoryEngine(model, tiny_tokenizer, bank, max_rounds=1, max_new_tokens=1)
+        engine = MemoryEngine(bank, max_rounds=1, max_new_tokens=1)
         texts = [question.text for question in tiny_set.questions]
         answers = engine.ask(texts)
     checkpoint = checkpoint_of(model, tiny_tokenizer)

@@ -127,9 +127,7 @@ def run_demo(
     with MemoryBank.create(path, checkpoint) as bank:
         report = _index(bank, material.documents)
         show.bank(checkpoint, report, bank.info().segment_bytes, worlds=worlds)
-        engine = MemoryEngine(
-            checkpoint.model, checkpoint.tokenizer, bank, options=checkpoint.ask_options
-        )
+        engine = MemoryEngine(bank)
         for step in [*asked, *(step for step in material.steps if step.kind != "ask")]:
             show.section(step)
             if step.kind != "ask":

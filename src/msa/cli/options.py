@@ -196,9 +196,7 @@ def open_engine(
 
         bank = MemoryBank.open(bank_path, checkpoint, read_only=True)
         pruning = None if slack is None else PruningSettings(slack=slack)
-        return MemoryEngine(
-            checkpoint.model, checkpoint.tokenizer, bank, parallel=parallel, pruning=pruning
-        )
+        return MemoryEngine(bank, parallel=parallel, pruning=pruning)
 
 
 def place_in_torchrun() -> Place | None:

@@ -187,13 +187,7 @@ class Workbench:
                     on_duplicate="skip",
                     progress=lambda state: tell(state.documents, len(self._set.documents)),
                 )
-        return MemoryEngine(
-            held.model,
-            held.tokenizer,
-            folder,
-            template=held.template,
-            options=held.ask_options,
-        )
+        return MemoryEngine(MemoryBank.open(folder, held, read_only=True))
 
     def _reader(self, with_memory: bool) -> TextReader:
         """The model's reader; with the whole corpus as its memory if asked for."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from msa.errors import InputError, RankError
+from msa.errors import BankError, InputError, RankError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
@@ -23,9 +22,11 @@ from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.loaded.memory_plan import MemoryPlan
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.filters import Filter
+from msa.memory.store.lifetime import Lifetime, NotPickled
 from msa.memory.store.word_index import LexicalQuery
-from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.types import Answer, Event, Hit
+from msa.model.loading import loadable_name
+from msa.text.prompts import PromptEncoder
+from msa.types import Answer, Event, Hit, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,30 +36,28 @@ if TYPE_CHECKING:
 Questions = list[str] | tuple[str, ...]
 
 
-class MemoryEngine:
-    """Asks one bank with one model.
+class MemoryEngine(NotPickled):
+    """Asks a bank with the model that it was opened with.
 
     Every question sees the bank as it is when the question comes, and that state to its end.
 
     Example::
 
-        engine = MemoryEngine(model, tokenizer, "bank/")
-        answer = engine.ask("When was Erik Watts' father born?")
-        print(answer.text, [c.id for c in answer.citations])
+        with MemoryBank.open("bank/", msa.load("worlds"), read_only=True) as bank:
+            engine = MemoryEngine(bank)
+            answer = engine.ask("When was Erik Watts' father born?")
+            print(answer.text, [c.id for c in answer.citations])
 
     Attributes:
-        model: in evaluation mode.
-        bank: the bank; opened for reading when a path was given.
+        model: the bank's, in evaluation mode.
+        bank: as given.
         options: how questions are asked unless a call says otherwise.
     """
 
     def __init__(
         self,
-        model: MSAForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        bank: MemoryBank | str | Path,
+        bank: MemoryBank,
         *,
-        template: PromptTemplate | None = None,
         device: torch.device | str | None = None,
         options: AskOptions | None = None,
         parallel: bool | ShardedBank = False,
@@ -69,12 +68,11 @@ class MemoryEngine:
         """Load a bank for asking.
 
         Args:
-            model: put into evaluation mode.
-            tokenizer: the model's.
-            bank: open, or its folder.
-            template: text format; the bank's by default.
+            bank: opened with its checkpoint, or with model and tokenizer; stays the caller's. Its
+                model is put into evaluation mode.
             device: where the model is moved; by default it stays where it is.
-            options: by default the `ask_options.json` beside the model's weights, if there is one.
+            options: by default those of the checkpoint that the bank was opened with, else the
+                `ask_options.json` beside the model's weights, if there is one.
             parallel: hold the bank in shares, together with all ranks of the default process group
                 (`msa.memory.distributed.sharded_bank`); every rank makes its engine, asks what it
                 wants, if anything, and closes it. Or a `ShardedBank` of this bank, which stays the
@@ -86,9 +84,11 @@ class MemoryEngine:
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
         Raises:
-            BankNotFoundError, BankMismatchError, BankCorruptError: the bank cannot be asked.
+            BankError: the bank was opened without a model, is closed, or cannot be asked.
+            BankMismatchError: the model has changed since the bank was opened.
             BudgetError: it does not fit into memory; the message says what would.
-            InputError: `plan` or `pruning` with `parallel`; `pruning` with keys on a GPU.
+            InputError: what was given is no bank; `plan` or `pruning` with `parallel`; `pruning`
+                with keys on a GPU.
             ConfigError: an option is not valid, or there is no process group.
             RankError: another rank failed, ended or fell silent.
         """
@@ -96,45 +96,45 @@ class MemoryEngine:
             raise InputError("plan and parallel are both given; every rank plans for its own share")
         if pruning is not None and parallel:
             raise InputError("pruning and parallel are both given; a share is scanned in full")
-        if options is None:
-            options = AskOptions.load(model.name_or_path) if model.name_or_path else AskOptions()
-        self.options = options.with_changes(**changes)
+        model, tokenizer = _parts_to_ask(bank)
+        bank.manifest.check(bank.path, model, tokenizer, None)  # it may have been trained since
+        self.options = _default_options(bank, options).with_changes(**changes)
         if device is not None:
             model.to(torch.device(device))
         self.model = model.eval()
-        self._opened = not isinstance(bank, MemoryBank)
-        if isinstance(bank, MemoryBank):
-            self.bank = bank
-            if bank.model is not model or template not in (None, bank.template):
-                bank.manifest.check(bank.path, model, tokenizer, template)
-        else:
-            self.bank = MemoryBank.open(bank, model, tokenizer, template, read_only=True)
-        self._encoder = PromptEncoder(tokenizer, template or self.bank.template)
-        self._parallel: ShardedBank | None = None  # to be closed here
+        self.bank = bank
+        self._life = Lifetime(
+            f"this engine of bank '{bank.path}'", "make another: MemoryEngine(bank)"
+        )
+        self._encoder = PromptEncoder(tokenizer, bank.template)
+        self._own: LoadedBank | None = None  # both to be closed here
+        self._parallel: ShardedBank | None = None
         resident: LoadedBank | ShardedBank
         if isinstance(parallel, ShardedBank):
             resident = parallel
         elif parallel:
-            resident = ShardedBank(self.bank, model.device, content_dtype=model.dtype)
-            self._parallel = resident
+            resident = self._parallel = ShardedBank(bank, model.device, content_dtype=model.dtype)
         else:
-            resident = LoadedBank(
-                self.bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
+            resident = self._own = LoadedBank(
+                bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
             )
-        self._shelf = SnapshotCache(self.bank, resident)
+        self._shelf = SnapshotCache(bank, resident)
 
     def close(self) -> None:
-        """Close the bank, if it was opened here. With `parallel=True`, answer the others first.
+        """Give up what was loaded; the bank stays open. Calling it twice does nothing.
+
+        With `parallel=True`, the others are answered first.
 
         Raises:
             RankError: another rank failed, ended or fell silent before it was done.
         """
-        try:
-            if self._parallel is not None:
-                self._parallel.close()
-        finally:
-            if self._opened:
-                self.bank.close()
+        if self._life.is_elsewhere or self._life.ended:
+            return
+        self._life.end()
+        if self._own is not None:
+            self._own.close()
+        if self._parallel is not None:
+            self._parallel.close()
 
     def rank_failure(self, wait: float = 0.0) -> RankError | None:
         """With `parallel=True`: what has gone wrong with another rank, if it shows within `wait`
@@ -189,8 +189,7 @@ class MemoryEngine:
             ModelError: the model computes what is not a number.
         """
         questions = _checked(question)
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1.")
+        top_k = whole_number(top_k, "top_k", 1)
         library = self._library(self.options, filter, top_k)
         found = self._routed(questions, library, self.options)
         hits = [self._ranked(some, library, top_k) for some in found]
@@ -215,7 +214,12 @@ class MemoryEngine:
     def _library(
         self, options: AskOptions, filter: Filter | None, top_k: int = 1
     ) -> BankQuerySnapshot:
-        """The bank as it is now; its layers select as many documents as anybody wants."""
+        """The bank as it is now; its layers select as many documents as anybody wants.
+
+        Raises:
+            BankError: the engine is closed, or this is a forked child.
+        """
+        self._life.check()
         visible: int = self.model.config.top_k_documents
         return self._shelf.library(max(top_k, visible, options.candidates), filter)
 
@@ -337,6 +341,38 @@ class MemoryEngine:
             }
             answers += [finished[row] for row in range(len(batch))]
         return answers[0] if isinstance(question, str) else answers
+
+
+def _parts_to_ask(bank: object) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a bank.
+
+    Raises:
+        InputError: it is no bank.
+        BankError: it was opened without a model; the message says what to type.
+    """
+    if not isinstance(bank, MemoryBank):
+        raise InputError(
+            f"MemoryEngine was given a {type(bank).__name__}: expected an open bank, as in "
+            "MemoryEngine(MemoryBank.open(folder, msa.load(name)))"
+        )
+    if bank.model is None or bank.tokenizer is None:
+        name = loadable_name(bank.manifest.model)
+        checkpoint = f"msa.load({name!r})" if name else f"the model {bank.manifest.model!r}"
+        raise BankError(
+            f"bank '{bank.path}' was opened without a model, and cannot be asked; open it with "
+            f"the one that made it: MemoryBank.open({str(bank.path)!r}, {checkpoint})"
+        )
+    return bank.model, bank.tokenizer
+
+
+def _default_options(bank: MemoryBank, given: AskOptions | None) -> AskOptions:
+    """What was given, else what the bank's checkpoint says, else the options without one."""
+    if given is not None:
+        return given
+    if bank.ask_options is not None:
+        return bank.ask_options
+    name = "" if bank.model is None else bank.model.name_or_path
+    return AskOptions.load(name) if name else AskOptions()
 
 
 def _checked(question: object) -> list[str]:

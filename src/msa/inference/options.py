@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -89,6 +90,7 @@ class AskOptions:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.")
+            object.__setattr__(self, name, operator.index(value))  # NumPy's as Python's
         if self.min_documents_per_round > self.max_documents_per_round:
             raise ConfigError(
                 f"min_documents_per_round is {self.min_documents_per_round}; give a number of at "
@@ -113,6 +115,8 @@ class AskOptions:
             raise ConfigError(f"top_p is {self.top_p!r}; give a number above 0, at most 1.")
         if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
             raise ConfigError(f"seed is {self.seed!r}; give a whole number of at least 0, or None.")
+        if self.seed is not None:
+            object.__setattr__(self, "seed", operator.index(self.seed))
         for name in ("force_answer_prefix", "allow_unread"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false.")
@@ -198,7 +202,7 @@ def _check_refusal_weights(weights: object) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _is_finite(value: object) -> bool:

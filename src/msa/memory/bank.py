@@ -19,6 +19,7 @@ from msa.memory.maintenance import Maintenance
 from msa.memory.store.catalog import CATALOG_FILE, Catalog, CatalogRow
 from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
 from msa.memory.store.filters import Filter
+from msa.memory.store.lifetime import Lifetime, NotPickled
 from msa.memory.store.manifest import BANK_FILE, Manifest
 from msa.memory.store.records import SegmentEntry, WrittenFile
 from msa.memory.store.reports import (
@@ -34,11 +35,12 @@ from msa.memory.store.word_index import LexicalIndex, LexicalQuery
 from msa.memory.store.writer_lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
-from msa.types import Document
+from msa.types import Document, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from msa.inference.options import AskOptions
     from msa.model.modeling_msa import MSAForCausalLM
 
 SEGMENTS_FOLDER = "segments"
@@ -51,16 +53,19 @@ _OUR_FILES = {
 _UNFINISHED = f"{BANK_FILE}*{TEMPORARY_SUFFIX}"
 
 
-class MemoryBank:
+class MemoryBank(NotPickled):
     """A memory bank in a folder. Make one with `create` or `open`; close it, or use `with`.
 
     One process may write at a time, any number may read. All methods may be called from several
-    threads; those that write take turns. A forked process opens the bank itself.
+    threads; those that write take turns. Another process opens the bank itself, whether it was
+    forked or not; a bank cannot be pickled. All methods raise `BankError` once the bank is closed,
+    and when another bank has taken its place on disk.
 
     Attributes:
         path: the folder, absolute.
         manifest: what the bank was made with.
         model, tokenizer: for adding and asking; None when opened without.
+        ask_options: of the `Checkpoint` that it was opened with; None when opened without one.
         read_only: True when opened for reading.
     """
 
@@ -72,19 +77,22 @@ class MemoryBank:
         lock: WriterLock | None,
         model: MSAForCausalLM | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        ask_options: AskOptions | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.catalog = catalog
         self.model = model
         self.tokenizer = tokenizer
+        self.ask_options = ask_options
         self._lock = lock
         self._turn = WriterTurn(path)
-        self._closed = False
+        self._life = Lifetime(f"bank '{path}'", "open it again (MemoryBank.open)")
         self._lexical = LexicalIndex(path / CATALOG_FILE)
         self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
         if lock is not None:
-            self._writer = SegmentWriter(self.segments_folder, catalog.counter("next_segment"))
+            first = catalog.counter("next_segment")
+            self._writer = SegmentWriter(self.segments_folder, first, catalog.check_writer)
             self._maintenance.remove(self._maintenance.orphans())
 
     @classmethod
@@ -149,7 +157,7 @@ class MemoryBank:
         except BaseException:
             lock.release()
             raise
-        return cls(path, manifest, catalog, lock, encoding, tokenizer)
+        return cls(path, manifest, catalog, lock, encoding, tokenizer, _ask_options(model))
 
     @classmethod
     def open(
@@ -186,7 +194,7 @@ class MemoryBank:
         lock = None if read_only else WriterLock(path)
         try:
             catalog = Catalog(path, read_only=read_only)
-            return cls(path, manifest, catalog, lock, asking, tokenizer)
+            return cls(path, manifest, catalog, lock, asking, tokenizer, _ask_options(model))
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -217,11 +225,14 @@ class MemoryBank:
     def close(self) -> None:
         """Close the bank and let the next writer in; calling it twice does nothing.
 
-        Waits for a thread that is writing.
+        Waits for a thread that is writing. In a forked child it does nothing: the bank is the
+        parent's.
         """
+        if self._life.is_elsewhere:
+            return
         with self._turn:
-            if not self._closed:
-                self._closed = True
+            if not self._life.ended:
+                self._life.end()
                 self._lexical.close()
                 self.catalog.close()
                 if self._lock is not None:
@@ -249,14 +260,14 @@ class MemoryBank:
         return bool(known.numbers) or known.part_of is not None
 
     def __repr__(self) -> str:
-        return f"MemoryBank('{self.path}'{', closed' if self._closed else ''})"
+        return f"MemoryBank('{self.path}'{', closed' if self._life.ended else ''})"
 
     @contextlib.contextmanager
     def _writing(self, doing: str) -> Iterator[None]:
         """One thread at a time; refuses what cannot be written before anything is."""
+        self._life.check_process()
         with self._turn:
-            if self._closed:
-                raise BankError(f"bank '{self.path}' is closed; open it again to {doing}")
+            self._life.check()
             if self.read_only:
                 raise BankError(
                     f"bank '{self.path}' was opened read_only; open it without to {doing}"
@@ -313,6 +324,11 @@ class MemoryBank:
             BankError: the bank is read-only, closed or has no model.
         """
         options = AddOptions(on_duplicate, batch_tokens, commit_tokens, progress)
+        if isinstance(documents, Document) or not isinstance(documents, Iterable):
+            raise InputError(
+                f"add() was given a {type(documents).__name__}: expected several msa.Document "
+                "objects, as in bank.add([Document(id='a', text='...')])"
+            )
         with self._writing("add documents"):
             return self._add(documents, options)
 
@@ -372,6 +388,11 @@ class MemoryBank:
             DocumentNotFoundError: the bank does not hold the id.
             InputError: the new document cannot be stored; the old one stays.
         """
+        if not isinstance(document, Document):
+            raise InputError(
+                f"update() was given a {type(document).__name__}: expected one msa.Document, as in "
+                "bank.update(Document(id='a', text='...'))"
+            )
         with self._writing("update documents"):
             self._known_numbers(document.id)
             report = self._add([document], AddOptions("update"))
@@ -391,8 +412,12 @@ class MemoryBank:
 
         Raises:
             DocumentNotFoundError: the bank does not hold one of them.
-            InputError: an id names a part of a split document.
+            InputError: an id names a part of a split document, or is no text.
         """
+        if not isinstance(ids, Iterable):
+            raise InputError(
+                f"delete() was given a {type(ids).__name__}: expected an id, or several"
+            )
         wanted = dict.fromkeys([ids] if isinstance(ids, str) else ids)
         with self._writing("delete documents"):
             numbers = [n for i in wanted for n in self._known_numbers(i)]
@@ -450,6 +475,7 @@ class MemoryBank:
 
         Raises:
             DocumentNotFoundError: there is none; for a split document the message names its parts.
+            InputError: the id is no text.
         """
         stored = self.catalog.by_id(document_id)
         if stored is not None:
@@ -479,7 +505,9 @@ class MemoryBank:
 
         Raises:
             DocumentNotFoundError: there is none, or none any more.
+            InputError: it is no whole number.
         """
+        number = whole_number(number, "document number")
         stored = self.catalog.by_numbers([number]).get(number)
         if stored is None:
             raise DocumentNotFoundError(
@@ -488,22 +516,29 @@ class MemoryBank:
         return stored
 
     def get_many(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
-        """Number -> document, for those that exist; one that was deleted meanwhile is left out."""
+        """Number -> document, for those that exist; one that was deleted meanwhile is left out.
+
+        Raises:
+            InputError: what was given are no whole numbers.
+        """
         return self.catalog.by_numbers(numbers)
 
     def ids(self, numbers: Iterable[int]) -> dict[int, str]:
-        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts."""
+        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts.
+
+        Raises:
+            InputError: what was given are no whole numbers.
+        """
         return self.catalog.ids(numbers)
 
     def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
 
         Raises:
-            InputError: a negative limit or offset.
+            InputError: a limit or offset that is no whole number from 0.
         """
-        if offset < 0 or (limit is not None and limit < 0):
-            raise InputError(f"limit={limit}, offset={offset}: expected whole numbers from 0")
-        return self.catalog.page(-1 if limit is None else limit, offset)
+        most = -1 if limit is None else whole_number(limit, "limit", 0)
+        return self.catalog.page(most, whole_number(offset, "offset", 0))
 
     # ---- lexical search
 
@@ -591,6 +626,10 @@ class MemoryBank:
         Beside a writer, a segment that `compact` replaces meanwhile is not reported.
         """
         return self._maintenance.verify()
+
+
+def _ask_options(model: MSAForCausalLM | Checkpoint | None) -> AskOptions | None:
+    return model.ask_options if isinstance(model, Checkpoint) else None
 
 
 def _check_free(path: Path) -> None:

@@ -5,6 +5,7 @@ Shapes: N documents of a batch, L tokens of its longest.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,12 +158,9 @@ class DocumentEncoder:
         self, batches: Sequence[Sequence[Tokens]], workers: int
     ) -> Iterator[EncodedBatch]:
         """Encoded in so many Python threads, which share torch's; handed out in order."""
-        before = torch.get_num_threads()
         running: deque[Future[EncodedBatch]] = deque()
         waiting = iter(batches)
-        pool = ThreadPoolExecutor(
-            workers, "msa-encode", torch.set_num_threads, (before // workers,)
-        )
+        pool = _threads_that_share(workers)
         try:
             for batch in islice(waiting, workers + 1):
                 running.append(pool.submit(self._encode_batch, batch))
@@ -173,7 +171,6 @@ class DocumentEncoder:
                 yield encoded
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)  # new threads begin with what was set last, anywhere
 
     @torch.no_grad()
     def _encode_batch(self, batch: Sequence[Tokens]) -> EncodedBatch:
@@ -204,3 +201,29 @@ class DocumentEncoder:
                 moved[:2] = [pack(t, self.packed) for t in moved[:2]]
             layers[i] = LayerStates(*moved)
         return LatentStates(states.chunk_counts.cpu(), layers)
+
+
+_STARTING = threading.Lock()
+
+
+def _threads_that_share(workers: int) -> ThreadPoolExecutor:
+    """So many Python threads, each with its part of torch's threads.
+
+    A thread begins with the number that any thread set last, so that number is set back before the
+    pool does any work, and pools are started one after the other.
+    """
+    ready = threading.Barrier(workers)
+    with _STARTING:
+        before = torch.get_num_threads()
+        share = max(1, before // workers)
+        pool = ThreadPoolExecutor(workers, "msa-encode", torch.set_num_threads, (share,))
+        try:
+            for started in [pool.submit(ready.wait) for _ in range(workers)]:
+                started.result()
+        except BaseException:
+            ready.abort()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(before)
+    return pool

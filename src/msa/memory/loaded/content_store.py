@@ -26,6 +26,7 @@ from torch import Tensor
 
 from msa.errors import BankCorruptError, MSAError
 from msa.memory.store.document_table import DocumentTable, SegmentSlice
+from msa.memory.store.lifetime import Lifetime
 from msa.memory.store.mapped_pages import PageWindow
 from msa.memory.store.segments import RoutingPart, Segment, chunk_offsets
 from msa.ops.quantisation import packed_width, unpack
@@ -185,6 +186,7 @@ class ContentStore:
         self.stored = torch.uint8 if packed else dtype
         self.held = held
         self.window = PageWindow()
+        self._life = Lifetime("the bank that was loaded", "load it again")
         self._arena = Arena(pinned=device.type == "cuda")
         self._held: list[
             ResidentSegment
@@ -196,6 +198,14 @@ class ContentStore:
     def num_bytes(self) -> int:
         """Memory of the content that is held."""
         return sum(t.nbytes for h in self._held for pair in h.layers.values() for t in pair)
+
+    def check(self) -> None:
+        """Refuse in a forked child, which has none of the threads that fetch.
+
+        Raises:
+            BankError: one line that says what to do.
+        """
+        self._life.check()
 
     def add(self, segment: Segment, part: RoutingPart, piece: SegmentSlice, index: int) -> None:
         """Take up a piece of a segment that is to be number `index` of the rows' segments."""
@@ -217,6 +227,7 @@ class ContentStore:
         Raises:
             BankCorruptError: what is on disk is not what was written.
         """
+        self.check()
         ahead = None if self._ahead is None else self._ahead.take(layer)
         result = self._joined(ahead, rows, layer, chosen)
         if self._ahead is not None and layer != self.layers[-1] and len(chosen):

@@ -6,6 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from msa.memory.store.lifetime import NotPickled
 from msa.types import Content, MemoryReader, Selection
 
 
@@ -29,10 +30,13 @@ class View(MemoryReader, Protocol):
 AnyView = TypeVar("AnyView", bound=View)
 
 
-class LatestReader(Generic[AnyView]):
+class LatestReader(NotPickled, Generic[AnyView]):
     """A `MemoryReader` over the latest state of a bank, which its `refresh` puts into `_view`."""
 
     _view: AnyView
+
+    def _check(self) -> None:
+        """Refuse what cannot be asked any more."""
 
     def __len__(self) -> int:
         """Number of documents that can be selected, in the whole bank."""
@@ -45,12 +49,15 @@ class LatestReader(Generic[AnyView]):
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
         """See `BankSnapshot.route`."""
+        self._check()
         return self._view.route(layer, vectors, routing_mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
         """See `BankSnapshot.content`."""
+        self._check()
         return self._view.content(layer, selection)
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """See `BankSnapshot.rows_to_numbers`."""
+        self._check()
         return self._view.rows_to_numbers(rows)

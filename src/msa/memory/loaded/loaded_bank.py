@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from msa.errors import BankError, BudgetError, EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded import memory_plan
+from msa.memory.loaded.claims import CLAIMS, Claim
 from msa.memory.loaded.content_store import ContentStore
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.memory_plan import MemoryPlan
@@ -31,13 +33,14 @@ from msa.memory.search.layer_index import KeyBuffers, LayerIndex, StoredKeys, ma
 from msa.memory.store.catalog import Snapshot
 from msa.memory.store.document_table import DocumentTable, Partition, RowsBuilder, SegmentSlice
 from msa.memory.store.filters import Filter
+from msa.memory.store.lifetime import Lifetime, NotPickled
 from msa.memory.store.mapped_pages import release_heap
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
 from msa.ops.kernels.screening import Screen
 from msa.ops.routing import unit_key_norm
-from msa.types import Content, Selection
+from msa.types import Content, Selection, whole_number
 
 _LOAD_ATTEMPTS = 5
 _WHOLE = Partition()
@@ -47,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BankSnapshot:
+class BankSnapshot(NotPickled):
     """One state of a bank, for asking; a `MemoryReader`. Rows are its documents, 0 to N - 1.
 
     Attributes:
@@ -104,6 +107,7 @@ class BankSnapshot:
 
         Source: MSA 3.2.1, Eq. 2.
         """
+        self._content.check()
         if not self.num_documents and self.shard.world > 1:
             empty = torch.empty((len(vectors), 0), device=self.device)
             return Selection(empty.long(), empty.float())
@@ -188,7 +192,8 @@ class LoadedBank(LatestReader[BankSnapshot]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
-    views do not mean the same documents after a `compact`.
+    views do not mean the same documents after a `compact`. What its plan claims of the memory is
+    counted for other banks of the process, until `close` or until it is collected.
 
     Args:
         bank: open, with or without a model.
@@ -228,8 +233,8 @@ class LoadedBank(LatestReader[BankSnapshot]):
         pruning: PruningSettings | None = None,
     ) -> None:
         manifest = bank.manifest
-        if top_k is not None and top_k < 1:
-            raise InputError(f"top_k={top_k}: expected at least 1")
+        if top_k is not None:
+            top_k = whole_number(top_k, "top_k", 1)
         if plan is not None and dtype is not None:
             raise InputError("plan and dtype are both given; make the plan with that dtype")
         self.bank = bank
@@ -246,7 +251,12 @@ class LoadedBank(LatestReader[BankSnapshot]):
         model_k = manifest.top_k_documents if model is None else model.config.top_k_documents
         self._content_dtype = content_dtype or model_dtype
         self._planned = plan is None
-        self.plan = self._new_plan() if plan is None else plan
+        self._life = Lifetime(
+            f"the loaded bank '{bank.path}'", "load it again: LoadedBank(MemoryBank.open(...))"
+        )
+        with CLAIMS.lock:
+            self.plan = self._new_plan() if plan is None else plan
+            CLAIMS.enter(self)
         self._view = BankSnapshot(
             bank=str(bank.path),
             generation=-1,
@@ -264,11 +274,67 @@ class LoadedBank(LatestReader[BankSnapshot]):
             _rows=DocumentTable.none(len(manifest.routing_layers)),
             shard=self.shard,
         )
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- life
+
+    def close(self) -> None:
+        """Give up what is in memory, and the claim on more; calling it twice does nothing.
+
+        The bank stays open, and views that were handed out stay as they are.
+        """
+        if self._life.is_elsewhere:
+            return
+        with self._lock:
+            self._life.end()
+            CLAIMS.end(self)
+            self._buffers, self._maps, self._entries = None, (), ()
+            self._view = replace(
+                self._view,
+                num_documents=0,
+                _layer_keys={},
+                _mask=None,
+                _content=self._new_content(),
+                _rows=DocumentTable.none(len(self.bank.manifest.routing_layers)),
+            )
+
+    def __enter__(self) -> LoadedBank:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        self._life.check()
+
+    def claim(self) -> Claim:
+        """What the plan counts with and is not taken yet; see `msa.memory.loaded.claims`."""
+        plan, view = self.plan, getattr(self, "_view", None)
+        loaded = view is not None and view.generation >= 0
+        taken = view._content.num_bytes if view is not None and loaded else 0
+        device_taken = 0
+        if loaded and plan.keys_device == "cpu":
+            taken += self.num_bytes
+        elif loaded:
+            device_taken = self.num_bytes
+        whole = plan.memory_bytes
+        if loaded:  # what loading takes for a while has been given back
+            whole -= max(0, plan.loading_bytes - plan.question_bytes)
+        return Claim(
+            max(0, whole - taken), str(self.device), max(0, plan.device_bytes - device_taken)
+        )
 
     def _new_plan(self, in_use: int = 0) -> MemoryPlan:
-        """What is to lie where; memory that is in use now counts as free."""
-        memory = memory_plan.available_memory() + in_use if in_use else None
+        """What is to lie where; RAM that is in use now counts as free."""
         return memory_plan.plan(
             self.bank,
             self.device,
@@ -276,7 +342,8 @@ class LoadedBank(LatestReader[BankSnapshot]):
             content_dtype=self._content_dtype,
             pruning=self._pruning,
             shard=(self.shard.rank, self.shard.world),
-            memory=memory,
+            claimant=self,
+            in_use=in_use,
         )
 
     def _new_content(self) -> ContentStore:
@@ -323,12 +390,12 @@ class LoadedBank(LatestReader[BankSnapshot]):
 
         Raises:
             InputError: top_k is below 1, or the filter cannot be read.
+            BankError: it is closed, or this is a forked child.
         """
+        self._check()
         view = self._view
         if top_k is not None:
-            if top_k < 1:
-                raise InputError(f"top_k={top_k}: expected at least 1")
-            view = replace(view, top_k=top_k)
+            view = replace(view, top_k=whole_number(top_k, "top_k", 1))
         if filter is None:
             return view
         passing = self.bank.catalog.passing(filter)
@@ -336,7 +403,9 @@ class LoadedBank(LatestReader[BankSnapshot]):
         mask = view._rows.live & torch.isin(view._rows.numbers, wanted)
         count = int(mask.sum())
         total = count if self.shard.world == 1 else int((wanted < view._next_number).sum())
-        return replace(view, num_documents=count, total_documents=total, _mask=mask.to(self.device))
+        return replace(
+            view, num_documents=count, total_documents=total, _mask=mask.to(view._keys_device)
+        )
 
     # ---- following the bank
 
@@ -354,8 +423,12 @@ class LoadedBank(LatestReader[BankSnapshot]):
         Raises:
             BankCorruptError: a segment to be loaded is damaged; the old state stays in use.
             BudgetError: the bank does not fit; the old state stays in use.
+            BankError: it is closed, this is a forked child, or another bank has taken its place on
+                disk.
         """
+        self._life.check_process()
         with self._lock:
+            self._check()
             for attempt in range(_LOAD_ATTEMPTS):
                 old = self._view
                 if self.bank.generation == old.generation:
@@ -395,12 +468,13 @@ class LoadedBank(LatestReader[BankSnapshot]):
         total = sum(e.num_chunks for e in self.bank.catalog.segments()) // self.shard.world
         if total <= self.plan.num_chunks * memory_plan.GROWTH:
             return old
-        plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
+        with CLAIMS.lock:
+            plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
+            self.plan, before = plan, self.plan
         same = all(
-            getattr(plan, name) == getattr(self.plan, name)
+            getattr(plan, name) == getattr(before, name)
             for name in ("keys_dtype", "keys_device", "screened", "content", "prefetch")
         )
-        self.plan = plan
         return old if same else None
 
     def _fall_back(self, error: Exception) -> None:
@@ -411,7 +485,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
         """
         plan = self.plan
         place = f"'{plan.keys_device}' for the routing keys of bank '{self.bank.path}'"
-        lower = memory_plan.lower(plan, self.bank) if self._dtype is None else None
+        lower = memory_plan.lower(plan, self.bank, self) if self._dtype is None else None
         if lower is None:
             raise BudgetError(
                 f"no memory on {place} in {plan.keys_dtype}; free some, or hold shares of the bank "

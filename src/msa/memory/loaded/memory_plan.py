@@ -20,6 +20,7 @@ import torch
 
 from msa.errors import BudgetError, InputError
 from msa.memory.bank import MemoryBank
+from msa.memory.loaded.claims import CLAIMS, Claimant
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.document_table import Partition
 from msa.memory.store.manifest import DTYPES, Manifest
@@ -66,8 +67,9 @@ class MemoryPlan:
         question_bytes: working set of a batch of questions: their content twice over (when it is
             fetched and when it is attended to), blocks of scores, pages of mapped files.
         loading_bytes: for a while, when the bank is loaded.
-        memory_available: RAM that this process can still have.
-        device_available: memory free on `device`; None on a CPU.
+        memory_available: RAM that this process can still have, without what other banks that it
+            has loaded will still take.
+        device_available: the same of `device`; None on a CPU.
         why: reasons, in words.
     """
 
@@ -202,6 +204,7 @@ class _Draft:
     world: int
     screen: bool
     pruning: PruningSettings | None
+    claimed: int = 0
     why: list[str] = field(default_factory=list)
 
     @property
@@ -255,6 +258,8 @@ def plan(
     memory: int | None = None,
     device_memory: int | None = None,
     entries: Sequence[SegmentEntry] | None = None,
+    claimant: Claimant | None = None,
+    in_use: int = 0,
 ) -> MemoryPlan:
     """Which tier will hold what of a bank, before anything is loaded.
 
@@ -274,8 +279,11 @@ def plan(
         screen: whether keys on a CPU may have a copy in int8; they have none with `pruning`.
         pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.
-        memory, device_memory: bytes to plan for, instead of what is free now.
+        memory, device_memory: bytes to plan for, instead of what is free now and not claimed by
+            banks that this process has loaded.
         entries: segments to plan for, instead of the bank's.
+        claimant: the loaded bank that the plan is for, whose own claim does not count.
+        in_use: RAM that it has taken already, which counts as free.
 
     Raises:
         BudgetError: it does not fit; the message says what would.
@@ -291,15 +299,23 @@ def plan(
         if given is not None and given <= 0:
             raise InputError(f"memory of {given} bytes: expected more than 0")
     target = torch.device(device)
+    claimed, device_claimed = CLAIMS.total(str(target), claimant)
+    if memory is None:
+        memory = max(1, available_memory() + in_use - claimed)
+    else:
+        claimed = 0
+    if device_memory is None and (free := _free_on(target)) is not None:
+        device_memory = max(1, free - device_claimed)
     draft = _Draft(
         sizes=_sizes_of(bank, Partition(*shard), entries),
         device=str(target),
-        memory=available_memory() if memory is None else memory,
-        device_memory=_free_on(target) if device_memory is None else device_memory,
+        memory=memory,
+        device_memory=device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
         screen=screen and pruning is None,
         pruning=pruning,
+        claimed=claimed,
     )
     if target.type == "cpu":
         draft.device_memory = None
@@ -337,10 +353,13 @@ def plan(
     )
 
 
-def lower(given: MemoryPlan, bank: MemoryBank) -> MemoryPlan | None:
+def lower(
+    given: MemoryPlan, bank: MemoryBank, claimant: Claimant | None = None
+) -> MemoryPlan | None:
     """The plan to go on with when the device had no memory for this one; None when there is none.
 
-    One tier down: from wider keys to int8, from int8 on a device to RAM.
+    One tier down: from wider keys to int8, from int8 on a device to RAM. The claimant is the one
+    of `plan`.
     """
     sizes = _sizes_of(bank, Partition(*given.shard), None)
     if given.keys_dtype != "int8":
@@ -353,7 +372,7 @@ def lower(given: MemoryPlan, bank: MemoryBank) -> MemoryPlan | None:
         )
     if given.keys_device == "cpu":
         return None
-    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content)
+    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content, claimant=claimant)
     return replace(
         given,
         keys_device="cpu",
@@ -467,6 +486,11 @@ def _refusal(draft: _Draft, bank: MemoryBank, choices: Sequence[str]) -> str:
         advice.append(
             f"compact it ({draft.sizes.deleted:,} deleted documents still take room): msa bank "
             f"compact {bank.path}"
+        )
+    if draft.claimed:
+        advice.append(
+            f"close another bank that this process has loaded (they have planned for "
+            f"{_gb(draft.claimed)} more)"
         )
     advice.append("or free memory")
     return (

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import operator
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msa.errors import BankCorruptError, BankError
+from msa.errors import BankCorruptError, BankError, InputError
 from msa.memory.store import metadata_index, word_index
 from msa.memory.store.database import Database, guard
 from msa.memory.store.filters import Filter
+from msa.memory.store.lifetime import NotPickled
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.reports import StoredDocument
-from msa.types import Document
+from msa.types import Document, whole_number
 
 CATALOG_FILE = "catalog.sqlite"
 _IDS_PER_QUERY = 500
+_LARGEST = 2**63 - 1  # that SQLite can hold
 
 _SCHEMA = """
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -122,7 +123,7 @@ class Totals:
     num_deleted: int
 
 
-class Catalog:
+class Catalog(NotPickled):
     """An open catalog.
 
     Args:
@@ -218,7 +219,7 @@ class Catalog:
         """
         place = {n: entry.segment for entry, numbers in segments for n in numbers}
         with self._transaction("commit documents to") as db:
-            _bury(db, replaced)
+            _bury(db, _numbers(replaced))
             for source, text in metadata:
                 _change_metadata(db, source, text)
             _insert_segments(db, [entry for entry, _ in segments])
@@ -243,7 +244,7 @@ class Catalog:
     def delete(self, numbers: Iterable[int]) -> None:
         """Documents cease to exist; their states stay in their segments until `compact`."""
         with self._transaction("delete documents from") as db:
-            _bury(db, map(operator.index, numbers))
+            _bury(db, _numbers(numbers))
 
     def replace_segments(
         self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
@@ -300,6 +301,7 @@ class Catalog:
 
     def known(self, document_id: str) -> Known:
         """What is stored under an id as given."""
+        _check_id(document_id)
         if not _is_unicode(document_id):
             return Known()
         with self._db.reading() as db:
@@ -317,19 +319,25 @@ class Catalog:
 
     def by_id(self, document_id: str) -> StoredDocument | None:
         """The document or part with this id."""
+        _check_id(document_id)
         if not _is_unicode(document_id):
             return None
         return next(iter(self._stored("WHERE d.id = ?", (document_id,))), None)
 
     def by_source(self, source: str) -> list[StoredDocument]:
         """The document given under this id, or all its parts in order."""
+        _check_id(source)
         if not _is_unicode(source):
             return []
         return self._stored("WHERE d.source = ? ORDER BY d.part", (source,))
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
-        """Number -> document, for those that exist."""
-        wanted = list(dict.fromkeys(map(operator.index, numbers)))  # NumPy's integers too
+        """Number -> document, for those that exist.
+
+        Raises:
+            InputError: what was given are no whole numbers.
+        """
+        wanted = _numbers(numbers)
         found: dict[int, StoredDocument] = {}
         for start in range(0, len(wanted), _IDS_PER_QUERY):
             some = wanted[start : start + _IDS_PER_QUERY]
@@ -339,8 +347,12 @@ class Catalog:
         return found
 
     def ids(self, numbers: Iterable[int]) -> dict[int, str]:
-        """Number -> id, for those that exist; texts are not read."""
-        wanted = list(dict.fromkeys(numbers))
+        """Number -> id, for those that exist; texts are not read.
+
+        Raises:
+            InputError: what was given are no whole numbers.
+        """
+        wanted = _numbers(numbers)
         found: dict[int, str] = {}
         with self._db.reading() as db:
             for start in range(0, len(wanted), _IDS_PER_QUERY):
@@ -353,7 +365,9 @@ class Catalog:
 
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
-        values = operator.index(limit), operator.index(offset)
+        values = [
+            min(whole_number(v, n), _LARGEST) for n, v in (("limit", limit), ("offset", offset))
+        ]
         return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", values)
 
     def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
@@ -444,6 +458,24 @@ class Catalog:
             word_index.build(self._db)
         if metadata:
             metadata_index.build(self._db)
+
+
+def _numbers(given: Iterable[int]) -> list[int]:
+    """Document numbers as SQLite binds them, each once; without those that cannot exist."""
+    if not isinstance(given, Iterable):
+        raise InputError(
+            f"the document numbers are a {type(given).__name__}: expected several whole numbers"
+        )
+    numbers = dict.fromkeys(whole_number(n, "document number") for n in given)
+    return [n for n in numbers if 0 < n <= _LARGEST]
+
+
+def _check_id(document_id: object) -> None:
+    if not isinstance(document_id, str):
+        raise InputError(
+            f"the document id {document_id!r} is a {type(document_id).__name__}: expected text, "
+            "as it was given to add()"
+        )
 
 
 def _is_unicode(text: str) -> bool:

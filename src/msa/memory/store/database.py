@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from msa.errors import BankCorruptError, BankError, StorageError
+from msa.memory.store.lifetime import Lifetime, NotPickled
 
 BUSY_SECONDS = 30.0
+# What lies in the database's folder and is never written again: another one is another bank.
+WRITTEN_ONCE = "bank.json"
 
 
-class Database:
+class Database(NotPickled):
     """An open database. All methods may be called from several threads, which take turns.
+
+    That the bank of this name is still the one that was opened is looked at before every
+    transaction: by the file, by `WRITTEN_ONCE` beside it, and by the generation, which never falls.
 
     Args:
         path: the file, in WAL mode.
@@ -34,9 +39,11 @@ class Database:
         self.path = path
         self.read_only = read_only
         self._lock = threading.RLock()
-        self._pid = os.getpid()
+        self._life = Lifetime(f"bank '{path.parent}'", "open it again (MemoryBank.open)")
+        self._generation = 0
         with self.guard("open"):
             self._file = _identity(path)
+            self._beside = _identity(path.with_name(WRITTEN_ONCE), written_once=True)
             self.connection, self._frozen = self._connect()
 
     def _connect(self) -> tuple[sqlite3.Connection, tuple[int, int] | None]:
@@ -71,8 +78,11 @@ class Database:
         return connection
 
     def close(self) -> None:
-        """Close the database; a writer folds its log into it."""
+        """Close the database; a writer folds its log into it. In a forked child it does nothing."""
+        if self._life.is_elsewhere:
+            return
         with self._lock:
+            self._life.end()
             self.connection.close()
 
     def guard(self, doing: str) -> contextlib.AbstractContextManager[None]:
@@ -85,6 +95,7 @@ class Database:
         with self.alone(doing):
             try:
                 self.connection.execute("BEGIN IMMEDIATE")
+                self._check_generation(doing)
                 yield self.connection
                 self.connection.execute("COMMIT")
             except BaseException:
@@ -98,6 +109,7 @@ class Database:
             self._follow()
             try:
                 self.connection.execute("BEGIN")
+                self._check_generation("read")
                 yield self.connection
             finally:
                 self._end_left_over()
@@ -107,21 +119,38 @@ class Database:
         """The connection for this thread, with no transaction open.
 
         Raises:
-            BankError: in a forked child, or when the file is not the one that was opened.
+            BankError: after `close`, in a forked child, or when the bank is not the one that was
+                opened.
         """
-        if os.getpid() != self._pid:  # before the lock, which a thread of the parent may have held
-            raise BankError(
-                f"cannot {doing} {self.path}: it was opened by process {self._pid}, which forked "
-                "this one; open the bank again in this process"
-            )
+        self._life.check_process()
         with self._lock, self.guard(doing):
-            if _identity(self.path) != self._file:
-                raise BankError(
-                    f"cannot {doing} {self.path}: the bank was moved, removed or replaced after it "
-                    "was opened; open it again where it is now"
-                )
+            self._life.check()
+            self._check_place(doing)
             self._end_left_over()
             yield self.connection
+
+    def _check_place(self, doing: str) -> None:
+        """Refuse when the files of this name are others than those that were opened."""
+        beside = _identity(self.path.with_name(WRITTEN_ONCE), written_once=True)
+        if self._beside is None:  # a bank that is being made gets this file last
+            self._beside = beside
+        if _identity(self.path) != self._file or beside != self._beside:
+            raise BankError(
+                f"cannot {doing} {self.path}: the bank was moved, removed or replaced after it "
+                "was opened; open it again where it is now"
+            )
+
+    def _check_generation(self, doing: str) -> None:
+        """Refuse when an older state was copied over the file; in a transaction."""
+        query = "SELECT value FROM counters WHERE name = 'generation'"
+        row = self.connection.execute(query).fetchone()
+        generation = row[0] if row else 0
+        if generation < self._generation:
+            raise BankError(
+                f"cannot {doing} {self.path}: it was replaced by an older state (generation "
+                f"{generation}, {self._generation} was read before); open the bank again"
+            )
+        self._generation = generation
 
     def _end_left_over(self) -> None:
         """Give up the transaction that is open, if one is.
@@ -143,13 +172,17 @@ class Database:
             old.close()
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another of its name; None if there is none."""
+def _identity(path: Path, *, written_once: bool = False) -> tuple[int, ...] | None:
+    """What tells a file from another of its name; None if there is none.
+
+    A file that is written once is told from another that was copied over it, too.
+    """
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_dev, stat.st_ino
+    file = stat.st_dev, stat.st_ino
+    return (*file, stat.st_size, stat.st_mtime_ns) if written_once else file
 
 
 @contextlib.contextmanager

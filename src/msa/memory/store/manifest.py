@@ -18,6 +18,7 @@ from msa.memory.store.durable_files import storage_errors, write_file
 from msa.model.identity import checkpoint_name, model_fingerprints
 from msa.ops.quantisation import PACKED
 from msa.text.prompts import PromptTemplate
+from msa.types import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,6 +125,7 @@ class Manifest:
 
         Raises:
             ConfigError: a dtype or the document length cannot be used.
+            InputError: the document length is no whole number.
         """
         config = model.config
         name = str(dtype or model.dtype).removeprefix("torch.")
@@ -136,7 +138,9 @@ class Manifest:
                 "states are stored"
             )
         positions = int(config.max_position_embeddings)
-        limit = max_document_tokens or min(DEFAULT_DOCUMENT_TOKENS, positions)
+        limit = min(DEFAULT_DOCUMENT_TOKENS, positions)
+        if max_document_tokens is not None:
+            limit = whole_number(max_document_tokens, "max_document_tokens")
         if not MIN_DOCUMENT_TOKENS <= limit <= positions:
             raise ConfigError(
                 f"max_document_tokens={limit}: expected {MIN_DOCUMENT_TOKENS} to {positions}, "

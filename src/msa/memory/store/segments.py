@@ -29,7 +29,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,11 +205,15 @@ class SegmentWriter:
     Args:
         folder: the bank's `segments` folder.
         next_segment: the first number to use; one number is never used for two files.
+        check: called before every file; raises when nothing may be written there any more.
     """
 
-    def __init__(self, folder: Path, next_segment: int) -> None:
+    def __init__(
+        self, folder: Path, next_segment: int, check: Callable[[], None] | None = None
+    ) -> None:
         self.folder = folder
         self._next = next_segment
+        self._check = check
 
     def take(self) -> int:
         """The number of the next segment; the writer itself will not use it."""
@@ -246,6 +250,8 @@ class SegmentWriter:
         return written
 
     def _write(self, batches: Sequence[EncodedBatch]) -> tuple[SegmentEntry, tuple[int, ...]]:
+        if self._check is not None:
+            self._check()
         entry = write_segment(self.folder, self.take(), batches)
         return entry, tuple(n for b in batches for n in b.numbers)
 

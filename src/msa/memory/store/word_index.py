@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import operator
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.store.database import Database
 from msa.memory.store.filters import Filter, text_test
+from msa.types import whole_number
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 """Runs of letters and digits, lower case, without diacritics, English endings removed."""
@@ -221,8 +221,7 @@ class LexicalIndex:
         title_weight: float = 1.0,
     ) -> list[list[tuple[int, float]]]:
         """See `MemoryBank.lexical_search`."""
-        if top_k < 1:
-            raise InputError(f"top_k={top_k}: expected at least 1")
+        top_k = whole_number(top_k, "top_k", 1)
         _check_weight(title_weight)
         passes = None if filter is None else text_test(filter)
         found: list[list[tuple[int, float]]] = []
@@ -252,7 +251,7 @@ class LexicalIndex:
     ) -> list[float]:
         """See `MemoryBank.lexical_scores`."""
         _check_weight(title_weight)
-        wanted = [operator.index(n) for n in numbers]
+        wanted = [whole_number(n, "document number") for n in numbers]
         found: dict[int, float] = {}
         with self._database.reading() as db:
             (match,) = self._matches(db, [query])

@@ -1,0 +1,75 @@
+"""Memory that the loaded banks of this process have planned for and not yet taken.
+
+What a bank has taken shows in what the system calls free; what it will take (keys that are still
+being loaded, the working set of its questions) does not. So that two banks do not plan with the
+same memory, each is entered here until it is closed or collected, and a plan is made and entered
+under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a loaded bank will still take, in bytes.
+
+    Attributes:
+        memory: RAM.
+        device: where its questions are asked.
+        device_memory: of that device; 0 on a CPU.
+    """
+
+    memory: int
+    device: str
+    device_memory: int
+
+
+class Claimant(Protocol):
+    """A bank that is loaded, or being loaded."""
+
+    def claim(self) -> Claim:
+        """What it will still take."""
+        ...
+
+
+class Claims:
+    """The claims of a process.
+
+    Attributes:
+        lock: to be held from asking what is claimed to entering a plan that was made with it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._claimants: weakref.WeakSet[Claimant] = weakref.WeakSet()
+
+    def enter(self, claimant: Claimant) -> None:
+        """From now on what it claims counts, until `end` or until it is collected."""
+        with self.lock:
+            self._claimants.add(claimant)
+
+    def end(self, claimant: Claimant) -> None:
+        """It claims nothing any more; calling it twice does nothing."""
+        with self.lock:
+            self._claimants.discard(claimant)
+
+    def total(self, device: str, but: Claimant | None = None) -> tuple[int, int]:
+        """RAM, and memory of a device, that others will still take, in bytes.
+
+        Args:
+            device: as text.
+            but: whose claim does not count.
+        """
+        with self.lock:
+            found = [c.claim() for c in self._claimants if c is not but]
+        here = [claim.device_memory for claim in found if claim.device == device]
+        return sum(claim.memory for claim in found), sum(here)
+
+
+CLAIMS = Claims()
+"""Those of this process."""
