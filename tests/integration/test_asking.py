@@ -275,9 +275,9 @@ def test_a_bank_brings_all_that_an_engine_needs_or_is_refused(
     for given in (tmp_path / "bank", str(tmp_path / "bank"), model):
         with pytest.raises(InputError, match=r"expected an open bank, as in MemoryEngine\(Mem"):
             MemoryEngine(given)
-    with MemoryBank.open(tmp_path / "bank", read_only=True) as bare:
-        with pytest.raises(BankError, match=r"without a model.*open it with the one that made it"):
-            MemoryEngine(bare)
+    bare = MemoryBank.open(tmp_path / "bank", read_only=True)
+    with bare, pytest.raises(BankError, match=r"without a model.*with the one that made it"):
+        MemoryEngine(bare)
     options = AskOptions(max_rounds=1)
     held = Checkpoint(model, tokenizer, PromptTemplate(), options, "tiny")
     with MemoryBank.open(tmp_path / "bank", held, read_only=True) as known:

@@ -304,7 +304,7 @@ def scripted(monkeypatch, tmp_path):
     rows, answers = list(STEPS), list(SCRIPT)
 
     class FakeEngine:
-        def __init__(self, model, tokenizer, bank, *, options) -> None:
+        def __init__(self, bank) -> None:
             self.bank, self.asked = bank, 0
 
         def ask(self, question):

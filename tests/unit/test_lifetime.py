@@ -136,7 +136,16 @@ def test_a_forked_process_is_told_to_open_the_bank_itself(full):
     view = loaded.view()
     uses = [use for some in uses_of(full, loaded, engine).values() for use in some]
     uses.append(lambda: view.route(2, torch.zeros(1, 1, 32), torch.ones(1, 1, dtype=torch.bool)))
-    with full._turn, full.catalog._db._lock, loaded._lock, CLAIMS.lock:
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with full._turn, full.catalog._db._lock, loaded._lock, CLAIMS.lock:
+            held.set()
+            done.wait(60)
+
+    threading.Thread(target=hold).start()
+    held.wait(60)
+    try:
         pid = os.fork()
         if not pid:
             code = 1
@@ -148,6 +157,8 @@ def test_a_forked_process_is_told_to_open_the_bank_itself(full):
                 code = 0
             finally:
                 os._exit(code)
+    finally:
+        done.set()
     assert os.waitpid(pid, 0)[1] == 0
     assert engine.retrieve("Where?", top_k=3)
     assert full.verify().ok
@@ -191,7 +202,9 @@ def test_two_banks_do_not_plan_with_the_same_memory(full, monkeypatch):
 
 def test_a_plan_that_comes_to_nothing_claims_nothing(full, monkeypatch):
     before = CLAIMS.total("cpu")
-    monkeypatch.setattr(LoadedBank, "refresh", lambda self: (_ for _ in ()).throw(BudgetError("no")))
+    monkeypatch.setattr(
+        LoadedBank, "refresh", lambda self: (_ for _ in ()).throw(BudgetError("no"))
+    )
     with pytest.raises(BudgetError) as held:  # whose traceback holds the object
         LoadedBank(full)
     assert held.value.__traceback__ is not None

@@ -355,6 +355,7 @@ def _parts_to_ask(bank: object) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase
             f"MemoryEngine was given a {type(bank).__name__}: expected an open bank, as in "
             "MemoryEngine(MemoryBank.open(folder, msa.load(name)))"
         )
+    bank.check_open()
     if bank.model is None or bank.tokenizer is None:
         name = loadable_name(bank.manifest.model)
         checkpoint = f"msa.load({name!r})" if name else f"the model {bank.manifest.model!r}"

@@ -202,7 +202,11 @@ def _check_refusal_weights(weights: object) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _is_finite(value: object) -> bool:

@@ -222,6 +222,14 @@ class MemoryBank(NotPickled):
         """Grows with every commit, of any process; equal means that nothing has changed."""
         return self.catalog.counter("generation")
 
+    def check_open(self) -> None:
+        """Refuse when the bank is closed, or was opened by the process that forked this one.
+
+        Raises:
+            BankError: one line that says what to do.
+        """
+        self._life.check()
+
     def close(self) -> None:
         """Close the bank and let the next writer in; calling it twice does nothing.
 

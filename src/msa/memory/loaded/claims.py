@@ -8,6 +8,7 @@ under one lock.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -73,3 +74,5 @@ class Claims:
 
 CLAIMS = Claims()
 """Those of this process."""
+if hasattr(os, "register_at_fork"):  # a forked child has loaded nothing yet, and its lock is free
+    os.register_at_fork(after_in_child=CLAIMS.__init__)  # type: ignore[misc]

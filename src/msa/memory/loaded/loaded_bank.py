@@ -216,6 +216,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
         InputError: top_k or shard is not valid, plan and dtype are both given, or pruning is asked
             for with keys that are not on the CPU.
         BudgetError: the bank does not fit.
+        BankError: it is closed, or this is a forked child.
         BankCorruptError: a segment that holds live documents is damaged; nothing is answered from
             the bank until it is repaired.
     """
@@ -232,6 +233,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
         plan: MemoryPlan | None = None,
         pruning: PruningSettings | None = None,
     ) -> None:
+        bank.check_open()
         manifest = bank.manifest
         if top_k is not None:
             top_k = whole_number(top_k, "top_k", 1)
