@@ -223,3 +223,14 @@ def test_every_public_name_is_found():
         assert getattr(msa, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = msa.nothing
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_file_needs_what_windows_lacks(module):
+    names = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in parse(module).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not names & {"fcntl", "grp", "posix", "pwd", "resource", "termios"}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import gc
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from bank_tools import make_documents
 from msa import MemoryBank, MemoryEngine
-from msa.errors import BankError, BudgetError
+from msa.errors import BankError, BudgetError, FetchError
 from msa.inference.options import AskOptions
 from msa.memory.ingest import encoder
 from msa.memory.loaded import memory_plan
 from msa.memory.loaded.claims import CLAIMS
 from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.model.home import made_whole
 
 GB = 10**9
 
@@ -173,6 +177,7 @@ def test_a_bank_that_is_loaded_leaves_less_for_the_next_until_it_is_closed(full,
     def left():
         return memory_plan.plan(full).memory_available
 
+    gc.collect()  # what other tests left
     before = left()
     first = LoadedBank(full)
     claimed = first.claim().memory
@@ -191,8 +196,9 @@ def test_a_bank_that_is_loaded_leaves_less_for_the_next_until_it_is_closed(full,
 
 
 def test_two_banks_do_not_plan_with_the_same_memory(full, monkeypatch):
-    need = memory_plan.plan(full, content="mapped").memory_bytes
-    monkeypatch.setattr(memory_plan, "available_memory", lambda: int(1.5 * need))
+    gc.collect()
+    need = memory_plan.plan(full, content="mapped").memory_bytes / memory_plan.USABLE
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: int(need) + 5_000_000)
     with LoadedBank(full) as first:
         with pytest.raises(BudgetError, match="close another bank that this process has loaded"):
             LoadedBank(full)
@@ -273,3 +279,42 @@ def test_a_bank_takes_integers_of_any_kind(tmp_path, tiny_model, tiny_tokenizer)
         assert MemoryEngine(bank).retrieve("Where?", top_k=numpy.int64(2))[1:]
     with MemoryBank.open(tmp_path / "bank") as again:
         assert again.manifest.max_document_tokens == 64
+
+
+# ---- a failed overwrite leaves what was there
+
+
+def test_options_that_cannot_be_written_leave_those_that_were_there(tmp_path, monkeypatch):
+    AskOptions(max_rounds=2).save(tmp_path)
+
+    def refuse(self, *_, **__):
+        self.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        with pytest.raises(OSError, match="No space"):
+            AskOptions().save(tmp_path)
+    assert AskOptions.load(tmp_path).max_rounds == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_made_whole_takes_the_place_of_what_was_there_or_leaves_it(
+    tmp_path, monkeypatch, fails
+):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "file").write_text("old")
+    real = Path.rename
+
+    def rename(self, other):
+        if fails and (self / "file").read_text() == "new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, other)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with contextlib.suppress(FetchError), made_whole(target) as folder:
+        (folder / "file").write_text("new")
+    assert (target / "file").read_text() == ("old" if fails else "new")
+    assert list(tmp_path.iterdir()) == [target]

@@ -222,6 +222,20 @@ def test_a_change_in_place_that_torch_does_not_count_is_noticed(folder, home):
     assert identity.model_fingerprints(msa.load(folder).model) == first
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_change_of_one_value_is_noticed(folder, home, dtype):
+    model = msa.load(folder, dtype=dtype).model
+    first = identity.model_fingerprints(model)
+    weight = model.model.embed_tokens.weight
+    assert weight.numel() > 8 * identity.SAMPLED  # most values are in no sample
+    for place in (1, 7, 4099, weight.numel() - 1):
+        before = weight.data.view(-1)[place].clone()
+        weight.data.view(-1)[place] += 1
+        assert identity.model_fingerprints(model)[0] != first[0]
+        weight.data.view(-1)[place] = before
+        assert identity.model_fingerprints(model) == first
+
+
 def test_without_a_folder_to_write_to_it_works_all_the_same(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MSA_HOME", str(tmp_path / "file"))

@@ -134,9 +134,14 @@ class AskOptions:
         return replace(self, **changes)
 
     def save(self, folder: str | Path) -> None:
-        """Write the options beside a checkpoint."""
+        """Write the options beside a checkpoint; those that were there stay if that fails."""
         text = json.dumps(asdict(self), indent=2)
-        Path(folder, ASK_OPTIONS_FILE).write_text(text + "\n", encoding="utf-8")
+        temporary = Path(folder, ASK_OPTIONS_FILE + ".tmp")
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(Path(folder, ASK_OPTIONS_FILE))
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> AskOptions:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from msa.errors import FetchError
 
@@ -65,16 +66,16 @@ def exclusive(name: str, waiting: Callable[[], None]) -> Iterator[None]:
     path = home() / "locks" / f"{name}.lock"
     with write_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+        lock = FileLock(path, thread_local=False)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:  # an OSError too
             waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock.acquire()
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -92,15 +93,22 @@ def made_whole(target: Path) -> Iterator[Path]:
         for left in target.parent.glob(prefix + "*"):
             shutil.rmtree(left, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    before = folder.with_name(f"{folder.name}-before")
     try:
         with write_errors():
             yield folder
             folder.chmod(0o755)
-            if target.exists():  # unfinished, or damaged
-                shutil.rmtree(target)
-            folder.rename(target)
+            if target.exists():  # unfinished, or damaged; there until the new one is
+                target.rename(before)
+            try:
+                folder.rename(target)
+            except OSError:
+                if before.exists():
+                    before.rename(target)
+                raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
