@@ -20,7 +20,7 @@ from msa.errors import BankError, BudgetError, FetchError
 from msa.inference.options import AskOptions
 from msa.memory.ingest import encoder
 from msa.memory.loaded import memory_plan
-from msa.memory.loaded.claims import CLAIMS
+from msa.memory.loaded.claims import CLAIMS, Claim, Claims
 from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.model.home import made_whole
 
@@ -207,14 +207,34 @@ def test_two_banks_do_not_plan_with_the_same_memory(full, monkeypatch):
 
 
 def test_a_plan_that_comes_to_nothing_claims_nothing(full, monkeypatch):
-    before = CLAIMS.total("cpu")
+    gc.collect()
+    before = CLAIMS.total(torch.device("cpu"))
     monkeypatch.setattr(
         LoadedBank, "refresh", lambda self: (_ for _ in ()).throw(BudgetError("no"))
     )
     with pytest.raises(BudgetError) as held:  # whose traceback holds the object
         LoadedBank(full)
     assert held.value.__traceback__ is not None
-    assert CLAIMS.total("cpu") == before
+    assert CLAIMS.total(torch.device("cpu")) == before
+
+
+def test_claims_on_a_gpu_count_for_that_gpu():
+    class Loaded:
+        def __init__(self, device, num_bytes):
+            self.held = Claim(1, torch.device(device), num_bytes)
+
+        def claim(self):
+            return self.held
+
+    claims = Claims()
+    loaded = [Loaded("cuda", 10), Loaded("cuda:0", 200), Loaded("cuda:1", 3000), Loaded("cpu", 0)]
+    for one in loaded:
+        claims.enter(one)
+    assert claims.total(torch.device("cuda:0")) == claims.total(torch.device("cuda")) == (4, 210)
+    assert claims.total(torch.device("cuda:1"), but=loaded[2]) == (3, 0)
+    claims.end(loaded.pop())
+    del loaded[0], one
+    assert claims.total(torch.device("cuda")) == (2, 200)
 
 
 # ---- devices and threads

@@ -14,6 +14,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -26,7 +28,7 @@ class Claim:
     """
 
     memory: int
-    device: str
+    device: torch.device
     device_memory: int
 
 
@@ -59,17 +61,21 @@ class Claims:
         with self.lock:
             self._claimants.discard(claimant)
 
-    def total(self, device: str, but: Claimant | None = None) -> tuple[int, int]:
+    def total(self, device: torch.device, but: Claimant | None = None) -> tuple[int, int]:
         """RAM, and memory of a device, that others will still take, in bytes.
 
         Args:
-            device: as text.
+            device: the first of its kind when it names none.
             but: whose claim does not count.
         """
         with self.lock:
             found = [c.claim() for c in self._claimants if c is not but]
-        here = [claim.device_memory for claim in found if claim.device == device]
+        here = [claim.device_memory for claim in found if _place(claim.device) == _place(device)]
         return sum(claim.memory for claim in found), sum(here)
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
 
 
 CLAIMS = Claims()

@@ -331,9 +331,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
         whole = plan.memory_bytes
         if loaded:  # what loading takes for a while has been given back
             whole -= max(0, plan.loading_bytes - plan.question_bytes)
-        return Claim(
-            max(0, whole - taken), str(self.device), max(0, plan.device_bytes - device_taken)
-        )
+        return Claim(max(0, whole - taken), self.device, max(0, plan.device_bytes - device_taken))
 
     def _new_plan(self, in_use: int = 0) -> MemoryPlan:
         """What is to lie where; RAM that is in use now counts as free."""

@@ -299,23 +299,19 @@ def plan(
         if given is not None and given <= 0:
             raise InputError(f"memory of {given} bytes: expected more than 0")
     target = torch.device(device)
-    claimed, device_claimed = CLAIMS.total(str(target), claimant)
-    if memory is None:
-        memory = max(1, available_memory() + in_use - claimed)
-    else:
-        claimed = 0
+    claimed, device_claimed = CLAIMS.total(target, claimant)
     if device_memory is None and (free := _free_on(target)) is not None:
         device_memory = max(1, free - device_claimed)
     draft = _Draft(
         sizes=_sizes_of(bank, Partition(*shard), entries),
         device=str(target),
-        memory=memory,
+        memory=memory or max(1, available_memory() + in_use - claimed),
         device_memory=device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
         screen=screen and pruning is None,
         pruning=pruning,
-        claimed=claimed,
+        claimed=0 if memory else claimed,
     )
     if target.type == "cpu":
         draft.device_memory = None
