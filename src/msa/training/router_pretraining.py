@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from msa.errors import InputError, TrainingError
-from msa.ops.routing import document_scores, normalise, reduce_queries
+from msa.ops.routing import document_scores, normalise, reduce_queries, token_weights
 from msa.text.prompts import PromptEncoder
 from msa.training.losses import routing_loss
 from msa.training.negatives import HardNegatives, hard_negatives
@@ -108,7 +108,7 @@ class RouterHeads(nn.Module):
         if states.shape[1] == 1 and reduction != "max":
             reduction = "last"  # one state stands for the query: it was reduced when it was kept
         elif reduction == "pooled":
-            weights = (states @ self.token[str(layer)].T)[..., 0].clamp(-15, 15).exp()
+            weights = token_weights((states @ self.token[str(layer)].T)[..., 0])
         return reduce_queries(queries, mask, self.groups, self.score, reduction, weights)
 
     def keys(self, layer: int, states: Tensor) -> Tensor:
