@@ -1,4 +1,4 @@
-"""BM25 over texts in memory: by the `bm25s` library, and by SQLite's FTS5 where that is not there."""
+"""BM25 over texts in memory: by `bm25s`, and by SQLite's FTS5 where that is not installed."""
 
 from __future__ import annotations
 
