@@ -47,7 +47,7 @@ DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 LAYER_STEPS = (0.5, 0.75, 1.0, 1.5, 2.0)
 # Rounds, and the least and most documents of one: from little to much reading.
-READING = ((1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (2, 3, 3))
+READING = ((1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2))
 WORTH_MORE = 1.0  # F1, in percent
 FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN)  # known before the answer is written
 
