@@ -287,7 +287,7 @@ def load(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, str]]:
 def workplace(args: argparse.Namespace) -> Workplace:
     """Where things are kept."""
     return Workplace(
-        banks=Path(getattr(args, "banks", args.cache)),
+        banks=Path(args.banks or Path(args.cache, "banks")),
         cache=Path(args.cache),
         minilm=Path(args.minilm) if args.minilm else None,
         batch_tokens=args.batch_tokens,
@@ -365,6 +365,7 @@ def arguments() -> argparse.Namespace:
         help="rank by all-MiniLM-L6-v2 too: its folder, or nothing to have it fetched",
     )
     common.add_argument("--cache", default=str(home() / "evaluation"), help="of embeddings")
+    common.add_argument("--banks", help="folder of the banks; by default CACHE/banks")
     common.add_argument("--batch-tokens", type=int, default=4096, help="encoded at once")
     common.add_argument("--threads", type=int, help="by default torch's own choice")
     command = commands.add_parser("retrieval", parents=[common], help=retrieval.__doc__)
@@ -383,7 +384,6 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--hide-gold", action="store_true", help="ask without the gold documents")
     command.add_argument("--batch-size", type=int, default=16, help="questions asked together")
     command.add_argument("--max-new-tokens", type=int, help="of a reader; by default as for msa")
-    command.add_argument("--banks", help="folder of the banks; by default OUTPUT/banks")
     command.add_argument("--output", required=True, help="folder of the runs")
     command.set_defaults(run=answers)
     command = commands.add_parser("report", help=report.__doc__)
@@ -391,10 +391,7 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--output", help="such as docs/results")
     command.add_argument("--seed", type=int, default=7, help="of the bootstrap")
     command.set_defaults(run=report, threads=None)
-    args = parser.parse_args()
-    if args.run is answers and args.banks is None:
-        args.banks = str(Path(args.output, "banks"))
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

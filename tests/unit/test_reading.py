@@ -11,14 +11,14 @@ import torch
 
 from conftest import make_tiny_model
 from evaluation_tools import tiny_question_set
-from msa import MemoryBank, MemoryEngine
+from msa import Document, MemoryBank, MemoryEngine
 from msa.errors import InputError
 from msa.evaluation.backbone import BackboneRetriever
 from msa.evaluation.metrics import Interval
 from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
 from msa.evaluation.report import as_json, compared, markdown, read_runs
 from msa.evaluation.retrieval import BM25Retriever, best_rows, z_scores
-from msa.evaluation.routing import encode_corpus, fuse, layer_scores
+from msa.evaluation.routing import bank_states, fuse, layer_scores
 from msa.evaluation.runs import difference, figures, read_run, run
 from msa.evaluation.systems import (
     GoldSystem,
@@ -51,11 +51,6 @@ def checkpoint(tiny_model, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def states(checkpoint, tiny_set):
-    return encode_corpus(checkpoint, tiny_set.documents)
-
-
-@pytest.fixture(scope="module")
 def engine(tiny_model, tiny_tokenizer, tiny_set, tmp_path_factory):
     path = tmp_path_factory.mktemp("banks") / "bank"
     with MemoryBank.create(path, tiny_model, tiny_tokenizer) as bank:
@@ -64,17 +59,36 @@ def engine(tiny_model, tiny_tokenizer, tiny_set, tmp_path_factory):
             yield engine
 
 
+@pytest.fixture(scope="module")
+def states(engine, tiny_set):
+    return bank_states(engine.bank, tiny_set.documents)
+
+
 # ---- routing
 
 
-def test_the_corpus_is_encoded_as_one_batch_would_be(checkpoint, tiny_set, states):
-    alone = encode_corpus(checkpoint, tiny_set.documents, batch_tokens=1)
-    torch.testing.assert_close(alone.chunk_counts, states.chunk_counts)
-    for layer, found in states.layers.items():
+def test_states_of_a_bank_stand_in_the_order_of_the_corpus(
+    tiny_model, tiny_tokenizer, tiny_set, states, tmp_path
+):
+    """However they came into the bank: in commits, split into parts, among deleted ones."""
+    documents = list(tiny_set.documents)
+    with MemoryBank.create(
+        tmp_path / "bank", tiny_model, tiny_tokenizer, max_document_tokens=40
+    ) as bank:
+        bank.add([Document("gone", "This text is deleted again. " * 3)])
+        bank.add(reversed(documents), commit_tokens=50)
+        bank.delete("gone")
+        assert len(bank) > len(documents)  # some were split
+        found = bank_states(bank, documents)
+        some = bank_states(bank, documents[3:5])
+    assert len(found.chunk_counts) == len(documents)
+    assert (found.chunk_counts >= states.chunk_counts).all()
+    start, stop = (int(found.chunk_counts[:i].sum()) for i in (3, 5))
+    for layer, whole in found.layers.items():
         for name in ("pooled_keys", "pooled_values", "routing_keys"):
-            torch.testing.assert_close(
-                getattr(alone.layers[layer], name), getattr(found, name), atol=1e-5, rtol=1e-4
-            )
+            part = getattr(some.layers[layer], name)
+            torch.testing.assert_close(part, getattr(whole, name)[start:stop])
+            assert len(getattr(whole, name)) == int(found.chunk_counts.sum())
 
 
 @pytest.mark.parametrize("reduction", ["max", "pooled"])
@@ -85,8 +99,8 @@ def test_layer_scores_rank_as_the_engine_routes(tiny_tokenizer, tiny_set, tmp_pa
         engine = MemoryEngine(bank, max_rounds=1, max_new_tokens=1)
         texts = [question.text for question in tiny_set.questions]
         answers = engine.ask(texts)
+        states = bank_states(bank, tiny_set.documents)
     checkpoint = checkpoint_of(model, tiny_tokenizer)
-    states = encode_corpus(checkpoint, tiny_set.documents)
     found = layer_scores(checkpoint, states, texts, batch_size=3)
     for layer, scores in found.items():
         for row, answer in enumerate(answers):

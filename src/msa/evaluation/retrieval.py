@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from msa.errors import InputError, ModelError
+from msa.errors import ModelError
+from msa.text.bm25 import BM25Index
 from msa.types import Document
 
 Scores = NDArray[np.float32]
@@ -42,7 +43,7 @@ class Retriever(Protocol):
 
 
 class BM25Retriever:
-    """BM25 of the `bm25s` library, English stopwords left out, titles searched with the texts.
+    """BM25 by `BM25Index`, titles searched with the texts.
 
     Args:
         documents: the corpus.
@@ -54,30 +55,16 @@ class BM25Retriever:
     name = "bm25"
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise InputError(
-                "bm25s is not installed; pip install 'msa-memory[evaluate]'"
-            ) from error
-        self._tokenize: Any = bm25s.tokenize
-        self._index: Any = bm25s.BM25()
+        self._index = BM25Index([d.content for d in documents], "evaluate")
         self._documents = len(documents)
-        self._index.index(self._tokens([d.content for d in documents]), show_progress=False)
 
     def scores(self, questions: Sequence[str]) -> Scores:
         """[Q, N] float32; zeros for a question without a word of the corpus."""
         found = np.zeros((len(questions), self._documents), dtype=np.float32)
-        tokens = self._tokenize(
-            list(questions), stopwords="en", show_progress=False, return_ids=False
-        )
-        for row, words in enumerate(tokens):
-            if words:
-                found[row] = self._index.get_scores(words)
+        for row, question in enumerate(questions):
+            if (scores := self._index.scores(question)) is not None:
+                found[row] = scores
         return found
-
-    def _tokens(self, texts: list[str]) -> Any:
-        return self._tokenize(texts, stopwords="en", show_progress=False)
 
 
 class SentenceEncoder:

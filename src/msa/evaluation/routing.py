@@ -12,62 +12,54 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from msa.evaluation.retrieval import Progress, Scores, z_scores
+from msa.evaluation.retrieval import Scores, z_scores
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
-from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
+from msa.memory.bank import MemoryBank
 from msa.memory.latent import LatentMemory
+from msa.memory.store.segments import Segment
 from msa.model.checkpoint import Checkpoint
+from msa.ops.ragged import ragged_range
 from msa.text.prompts import PromptEncoder
 from msa.types import Document, LatentStates, LayerStates
 
 QUESTION_BATCH = 32
 
 
-def encode_corpus(
-    checkpoint: Checkpoint,
-    documents: Sequence[Document],
-    *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    progress: Progress | None = None,
-) -> LatentStates:
-    """Latent states of a corpus in memory, document i with the number i + 1; none is split.
+def bank_states(bank: MemoryBank, documents: Sequence[Document]) -> LatentStates:
+    """All latent states of a bank, in memory; the parts of a document that was split are one.
 
     Args:
-        checkpoint: encodes, in its model's dtype.
-        documents: the corpus.
-        batch_tokens: of a batch of documents of similar length, padding included.
-        progress: called with the tokens encoded so far, and all of them.
+        bank: holds all of `documents`; others are left out.
+        documents: in the order of the rows of the result.
     """
-    encoder = DocumentEncoder(checkpoint.model, checkpoint.tokenizer, checkpoint.template)
-    tokens = [(i + 1, encoder.tokens(i + 1, d)) for i, d in enumerate(documents)]
-    whole, done = sum(len(ids) for _, ids in tokens), 0
+    rows = {document.id: row for row, document in enumerate(documents)}
+    layers = bank.manifest.routing_layers
+    order: list[tuple[int, int, int]] = []  # row, number and place of every stored document
     batches = []
-    for batch in encoder.encode_tokens(tokens, batch_tokens):
-        batches.append(batch)
-        done += sum(len(tokens[number - 1][1]) for number in batch.numbers)
-        if progress is not None:
-            progress(done, whole)
-    numbers = torch.tensor([number for batch in batches for number in batch.numbers])
+    for entry in bank.catalog.snapshot().segments:
+        segment = Segment(bank.segments_folder, entry, layers)
+        part = segment.routing_part()
+        batches.append(segment.select(torch.arange(len(part.numbers)), part))
+        ids = bank.ids(part.numbers.tolist())
+        for number in part.numbers.tolist():
+            name = ids.get(number, "")  # of a deleted document there is none
+            row = rows.get(name, rows.get(name.rpartition("#")[0]))
+            order.append((len(rows) if row is None else row, number, len(order)))
     counts = torch.cat([batch.states.chunk_counts for batch in batches])
-    order = numbers.argsort()
-    firsts = counts.cumsum(0) - counts
-    chunks = torch.cat(
-        [
-            torch.arange(int(f), int(f + c))
-            for f, c in zip(firsts[order], counts[order], strict=True)
-        ]
-    )
-    layers = {}
-    for layer in batches[0].states.layers:
-        parts = [batch.states.layers[layer] for batch in batches]
-        layers[layer] = LayerStates(
-            torch.cat([p.pooled_keys for p in parts])[chunks],
-            torch.cat([p.pooled_values for p in parts])[chunks],
-            torch.cat([p.routing_keys for p in parts])[chunks],
-        )
-    return LatentStates(counts[order], layers)
+    kept = [place for row, _, place in sorted(order) if row < len(rows)]
+    of_row = torch.tensor([row for row, _, _ in sorted(order) if row < len(rows)])
+    firsts = (counts.cumsum(0) - counts)[kept]
+    chunks = ragged_range(firsts, counts[kept])
+    totals = torch.zeros(len(rows), dtype=torch.int64).index_add(0, of_row, counts[kept])
+
+    def joined(layer: int, name: str) -> Tensor:
+        return torch.cat([getattr(b.states.layers[layer], name) for b in batches])[chunks]
+
+    names = ("pooled_keys", "pooled_values", "routing_keys")
+    return LatentStates(totals, {i: LayerStates(*(joined(i, n) for n in names)) for i in layers})
 
 
 @torch.no_grad()
@@ -84,7 +76,7 @@ def layer_scores(
 
     Args:
         checkpoint: the model, with its tokenizer and text format.
-        states: of the corpus, of `encode_corpus`.
+        states: of the corpus, of `bank_states`.
         questions: as asked.
         batch_size: questions in one forward.
 

@@ -30,7 +30,7 @@ from msa.evaluation.retrieval import (
     Retriever,
     SentenceEncoder,
 )
-from msa.evaluation.routing import encode_corpus
+from msa.evaluation.routing import bank_states
 from msa.evaluation.systems import GoldSystem, MemorySystem, ReaderSystem, System, bank_documents
 from msa.inference.engine import MemoryEngine
 from msa.memory.bank import MemoryBank
@@ -163,16 +163,12 @@ class Workbench:
     @cached_property
     def states(self) -> LatentStates:
         """Latent states of the whole corpus, in memory."""
-        return encode_corpus(
-            self._checkpoint,
-            self._set.documents,
-            batch_tokens=self._place.batch_tokens,
-            progress=self._progress("encoding", "tokens"),
-        )
+        with MemoryBank.open(self._bank, read_only=True) as bank:
+            return bank_states(bank, self._set.documents)
 
     @cached_property
-    def _engine(self) -> MemoryEngine:
-        """Over a bank of the whole corpus; a bank that was left unfinished is gone on with."""
+    def _bank(self) -> Path:
+        """Folder of a bank of the whole corpus; one that was left unfinished is gone on with."""
         held = self._checkpoint
         model = model_fingerprints(held.model)[0][:16]
         data = self._set.data_hash.replace("/", "-")
@@ -185,9 +181,14 @@ class Workbench:
                 bank.add(
                     bank_documents(self._set.documents),
                     on_duplicate="skip",
+                    batch_tokens=self._place.batch_tokens,
                     progress=lambda state: tell(state.documents, len(self._set.documents)),
                 )
-        return MemoryEngine(MemoryBank.open(folder, held, read_only=True))
+        return folder
+
+    @cached_property
+    def _engine(self) -> MemoryEngine:
+        return MemoryEngine(MemoryBank.open(self._bank, self._checkpoint, read_only=True))
 
     def _reader(self, with_memory: bool) -> TextReader:
         """The model's reader; with the whole corpus as its memory if asked for."""

@@ -33,7 +33,7 @@ from msa.model.cache import MSACache
 from msa.model.configuration_msa import MSAConfig
 from msa.ops.attention import attend, local_mask, memory_mask_of
 from msa.ops.pooling import chunk_counts, pool_chunks
-from msa.ops.routing import normalise, reduce_queries
+from msa.ops.routing import normalise, reduce_queries, token_weights
 from msa.types import Content, LatentStates, LayerStates, MemoryReader, Selection
 
 # transformers 5.24 renamed the cache of `generate()` and of outputs.
@@ -174,7 +174,7 @@ class MSAAttention(nn.Module):
         queries = self.router_q_proj(hidden).unflatten(-1, (-1, self.head_dim))
         weights = None
         if config.query_reduction == "pooled":
-            weights = self.router_token_weight(hidden)[..., 0].float().clamp(-15, 15).exp()
+            weights = token_weights(self.router_token_weight(hidden)[..., 0])
         return reduce_queries(
             queries,
             routing_mask,

@@ -50,6 +50,11 @@ def routing_vectors(routing_queries: Tensor, num_key_value_heads: int, score: st
     return groups.sum(dim=3).flatten(2) / heads
 
 
+def token_weights(logarithms: Tensor) -> Tensor:
+    """Weights [B, T] float32 of the routing tokens in a pooled query, from their logarithms."""
+    return logarithms.float().clamp(-15, 15).exp()
+
+
 def reduce_queries(
     routing_queries: Tensor,
     routing_mask: Tensor,

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msa.errors import InputError, TrainingError
+from msa.errors import TrainingError
 from msa.memory.store.durable_files import write_file
+from msa.text.bm25 import BM25Index
 from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.types import Document
 
@@ -127,29 +128,17 @@ def _is_specific(answer: str) -> bool:
 
 
 def _lexical(questions: QuestionSet, count: int, answer_filter: _Filter) -> Rows:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise InputError(
-            "bm25s is not installed, which finds hard negatives; pip install 'msa-memory[train]'"
-        ) from error
     ids = list(questions.documents)
     if not ids:
         return ((),) * len(questions.questions)
-    index = bm25s.BM25()
-    texts = [document.content for document in questions.documents.values()]
-    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    index = BM25Index([document.content for document in questions.documents.values()], "train")
     k = min(count * RETRIEVED_PER_NEGATIVE, len(ids))
     rows: list[tuple[str, ...]] = []
     for start in range(0, len(questions.questions), BATCH):
         batch = questions.questions[start : start + BATCH]
-        words = bm25s.tokenize(
-            [q.rewrite or q.question for q in batch], stopwords="en", show_progress=False
-        )
-        found, scores = index.retrieve(words, k=k, show_progress=False)
-        for question, documents, values in zip(batch, found, scores, strict=True):
-            candidates = (ids[int(d)] for d, v in zip(documents, values, strict=True) if v > 0)
-            rows.append(tuple(answer_filter.keep(question, candidates, count)))
+        found = index.best([q.rewrite or q.question for q in batch], k)
+        for question, best in zip(batch, found, strict=True):
+            rows.append(tuple(answer_filter.keep(question, (ids[i] for i in best), count)))
     return tuple(rows)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from msa.errors import InputError, TrainingError
-from msa.ops.routing import document_scores, normalise, reduce_queries
+from msa.ops.ragged import ragged_range
+from msa.ops.routing import document_scores, normalise, reduce_queries, token_weights
 from msa.text.prompts import PromptEncoder
 from msa.training.losses import routing_loss
 from msa.training.negatives import HardNegatives, hard_negatives
@@ -108,7 +109,7 @@ class RouterHeads(nn.Module):
         if states.shape[1] == 1 and reduction != "max":
             reduction = "last"  # one state stands for the query: it was reduced when it was kept
         elif reduction == "pooled":
-            weights = (states @ self.token[str(layer)].T)[..., 0].clamp(-15, 15).exp()
+            weights = token_weights((states @ self.token[str(layer)].T)[..., 0])
         return reduce_queries(queries, mask, self.groups, self.score, reduction, weights)
 
     def keys(self, layer: int, states: Tensor) -> Tensor:
@@ -201,14 +202,16 @@ class _Data:
 
     def documents(self, layer: int, rows: Tensor) -> Tensor:
         """States [C, E] float32 of the chunks of some documents [n]."""
-        chunks = _ragged(self.starts[rows], self.states.chunk_counts[rows])
+        chunks = ragged_range(self.starts[rows], self.states.chunk_counts[rows])
         return self.states.documents[layer][chunks].float()
 
     def queries(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """States [B, T, E] float32 of some queries, and which of them are there [B, T]."""
         at = torch.tensor(rows)
         counts = self.states.query_counts[at]
-        states = self.states.query_states[layer][_ragged(self.query_starts[at], counts)].float()
+        states = self.states.query_states[layer][
+            ragged_range(self.query_starts[at], counts)
+        ].float()
         padded = pad_sequence(list(torch.split(states, counts.tolist())), batch_first=True)
         return padded, torch.arange(padded.shape[1]) < counts[:, None]
 
@@ -236,12 +239,6 @@ def _is_held(group: str, settings: RouterSettings) -> bool:
     """Decided by the name of the article alone, so that all sets agree on it."""
     digest = hashlib.sha256(f"{settings.seed}/{group}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < settings.held_out
-
-
-def _ragged(starts: Tensor, counts: Tensor) -> Tensor:
-    """Indices of runs of rows: starts[0], starts[0] + 1, ..., starts[1], ..."""
-    offsets = counts.cumsum(0) - counts
-    return torch.repeat_interleave(starts - offsets, counts) + torch.arange(int(counts.sum()))
 
 
 class _RouterTrainer:

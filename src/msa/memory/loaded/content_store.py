@@ -30,6 +30,7 @@ from msa.memory.store.lifetime import Lifetime
 from msa.memory.store.mapped_pages import PageWindow
 from msa.memory.store.segments import RoutingPart, Segment, chunk_offsets
 from msa.ops.quantisation import packed_width, unpack
+from msa.ops.ragged import ragged_range
 
 # Pinned memory is given out in powers of two; blocks of one such size waste none of it.
 BLOCK_BYTES = 64 << 20
@@ -320,8 +321,7 @@ class ContentStore:
             counts, first = rows.chunk_counts[some], rows.first_chunk[some]
             held = self._held[index] if self.held else None
             if held is not None and layer in held.layers:
-                shift = torch.repeat_interleave(first - held.first - chunk_offsets(counts), counts)
-                chunks = torch.arange(len(shift)) + shift
+                chunks = ragged_range(first - held.first, counts)
                 k, v = (t.index_select(0, chunks) for t in held.layers[layer])
             else:
                 numbers, checksums = rows.numbers[some], rows.checksums[some, column]

@@ -40,6 +40,7 @@ from torch import Tensor
 from msa.errors import BankCorruptError, StorageError
 from msa.memory.store.durable_files import storage_errors, write_file
 from msa.memory.store.records import EncodedBatch, SegmentEntry, segment_name
+from msa.ops.ragged import ragged_range
 from msa.types import LatentStates, LayerStates
 
 # Latent states per file: enough for few files, little enough to hold and to rewrite.
@@ -359,8 +360,7 @@ class Segment:
             BankCorruptError: a document's checksum is wrong.
         """
         keys, values = self._content[layer]
-        shift = torch.repeat_interleave(starts - chunk_offsets(counts), counts)
-        index = torch.arange(len(shift)) + shift
+        index = ragged_range(starts, counts)
         keys, values = keys.index_select(0, index), values.index_select(0, index)
         found = content_checksums(keys, values, counts)
         if found != checksums.tolist():
@@ -389,10 +389,7 @@ class Segment:
             part: this segment's `routing_part`.
         """
         counts = part.chunk_counts[rows]
-        shift = torch.repeat_interleave(
-            chunk_offsets(part.chunk_counts)[rows] - chunk_offsets(counts), counts
-        )
-        index = torch.arange(len(shift)) + shift
+        index = ragged_range(chunk_offsets(part.chunk_counts)[rows], counts)
         layers = {}
         for i in self.layers:
             keys, values = (t.index_select(0, index) for t in self._content[i])
