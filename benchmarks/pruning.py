@@ -223,8 +223,8 @@ def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     from msa.memory.ingest.encoder import DocumentEncoder
     from msa.memory.latent import LatentMemory
     from msa.model.loading import load
+    from msa.synthetic_worlds import generate_world
     from msa.text.prompts import Reading
-    from msa.training.worlds import generate_world
     from msa.types import Document, LatentStates, LayerStates
 
     class Recorder(LatentMemory):
