@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.benchmarks.sizes import parse_size
-from msa.benchmarks.timing import machine
+from measuring.sizes import parse_size
+from measuring.timing import machine
 from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
 from msa.ops.kernels import route_documents
 from msa.ops.pruning import BlockScan, cluster_order
