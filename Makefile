@@ -6,7 +6,8 @@
 #                 the core tests with the lowest versions that pyproject.toml allows, and with the
 #                 newest that there are, each in an environment of its own
 #   make lint     ruff (rules, format) and types
-#   make docs     write docs/cli.md anew from `msa --help`
+#   make docs     docs/cli.md from `msa --help`; docs/ and the reference as a site in build/site
+#   make dist     wheel and sdist, checked; the wheel is installed elsewhere and shows its demo
 #
 # TORCH_ARGS goes to the `pip install` of torch alone, for instance to choose an index with builds
 # for CPU; PYTEST_ARGS goes to pytest, DEMO_ARGS to `msa demo`.
@@ -23,10 +24,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL_TORCH = $(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help demo test test-lowest test-newest lint types format docs clean
+.PHONY: help demo test test-lowest test-newest lint types format docs dist clean
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -40,7 +41,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/pip
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL_TORCH)
-	$(INSTALL) '.[dev,train,evaluate,documents]'
+	$(INSTALL) '.[dev,train,evaluate,documents,docs,release]'
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core
@@ -85,6 +86,18 @@ format: $(VENV)/.full
 
 docs: $(VENV)/.full
 	$(BIN)/python tools/cli_docs.py docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The wheel is built from the sdist, so that both are known to be complete.
+DIST_VENV = $(abspath $(VENV))-dist
+dist: $(VENV)/.full
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(DIST_VENV)
+	$(DIST_VENV)/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(DIST_VENV)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(DIST_VENV) && bin/msa --help > help.txt && MSA_OFFLINE=1 bin/msa demo --worlds
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-dist build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

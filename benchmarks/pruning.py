@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.benchmarks.sizes import parse_size
-from msa.benchmarks.timing import machine
+from measuring.sizes import parse_size
+from measuring.timing import machine
 from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
 from msa.ops.kernels import route_documents
 from msa.ops.pruning import BlockScan, cluster_order
@@ -223,8 +223,8 @@ def encode(args: argparse.Namespace) -> dict[str, Tensor]:
     from msa.memory.ingest.encoder import DocumentEncoder
     from msa.memory.latent import LatentMemory
     from msa.model.loading import load
+    from msa.synthetic_worlds import generate_world
     from msa.text.prompts import Reading
-    from msa.training.worlds import generate_world
     from msa.types import Document, LatentStates, LayerStates
 
     class Recorder(LatentMemory):

@@ -16,11 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from quality import about
-
 from msa import MemoryBank, MemoryEngine
 from msa.model.loading import load
 from msa.text.loaders import LoadFailure, load_documents
+from quality import about
 
 
 def main() -> None:

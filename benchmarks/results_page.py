@@ -14,7 +14,7 @@ NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
 OTHERS = {
     "real_documents.md": "real questions over real documents, beside retrieval-augmented readers",
-    "bench.md": "`msa bench`: routing, encoding, asking, and the shapes of a 4B model",
+    "bench.md": "Speed: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
 }
 LIMITS = """\
@@ -23,7 +23,7 @@ limits a full scan: 32 question tokens ask for 16 multiplications per byte of a 
 the bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys
 once. A product in int8 is two to three times as fast, so a copy in int8 is read first (`MSA`; `MSA
 without copy` is the scan in float32). Of a model's keys it leaves some hundred chunks to be scored.
-Among the random keys of `msa bench` nothing stands out: a bank notices, and goes back to the scan
+Among the random keys of `speed.py` nothing stands out: a bank notices, and goes back to the scan
 in float32, so that there the two are the same. Beyond that, less is gained by a better kernel than
 by reading fewer keys: the pruned scan.
 """

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msa.benchmarks.routing import flat_index
-from msa.benchmarks.synthetic import (
+from measuring.routing import flat_index
+from measuring.synthetic import (
     DTYPES,
     Shape,
     equal_documents,
@@ -31,7 +31,7 @@ from msa.benchmarks.synthetic import (
     random_keys,
     random_queries,
 )
-from msa.benchmarks.timing import Run, bandwidth, machine, side_by_side
+from measuring.timing import Run, bandwidth, machine, side_by_side
 from msa.ops.kernels import screening
 from msa.ops.routing import reduce_queries
 

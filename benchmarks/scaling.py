@@ -27,18 +27,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from quality import about
 
+from measuring.timing import bandwidth
 from msa import Document, MemoryBank, MemoryEngine
-from msa.benchmarks.timing import bandwidth
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import score, world_questions
 from msa.evaluation.question_sets import Question, read_question_set
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.reports import BankInfo
 from msa.model.loading import load as load_checkpoint
+from msa.synthetic_worlds import iter_world_documents
 from msa.text.loaders import LoadFailure, load_documents
-from msa.training.worlds import iter_world_documents
+from quality import about
 
 WORLD_DOCUMENTS = 200  # about 16K tokens
 BLOCK = 2000  # documents added between looks at the size, at most

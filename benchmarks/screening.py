@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from quality import about
-from scaling import questions_of
 
 from msa import MemoryBank, MemoryEngine
 from msa.memory.loaded import memory_plan
@@ -26,6 +24,8 @@ from msa.memory.search.layer_index import LayerIndex
 from msa.model.loading import load
 from msa.ops.kernels.screening import Screen
 from msa.types import Selection
+from quality import about
+from scaling import questions_of
 
 READ = 60  # routing tokens from which on a text was read before
 

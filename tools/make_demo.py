@@ -33,7 +33,7 @@ import numpy as np
 from msa.demo.material import Step, step_of_row
 from msa.evaluation.metrics import normalize_answer
 from msa.evaluation.retrieval import BM25Retriever
-from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_world
+from msa.synthetic_worlds import World, WorldDocument, WorldQuestion, generate_world
 from msa.types import Document
 
 SEED = 2603_23516

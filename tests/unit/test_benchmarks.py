@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import make_tiny_model
-from msa.benchmarks import asking, encoding, report, routing, scale, synthetic, timing
-from msa.benchmarks.report import Report
-from msa.benchmarks.sizes import parse_size
-from msa.benchmarks.synthetic import SHAPE_4B, Shape, SyntheticMemory
+from measuring import asking, encoding, report, routing, scale, synthetic, timing
+from measuring.report import Report
+from measuring.sizes import parse_size
+from measuring.synthetic import SHAPE_4B, Shape, SyntheticMemory
 from msa.errors import InputError
 from msa.ops.routing import routing_vectors
 from msa.types import MemoryReader, Selection
@@ -459,7 +459,7 @@ def made(kind="asking", cost=2.0) -> Report:
         {"tokens": size, "routing_seconds": cost * size, "generation_seconds": 0.5}
         for size in (1000, 1_000_000)
     ]
-    found = Report(kind, timing.machine(CPU), "msa bench asking", {"seed": 0}, rows)
+    found = Report(kind, timing.machine(CPU), "speed.py asking", {"seed": 0}, rows)
     found.fit(None, ("routing_seconds", "generation_seconds"))
     return found
 

@@ -16,13 +16,13 @@ from msa.errors import ConfigError
 from msa.model import modeling_msa
 from msa.model.convert import convert_backbone
 from msa.model.modeling_msa import Step
+from msa.synthetic_worlds import generate_world
 from msa.text.prompts import PromptEncoder
 from msa.training import model as training_model
 from msa.training.adapters import add_adapter
 from msa.training.config import AdapterSettings, LossSettings, SampleSettings, WorldSettings
 from msa.training.model import MSAForTraining
 from msa.training.samples import SampleBuilder
-from msa.training.worlds import generate_world
 
 TOP_K = 2
 LOSSES = LossSettings(routing=0.3, documents=0.2, numbers=0.5, fused=0.4, last_token=0.6)

@@ -53,8 +53,7 @@ def test_the_commands_are_there():
     expected = {"demo", "index", "ask", "search", "train", "bank", "convert"}
     expected |= {f"model {name}".strip() for name in ("", "get", "list", "info")}
     bank = {"info", "list", "add", "delete", "compact", "verify", "repair"}
-    bench = {f"bench {name}".strip() for name in ("", "routing", "encoding", "asking", "scale")}
-    assert expected | {f"bank {name}" for name in bank} | bench | {""} == names
+    assert expected | {f"bank {name}" for name in bank} | {""} == names
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -114,7 +113,7 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(run, words, message):
     assert "--help" in result.err
 
 
-@pytest.mark.parametrize("words", [[], ["bank"], ["bench"]])
+@pytest.mark.parametrize("words", [[], ["bank"]])
 def test_no_command_shows_help_and_is_wrong_usage(run, words):
     result = run(*words)
     assert result.code == 2

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
+import msa
 from msa.memory.store.records import EncodedBatch
 from msa.training import config as training_config
 
@@ -150,6 +153,52 @@ def test_the_map_names_every_page():
     assert {path.name for path in DOCS.glob("*.md")} - {"index.md"} <= linked
 
 
+def test_every_public_name_is_listed_and_leads_to_its_definition():
+    text = prose(DOCS / "api.md")
+    assert set(re.findall(r"`(msa\.\w+)`", text)) >= {f"msa.{name}" for name in msa.__all__}
+    for name, file, anchor in re.findall(r"\[`([\w.]+)`\]\(\.\./(src/[\w/]+\.py)#(\w+)\)", text):
+        assert name.endswith(f".{anchor}")
+        assert anchor in defined_in(ROOT / file), f"docs/api.md: {file} does not define {anchor}"
+
+
+# ---- the site
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_every_page_and_a_reference_of_every_room(hooks):
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1].split("\ntheme:")[0]
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert set(re.findall(r"[\w/]+\.md", nav)) == pages | {
+        f"api/{room}.md" for room in hooks.modules()
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "markdown", "shown"),
+    [
+        ("a.md", "$`x_i`$ and `$x`", r"\(x_i\) and `$x`"),
+        ("a.md", "```math\nx^2\n```\n", "\\[\nx^2\n\\]\n"),
+        ("a.md", "```sh\necho $`x`$ [a](../b.md)\n```\n", "```sh\necho $`x`$ [a](../b.md)\n```\n"),
+        ("a.md", "[`e`](../src/msa/errors.py)", "[`e`](api/errors.md#msa.errors)"),
+        ("a.md", "[d](../src/msa/types.py#Document)", "[d](api/types.md#msa.types.Document)"),
+        ("results/a.md", "[e](../../src/msa/errors.py)", "[e](../api/errors.md#msa.errors)"),
+        ("a.md", "[k](../src/msa/ops/kernels/__init__.py)", "[k](api/ops.md#msa.ops.kernels)"),
+        ("a.md", "[m](../src/msa/cli/main.py), [t](../tests/x.py)", "m, t"),
+        ("results/a.md", "[asking](../inference.md#tiers)", "[asking](../inference.md#tiers)"),
+    ],
+)
+def test_what_is_written_for_github_is_shown_on_the_site(hooks, page, markdown, shown):
+    about = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    assert hooks.on_page_markdown(markdown, about) == shown
+
+
 # ---- docs/walkthrough.md
 
 
@@ -168,7 +217,11 @@ def modules_named() -> dict[Path, int]:
 
 
 def test_the_walk_names_every_module():
-    every = {p for p in (ROOT / "src" / "msa").rglob("*.py") if p.stat().st_size}
+    every = {  # but those that are a docstring and nothing else
+        path
+        for path in (ROOT / "src" / "msa").rglob("*.py")
+        if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1
+    }
     missing = every - modules_named().keys() - {ROOT / "src/msa/__init__.py"}
     assert not missing, f"give them a row in docs/walkthrough.md: {sorted(missing)}"
 

@@ -59,7 +59,7 @@ def test_the_licence_is_apache_2_in_full(project):
     assert all(f"\n   {number}. " in text for number in range(1, 10))
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "types", "docs"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "types", "docs", "dist"])
 def test_make_targets_install_torch_first_and_alone(target, tmp_path):
     """`make -n` in a clone without a virtual environment says what would be done."""
     command = ["make", "--dry-run", "--always-make", target, f"VENV={tmp_path / 'venv'}"]
@@ -72,10 +72,11 @@ def test_make_targets_install_torch_first_and_alone(target, tmp_path):
     assert f"-m venv {tmp_path / 'venv'}" in run.stdout
 
 
-def test_ci_runs_lint_and_tests_and_may_be_executed():
+def test_ci_runs_every_check_and_may_be_executed():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
-    assert {"make lint", "make test"} <= set(path.read_text().splitlines())
+    steps = {"make lint", "make test", "make docs", "make dist"}
+    assert steps <= set(path.read_text().splitlines())
 
 
 def test_functions_keep_their_size():

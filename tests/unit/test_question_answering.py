@@ -7,7 +7,7 @@ import pytest
 from msa.errors import InputError
 from msa.evaluation.question_answering import ask_all, score, world_questions
 from msa.evaluation.question_sets import Question
-from msa.training.worlds import generate_world
+from msa.synthetic_worlds import generate_world
 from msa.types import Answer, Citation, Round, RoutedDocument, Usage
 
 ONE = Question("Where was Ada born?", ("Rome", "Roma"), ("ada",))

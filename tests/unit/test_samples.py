@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa.synthetic_worlds import World, WorldDocument, WorldQuestion, generate_world
 from msa.text.prompts import PromptEncoder, Reading
 from msa.training.config import LossSettings, SampleSettings, WorldSettings
 from msa.training.samples import (
@@ -18,7 +19,6 @@ from msa.training.samples import (
     digits_of,
     draw_numbers,
 )
-from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_world
 from msa.types import Document
 
 TOP_K = 4

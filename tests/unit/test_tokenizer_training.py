@@ -5,9 +5,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from msa.synthetic_worlds import generate_world
 from msa.text.prompts import PromptEncoder, PromptTemplate, Reading
 from msa.training.tokenizer import PAD, train_tokenizer
-from msa.training.worlds import generate_world
 
 VOCAB = 600
 few = settings(max_examples=60, deadline=None)

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from msa import MSAConfig
 from msa.memory.latent import LatentMemory
+from msa.synthetic_worlds import generate_world
 from msa.text.prompts import PromptEncoder
 from msa.training.config import LossSettings, SampleSettings, WorldSettings
 from msa.training.losses import routing_loss
 from msa.training.model import MSAForTraining
 from msa.training.samples import IGNORED, SampleBuilder
-from msa.training.worlds import generate_world
 
 TOP_K = 2
 SETTINGS = LossSettings(

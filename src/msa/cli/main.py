@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import msa
-from msa.cli import ask, bank, bench, convert, demo, index, model, options, output, train
+from msa.cli import ask, bank, convert, demo, index, model, options, output, train
 from msa.errors import MSAError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -81,7 +81,6 @@ app.add_typer(bank.app, name="bank")
 app.add_typer(model.app, name="model")
 options.register(app, convert.convert, "msa convert Qwen/Qwen3-0.6B mine/ --texts notes/")
 options.register(app, train.train, "msa train configs/worlds.yaml --output runs/mine")
-app.add_typer(bench.app, name="bench")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -122,7 +122,7 @@ def world_questions(
     Returns:
         Documents, one-hop questions, two-hop questions.
     """
-    from msa.training.worlds import generate_world
+    from msa.synthetic_worlds import generate_world
 
     world = generate_world(seed, num_documents, breadth=breadth, split="test")
     documents = [Document(id=d.key, text=d.text, title=d.title) for d in world.documents]

@@ -17,9 +17,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from msa.errors import TrainingError
+from msa.synthetic_worlds import World, WorldDocument, WorldQuestion, generate_world
 from msa.training.config import RealData, Stage, TokenizerSettings
 from msa.training.samples import SampleBuilder
-from msa.training.worlds import World, WorldDocument, WorldQuestion, generate_world
 
 
 class RealWorlds:

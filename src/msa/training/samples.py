@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from msa.synthetic_worlds import World, WorldDocument, WorldQuestion
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.training.config import LossSettings, SampleSettings, WorldSettings
-from msa.training.worlds import World, WorldDocument, WorldQuestion
 from msa.types import Document
 
 IGNORED = -100

@@ -8,25 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from msa.training.worlds import (
-    needles,
-    phrases_organisations,
-    phrases_people,
-    phrases_places,
-    phrases_works,
-)
-from msa.training.worlds.community import RELATIONS, article
-from msa.training.worlds.schema import Entity, WorldQuestion, phrase_table
+from msa.synthetic_worlds.community import RELATIONS, article
+from msa.synthetic_worlds.schema import Entity, WorldQuestion
+from msa.synthetic_worlds.tables import connectives, phrases_about
 
 __all__ = ["compose_document", "one_hop_questions", "render_question", "two_hop_questions"]
 
 MAX_SENTENCES: Final = 6
-_MODULES: Final = {
-    "person": phrases_people,
-    "place": phrases_places,
-    "work": phrases_works,
-    "organisation": phrases_organisations,
-}
 _SLOT: Final = re.compile(r"\{(\w+)\}")
 _PREDICATE: Final = re.compile(r"[a-z]|\{(is|has|works|plays|enjoys|holds)\}")
 _LIVING: Final = {
@@ -50,104 +38,6 @@ _PRONOUNS: Final = {
     "f": {"he": "she", "his": "her", "him": "her", "himself": "herself"},
     "n": {"he": "it", "his": "its", "him": "it", "himself": "itself"},
 }
-_OPENERS: Final = phrase_table("""
-# opener
-Records show that
-It is recorded that
-According to the archives,
-It is known that
-As far as is known,
-By all accounts,
-The sources agree that
-In addition,
-It is also known that
-It should be added that
-As the chronicles tell,
-""")["opener"]
-_TAILS: Final = phrase_table("""
-# tail
-as the old records confirm
-according to several sources
-as far as anyone can tell
-as many older people still remember
-which has never been disputed
-a fact that is mentioned in every account
-as a note in the archive shows
-according to a printed guide
-as is stated in an old encyclopedia
-which is confirmed by two witnesses
-as one can read in the local chronicle
-although the details are scarce
-""")["tail"]
-_FILLER: Final = phrase_table("""
-# person
-Little else is recorded of the early years.
-Few letters have survived.
-Neighbours spoke of a quiet and friendly person.
-A short obituary appeared in a local paper.
-The rest of the story is uncertain.
-A small street was later named in honour of the family.
-Some of the papers were lost in a fire.
-No portrait is known.
-Friends remembered a dry sense of humour.
-Biographers disagree about the remaining details.
-There were hard years and good years.
-A box of photographs was found in the attic.
-The handwriting in the diaries is hard to read.
-Later generations knew little of all this.
-An old neighbour kept some of the letters.
-The family house has since been torn down.
-Most of what is known comes from church books.
-Success came slowly.
-The winters of those years were cold.
-Money was often short.
-A memorial plaque was unveiled many years later.
-Rumours about a secret fortune were never confirmed.
-Guests were always welcome in the house.
-# place
-The streets are narrow and paved with cobbles.
-Winters are mild and summers are wet.
-The railway station was closed some time ago.
-A small museum tells the story of its past.
-There is a market on Saturdays.
-The old quarter was rebuilt after a great fire.
-Two bus lines connect it with the coast.
-Most visitors stay for a single night.
-Its coat of arms shows a ship and a key.
-The main square is planted with lime trees.
-A stone wall surrounds the old cemetery.
-Many young people leave in search of work.
-The nearest hospital is an hour away.
-Fog is common in autumn.
-The road through the valley was repaired recently.
-# work
-Critics were divided at first.
-Few copies of the first version exist today.
-It has been compared to older works of the same kind.
-The reception was friendly.
-It is rarely discussed nowadays.
-Early sketches were destroyed.
-Its title was chosen at the last moment.
-An essay about it appeared later.
-Admirers still quote its opening.
-It fell into obscurity and was then rediscovered.
-Forgeries have been in circulation.
-Students find it difficult.
-The first reactions were cool.
-# organisation
-Business was slow in the first years.
-Its archives were damaged by a flood.
-A strike once closed the gates for a month.
-Its logo has been changed several times.
-The accounts are published every spring.
-A brass band plays at the annual meeting.
-Many families have served it for generations.
-Its lorries are painted green.
-Rumours of a merger were denied.
-A new canteen was opened last spring.
-The books were audited without complaint.
-Apprentices are taken on every autumn.
-""")
 # Second hops whose answer follows from the first document or repeats the starting point.
 _SHORTCUTS: Final = frozenset(
     {
@@ -188,9 +78,9 @@ def _needs(kind: str, phrase: str) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _phrases(kind: str, breadth: float) -> _Phrases:
-    module = _MODULES[kind]
-    document = {name: _share(found, breadth) for name, found in module.DOCUMENT.items()}
-    question = {name: _share(found, breadth) for name, found in module.QUESTION.items()}
+    every = phrases_about(kind)
+    document = {name: _share(found, breadth) for name, found in every.document.items()}
+    question = {name: _share(found, breadth) for name, found in every.question.items()}
     admitted = {name for name, least in RELATIONS[kind].items() if least <= breadth}
 
     def told(phrases: tuple[str, ...], least: int) -> tuple[tuple[frozenset[str], str], ...]:
@@ -198,8 +88,8 @@ def _phrases(kind: str, breadth: float) -> _Phrases:
         return tuple((_needs(kind, p), p) for p in _share(usable, breadth, least))
 
     return _Phrases(
-        intros=told(module.INTROS, 4),
-        pairs=told(module.PAIRS, 2) if breadth > 0.1 else (),
+        intros=told(every.intros, 4),
+        pairs=told(every.pairs, 2) if breadth > 0.1 else (),
         document=document,
         predicates={
             name: tuple(phrase for phrase in found if _PREDICATE.match(phrase))
@@ -210,7 +100,7 @@ def _phrases(kind: str, breadth: float) -> _Phrases:
             name: tuple(phrase for phrase in found if "{p}" not in phrase)
             for name, found in question.items()
         },
-        links={name: _share(found, breadth) for name, found in module.LINKS.items()},
+        links={name: _share(found, breadth) for name, found in every.links.items()},
     )
 
 
@@ -314,9 +204,10 @@ class _Writer:
         predicate = self._fill(phrase, relation)
         draw = rng.random() if self.breadth > 0.3 else 1.0
         if draw < 0.18:
-            self._put(f"{rng.choice(_OPENERS)} {mention} {predicate}.", (relation,))
+            opener = rng.choice(connectives()["opener"])
+            self._put(f"{opener} {mention} {predicate}.", (relation,))
         elif draw < 0.4:
-            tail = rng.choice(_TAILS)
+            tail = rng.choice(connectives()["tail"])
             self._put(f"{self.slots['S']} {predicate}, {tail}.", (relation,))
         else:
             self._put(f"{self.slots['S']} {predicate}.", (relation,))
@@ -341,7 +232,7 @@ class _Writer:
 
     def filler(self) -> None:
         """Write a sentence without facts."""
-        filler = self.rng.choice(_share(_FILLER[self.entity.kind], self.breadth, 3))
+        filler = self.rng.choice(_share(phrases_about(self.entity.kind).filler, self.breadth, 3))
         if filler not in self.sentences:
             self._put(filler, ())
         self.after_filler = True
@@ -396,13 +287,14 @@ class _Writer:
 
 def _compose_needle(entity: Entity, rng: random.Random, breadth: float) -> str:
     """Hide the facts of a needle among filler."""
+    site = phrases_about("needle")
     facts = []
     for relation in entity.told:
         value = entity.values[relation]
-        phrase = rng.choice(_share(needles.DOCUMENT[relation], breadth))
+        phrase = rng.choice(_share(site.document[relation], breadth))
         facts.append(phrase.format(n=entity.name, v=value, av=article(value)))
-    filler = rng.sample(_share(needles.FILLER, breadth, 8), rng.randint(2, 5))
-    opening = rng.choice(_share(needles.OPENINGS, breadth)).format(n=entity.name)
+    filler = rng.sample(_share(site.filler, breadth, 8), rng.randint(2, 5))
+    opening = rng.choice(_share(site.intros, breadth)).format(n=entity.name)
     sentences = [*facts, *filler[: MAX_SENTENCES - 1 - len(facts)]]
     rng.shuffle(sentences)
     return " ".join([opening, *sentences])
@@ -440,7 +332,7 @@ def render_question(
         The question.
     """
     if entity.kind == "needle":
-        phrase = rng.choice(_share(needles.QUESTION[relation], breadth))
+        phrase = rng.choice(_share(phrases_about("needle").question[relation], breadth))
         return phrase.format(n=entity.name)
     phrases = _phrases(entity.kind, breadth)
     table = phrases.question if subject is None else phrases.nested_question

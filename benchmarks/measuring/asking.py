@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msa.benchmarks.report import Report, Row
-from msa.benchmarks.synthetic import DTYPES, SyntheticMemory, shape_of
-from msa.benchmarks.timing import REPEATS, Note, machine, seconds
+from measuring.report import Report, Row
+from measuring.synthetic import DTYPES, SyntheticMemory, shape_of
+from measuring.timing import REPEATS, Note, machine, seconds
 from msa.model.cache import MSACache
 
 if TYPE_CHECKING:

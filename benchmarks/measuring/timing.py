@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from statistics import median
 
 import torch
 from torch import Tensor
+
+from msa.evaluation.provenance import provenance
 
 Run = Callable[[], object]
 Note = Callable[[str], None]
@@ -172,40 +173,17 @@ def exponent(tokens: Sequence[int], costs: Sequence[float]) -> float | None:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the figures were made on: processor or card, threads, versions, commit."""
-    name = _processor()
+    found = provenance(seed=0)
+    name = str(found["machine"])
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}; {name}"
     return {
         "device": str(device),
         "machine": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count() or 0,
+        "threads": found["threads"],
+        "cores": found["cores"] or 0,
         "load average": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
+        "torch": found["torch"],
+        "commit": found["commit"],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{platform.machine()}, {names[0] if names else platform.processor() or 'unknown'}"
-
-
-def _commit() -> str:
-    """The commit of the checkout that this file lies in, with a + if it was changed."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        return run.stdout.strip() if run.returncode == 0 else ""
-
-    head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if head and git("status", "--short", "-uno", "--", ".") else "")

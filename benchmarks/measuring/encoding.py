@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msa.benchmarks.report import Report, Row
-from msa.benchmarks.timing import REPEATS, Note, Run, machine, seconds, side_by_side
+from measuring.report import Report, Row
+from measuring.timing import REPEATS, Note, Run, machine, seconds, side_by_side
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder, Tokens, length_buckets
 
 if TYPE_CHECKING:

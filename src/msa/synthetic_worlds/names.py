@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from msa.training.worlds import needles, wordlists
+from msa.errors import InputError
+from msa.synthetic_worlds.tables import words, words_by_type
 
 __all__ = ["HELD_OUT_PERCENT", "NameBook", "NameParts", "is_held_out", "name_parts"]
 
 HELD_OUT_PERCENT: Final = 15
 _INITIALS: Final = "ABCDEFGHJKLMNOPRSTVW"
+_AWARD_ENDINGS: Final = words("award_endings")
+_ORGANISATION_NAMES: Final = words_by_type("organisation_names")
+_PLACE_ENDINGS: Final = words("place_endings")
+_REGION_ENDINGS: Final = words("region_endings")
+_REGION_PREFIXES: Final = words("region_prefixes")
+_RIVER_ENDINGS: Final = words("river_endings")
+_SCHOOL_ENDINGS: Final = words("school_endings")
+_SITES: Final = words("needle_sites")
 
 
 def is_held_out(word: str) -> bool:
@@ -56,20 +65,20 @@ class NameParts:
 
 def _all_surnames() -> tuple[str, ...]:
     built = (
-        stem + ending for stem in wordlists.SURNAME_STEMS for ending in wordlists.SURNAME_ENDINGS
+        stem + ending for stem in words("surname_stems") for ending in words("surname_endings")
     )
-    return tuple(dict.fromkeys((*wordlists.SURNAMES, *built)))
+    return tuple(dict.fromkeys((*words("surnames"), *built)))
 
 
 def _all_stems() -> tuple[str, ...]:
     built = (
         onset + nucleus + coda
-        for onset in wordlists.PLACE_ONSETS
-        for nucleus in wordlists.PLACE_NUCLEI
-        for coda in (wordlists.PLACE_CODAS if len(nucleus) == 1 else wordlists.DIPHTHONG_CODAS)
+        for onset in words("place_onsets")
+        for nucleus in words("place_nuclei")
+        for coda in (words("place_codas") if len(nucleus) == 1 else words("diphthong_codas"))
     )
-    stems = dict.fromkeys((*wordlists.PLACE_STEMS, *built))
-    return tuple(stem for stem in stems if stem not in wordlists.UNWANTED_STEMS)
+    stems = dict.fromkeys((*words("place_stems"), *built))
+    return tuple(stem for stem in stems if stem not in words("unwanted_stems"))
 
 
 @lru_cache(maxsize=2)
@@ -83,26 +92,26 @@ def name_parts(split: str) -> NameParts:
         The parts of every list that the split may use.
 
     Raises:
-        ValueError: If the split is unknown.
+        InputError: the split is unknown.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+        raise InputError(f"split={split!r}: expected 'train' or 'test'")
     test = split == "test"
 
-    def part(words: Sequence[str]) -> tuple[str, ...]:
-        return tuple(word for word in words if is_held_out(word) == test)
+    def part(listed: Sequence[str]) -> tuple[str, ...]:
+        return tuple(word for word in listed if is_held_out(word) == test)
 
-    male, female = part(wordlists.MALE), part(wordlists.FEMALE)
+    male, female = part(words("male")), part(words("female"))
     return NameParts(
-        male=wordlists.MALE if test else male,
-        female=wordlists.FEMALE if test else female,
+        male=words("male") if test else male,
+        female=words("female") if test else female,
         rare_male=male,
         rare_female=female,
         surnames=part(_all_surnames()),
-        words=part(wordlists.PLACE_STEMS),
+        words=part(words("place_stems")),
         stems=part(_all_stems()),
-        adjectives=part(wordlists.TITLE_ADJECTIVES),
-        nouns=part(wordlists.TITLE_NOUNS),
+        adjectives=part(words("title_adjectives")),
+        nouns=part(words("title_nouns")),
     )
 
 
@@ -191,7 +200,7 @@ class NameBook:
             else:
                 stem = self.stem()
                 self._local_stems.append(stem)
-            ending = rng.choice(wordlists.PLACE_ENDINGS)
+            ending = rng.choice(_PLACE_ENDINGS)
             if stem[-1] == ending[0]:
                 ending = "ing" + ending if len(ending) > 3 else "en"
             if attempt > 3 or rng.random() < 0.06:
@@ -220,14 +229,14 @@ class NameBook:
             if shape < 6:
                 return f"The {noun} of the {adjective} {other}"
             preposition = rng.choice(("of", "at", "near", "from"))
-            return f"The {noun} {preposition} {self.stem()}{rng.choice(wordlists.PLACE_ENDINGS)}"
+            return f"The {noun} {preposition} {self.stem()}{rng.choice(_PLACE_ENDINGS)}"
 
         return self._unique(draw)
 
     def organisation(self, kind: str) -> str:
         """Draw the name of an organisation of a kind such as ``"gallery"``."""
         rng = self._rng
-        ending = rng.choice(wordlists.ORGANISATION_NAMES[kind])
+        ending = rng.choice(_ORGANISATION_NAMES[kind])
 
         def draw(attempt: int) -> str:
             shape = rng.randrange(4) if attempt < 3 else 3
@@ -236,8 +245,8 @@ class NameBook:
             if shape == 1:
                 return f"{self.surname()} and {self.surname()} {ending}"
             if shape == 2:
-                return f"{self.stem()}{rng.choice(wordlists.RIVER_ENDINGS)} {ending}"
-            return f"{self.stem()}{rng.choice(wordlists.PLACE_ENDINGS)} {ending}"
+                return f"{self.stem()}{rng.choice(_RIVER_ENDINGS)} {ending}"
+            return f"{self.stem()}{rng.choice(_PLACE_ENDINGS)} {ending}"
 
         return self._unique(draw)
 
@@ -246,27 +255,27 @@ class NameBook:
         rng = self._rng
 
         def draw(attempt: int) -> str:
-            stem = self.stem() + rng.choice(wordlists.PLACE_ENDINGS)
-            return f"{stem} {rng.choice(needles.SITES)}"
+            stem = self.stem() + rng.choice(_PLACE_ENDINGS)
+            return f"{stem} {rng.choice(_SITES)}"
 
         return self._unique(draw)
 
     def river(self) -> str:
         """Draw the name of a river (rivers are not entities and may repeat)."""
-        return self.stem() + self._rng.choice(wordlists.RIVER_ENDINGS)
+        return self.stem() + self._rng.choice(_RIVER_ENDINGS)
 
     def region(self) -> str:
         """Draw the name of a region."""
         rng = self._rng
-        name = self.stem() + rng.choice(wordlists.REGION_ENDINGS)
-        return f"{rng.choice(wordlists.REGION_PREFIXES)} {name}" if rng.random() < 0.5 else name
+        name = self.stem() + rng.choice(_REGION_ENDINGS)
+        return f"{rng.choice(_REGION_PREFIXES)} {name}" if rng.random() < 0.5 else name
 
     def school(self) -> str:
         """Draw the name of a school."""
         rng = self._rng
         stem = self.surname() if rng.random() < 0.5 else self.stem() + "ford"
-        return f"{stem} {rng.choice(wordlists.SCHOOL_ENDINGS)}"
+        return f"{stem} {rng.choice(_SCHOOL_ENDINGS)}"
 
     def award(self) -> str:
         """Draw the name of an award."""
-        return f"{self.surname()} {self._rng.choice(wordlists.AWARD_ENDINGS)}"
+        return f"{self.surname()} {self._rng.choice(_AWARD_ENDINGS)}"

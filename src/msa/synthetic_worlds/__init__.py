@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from msa.training.worlds.compose import render_question
-from msa.training.worlds.generate import COMMUNITY_SIZE, generate_world, iter_world_documents
-from msa.training.worlds.names import is_held_out
-from msa.training.worlds.schema import World, WorldDocument, WorldQuestion
+from msa.synthetic_worlds.compose import render_question
+from msa.synthetic_worlds.generate import COMMUNITY_SIZE, generate_world, iter_world_documents
+from msa.synthetic_worlds.names import is_held_out
+from msa.synthetic_worlds.schema import World, WorldDocument, WorldQuestion
 
 __all__ = [
     "COMMUNITY_SIZE",

@@ -86,34 +86,3 @@ class Entity:
         """Record that ``relation`` of this entity is ``other``."""
         self.links[relation] = other
         self.values[relation] = other.name
-
-
-def phrase_table(text: str) -> dict[str, tuple[str, ...]]:
-    """Parse a table of phrases.
-
-    Args:
-        text: Lines; ``# name`` opens a section, every other line is one phrase of it.
-
-    Returns:
-        The phrases of each section in their order.
-    """
-    table: dict[str, list[str]] = {}
-    section: list[str] = []
-    for line in text.splitlines():
-        line = line.strip()
-        if line.startswith("#"):
-            section = table.setdefault(line[1:].strip(), [])
-        elif line:
-            section.append(line)
-    return {name: tuple(phrases) for name, phrases in table.items()}
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Split a list of words at blanks and drop repetitions."""
-    return tuple(dict.fromkeys(text.split()))
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Split a list of phrases at commas and drop repetitions."""
-    parts = (" ".join(part.split()) for part in text.split(","))
-    return tuple(dict.fromkeys(part for part in parts if part))

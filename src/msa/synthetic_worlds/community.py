@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-from msa.training.worlds import needles, wordlists
-from msa.training.worlds.names import NameBook
-from msa.training.worlds.schema import Entity, words
+from msa.synthetic_worlds.names import NameBook
+from msa.synthetic_worlds.needles import needle_value
+from msa.synthetic_worlds.schema import Entity
+from msa.synthetic_worlds.tables import pairs, words, words_by_type
 
 __all__ = ["RELATIONS", "build_community"]
 
@@ -93,6 +94,11 @@ _MODERN: Final = ("film", "song", "film studio", "record label")
 _VOWELS: Final = "aeiouAEIOU"
 _SPOUSE: Final = {"m": ("husband", "man"), "f": ("wife", "woman")}
 _SIBLING: Final = {"m": "brother", "f": "sister"}
+_COUNTRIES: Final = pairs("countries")
+_GENRES: Final = words_by_type("genres")
+_MONTHS: Final = words("months")
+_PLACE_TYPES: Final = words("place_types")
+_PRODUCTS: Final = words_by_type("products")
 
 
 def article(noun: str) -> str:
@@ -187,7 +193,7 @@ class _Community:
         for _ in range(num_places):
             year = rng.randint(1600, max(1610, self.era - 10))
             place = Entity("place", names.place(), year=year)
-            place.words = {"type": rng.choice(wordlists.PLACE_TYPES)}
+            place.words = {"type": rng.choice(_PLACE_TYPES)}
             self.places.append(place)
         for _ in range(num_organisations):
             self._add_organisation()
@@ -203,7 +209,7 @@ class _Community:
 
     def _add_organisation(self) -> None:
         rng = self.rng
-        kinds = [kind for kind in wordlists.PRODUCTS if self.era >= 1870 or kind not in _MODERN]
+        kinds = [kind for kind in _PRODUCTS if self.era >= 1870 or kind not in _MODERN]
         kind = rng.choice(kinds)
         founder = rng.choice(self.people)
         entity = Entity("organisation", self.names.organisation(kind))
@@ -318,7 +324,7 @@ class _Facts:
         self.rng = community.rng
         self.names = community.names
         self.breadth = community.breadth
-        countries = wordlists.COUNTRIES
+        countries = _COUNTRIES
         self.countries = [self.rng.choice(countries) for _ in range(4)]
         self.active = {
             kind: [name for name, least in relations.items() if least <= self.breadth]
@@ -327,10 +333,10 @@ class _Facts:
 
     def country(self) -> tuple[str, str]:
         local = self.rng.random() < 0.5
-        return self.rng.choice(self.countries if local else wordlists.COUNTRIES)
+        return self.rng.choice(self.countries if local else _COUNTRIES)
 
     def _date(self, entity: Entity, relation: str, year: int, style: int) -> None:
-        day, month = self.rng.randint(1, 28), self.rng.choice(wordlists.MONTHS)
+        day, month = self.rng.randint(1, 28), self.rng.choice(_MONTHS)
         forms = (f"{day} {month} {year}", f"{month} {day}, {year}")
         entity.values[relation] = forms[style]
         entity.aliases[relation] = (forms[1 - style],)
@@ -377,7 +383,7 @@ class _Facts:
         relations = rng.sample(self.active["needle"], 1 if rng.random() < 0.5 else 2)
         entity.told = tuple(relations)
         for relation in relations:
-            value, aliases = needles.needle_value(relation, rng, self.names.stem())
+            value, aliases = needle_value(relation, rng, self.names.stem())
             entity.values[relation] = value
             entity.aliases[relation] = aliases
 
@@ -402,9 +408,9 @@ class _Facts:
         elif name in _CHOICES:
             values[name] = rng.choice(_CHOICES[name])
         elif name == "genre":
-            values[name] = rng.choice(wordlists.GENRES[entity.words["type"]])
+            values[name] = rng.choice(_GENRES[entity.words["type"]])
         elif name == "product":
-            values[name] = rng.choice(wordlists.PRODUCTS[entity.words["type"]])
+            values[name] = rng.choice(_PRODUCTS[entity.words["type"]])
         else:
             drawers = {
                 "school": self.names.school,
@@ -415,14 +421,11 @@ class _Facts:
             values[name] = drawers[name]()
 
 
-_LINK_ONLY: Final = frozenset(
-    words(
-        """
-        father mother spouse sibling teacher employer birth_place death_place mayor twin_town
-        creator setting publisher dedicatee founder headquarters director parent
-        """
-    )
-)
+_LINK_ONLY: Final = frozenset({
+    "father", "mother", "spouse", "sibling", "teacher", "employer", "birth_place", "death_place",
+    "mayor", "twin_town", "creator", "setting", "publisher", "dedicatee", "founder",
+    "headquarters", "director", "parent",
+})  # fmt: skip
 # Decimal logarithms of the smallest and the largest population.
 _POPULATIONS: Final = {
     "village": (2.3, 3.7),
@@ -431,10 +434,10 @@ _POPULATIONS: Final = {
     "city": (4.8, 6.3),
 }
 _CHOICES: Final = {
-    "occupation": wordlists.OCCUPATIONS,
-    "instrument": wordlists.INSTRUMENTS,
-    "hobby": wordlists.HOBBIES,
-    "known_for": wordlists.KNOWN_FOR,
+    "occupation": words("occupations"),
+    "instrument": words("instruments"),
+    "hobby": words("hobbies"),
+    "known_for": words("known_for"),
 }
 
 

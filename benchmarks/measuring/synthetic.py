@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.benchmarks.timing import free_bytes, synchronize
+from measuring.timing import free_bytes, synchronize
 from msa.errors import InputError
 from msa.memory.search.layer_index import LayerIndex
 from msa.ops.kernels import screening

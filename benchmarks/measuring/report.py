@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from msa.benchmarks.timing import exponent
+from measuring.timing import exponent
 from msa.errors import InputError
 
 Row = dict[str, float | int | str | None]
@@ -20,7 +20,7 @@ _TITLES = {
     "asking": "A question, against the size of the memory",
     "scale": "The 4B configuration, random states and weights",
 }
-PLOT_NOTE = "matplotlib is not installed, so there is no plot; pip install 'msa-memory[bench]'"
+PLOT_NOTE = "matplotlib is not installed, so there is no plot; pip install -e '.[bench]'"
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Report:
 
     Attributes:
         kind: one of `KINDS`.
-        machine: see `msa.benchmarks.timing.machine`.
+        machine: see `measuring.timing.machine`.
         command: the command line; filled in by who was called by one.
         settings: what was asked for.
         rows: one per size (and dtype). A name ends in its unit: `_seconds`, `_bytes`,
@@ -40,7 +40,7 @@ class Report:
 
     kind: str
     machine: dict[str, str | int]
-    command: str = "msa bench"
+    command: str = "python benchmarks/speed.py"
     settings: dict[str, str | int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     exponents: dict[str, float | None] = field(default_factory=dict)
@@ -195,7 +195,10 @@ def plot(report: Report, path: Path) -> bool:
 
 def write_page(folder: Path) -> Path:
     """Write bench.md from the JSON files of a folder."""
-    parts = ["# Speed\n\nWritten by `msa bench` from the JSON files beside it."]
+    parts = [
+        "# Speed\n\nWritten by `python benchmarks/speed.py` from the JSON files beside it; in "
+        "older commands it is called `msa bench`."
+    ]
     for kind in KINDS:
         path = folder / f"bench_{kind}.json"
         if path.is_file():

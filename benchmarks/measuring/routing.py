@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.benchmarks.report import Report, Row
-from msa.benchmarks.synthetic import (
+from measuring.report import Report, Row
+from measuring.synthetic import (
     DTYPES,
     SHAPE_4B,
     Shape,
@@ -30,7 +30,7 @@ from msa.benchmarks.synthetic import (
     searched_bytes,
     settle,
 )
-from msa.benchmarks.timing import (
+from measuring.timing import (
     REPEATS,
     Note,
     Run,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msa.benchmarks.asking import ask_once
-from msa.benchmarks.report import Report, Row
-from msa.benchmarks.synthetic import (
+from measuring.asking import ask_once
+from measuring.report import Report, Row
+from measuring.synthetic import (
     DTYPES,
     SHAPE_4B,
     Shape,
@@ -29,7 +29,7 @@ from msa.benchmarks.synthetic import (
     searched_bytes,
     settle,
 )
-from msa.benchmarks.timing import REPEATS, Note, Run, bandwidth, machine, seconds, side_by_side
+from measuring.timing import REPEATS, Note, Run, bandwidth, machine, seconds, side_by_side
 from msa.errors import InputError
 
 if TYPE_CHECKING:

@@ -6,14 +6,15 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from msa.training.worlds.community import build_community
-from msa.training.worlds.compose import (
+from msa.errors import InputError
+from msa.synthetic_worlds.community import build_community
+from msa.synthetic_worlds.compose import (
     compose_document,
     one_hop_questions,
     two_hop_questions,
 )
-from msa.training.worlds.names import NameBook
-from msa.training.worlds.schema import Entity, World, WorldDocument, WorldQuestion
+from msa.synthetic_worlds.names import NameBook
+from msa.synthetic_worlds.schema import Entity, World, WorldDocument, WorldQuestion
 
 __all__ = ["COMMUNITY_SIZE", "generate_world", "iter_world_documents"]
 
@@ -31,9 +32,9 @@ def _communities(
 ) -> Iterator[tuple[random.Random, list[Entity]]]:
     """Invent communities; without ``taken``, names are unique within each community only."""
     if num_documents < 0:
-        raise ValueError(f"num_documents must not be negative, not {num_documents}")
+        raise InputError(f"num_documents={num_documents}: expected 0 or more")
     if not 0.0 <= breadth <= 1.0:
-        raise ValueError(f"breadth must be between 0 and 1, not {breadth}")
+        raise InputError(f"breadth={breadth}: expected a number from 0 to 1")
     first = 0
     count = max(1, round(num_documents / COMMUNITY_SIZE))
     for index in range(count):
@@ -70,7 +71,7 @@ def generate_world(
         The world.
 
     Raises:
-        ValueError: If an argument is out of range.
+        InputError: an argument is out of range.
     """
     taken: set[str] = set()
     documents: list[WorldDocument] = []
@@ -106,7 +107,7 @@ def iter_world_documents(
         The documents; their keys are unique.
 
     Raises:
-        ValueError: If an argument is out of range.
+        InputError: an argument is out of range.
     """
     for rng, entities in _communities(seed, num_documents, breadth, split, avoid=frozenset(avoid)):
         for entity in entities:
