@@ -35,7 +35,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: a number is not finite.
 
-    Source: ours; symmetric absmax quantization, off by at most half a scale per number.
+    Symmetric absmax quantization, off by at most half a scale per number.
     """
     numbers, scales = _scaled(x, INT8_MAX)
     return numbers.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scales
@@ -48,7 +48,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         InputError: a number is not finite.
         ConfigError: the device has no float8.
 
-    Source: ours; off by at most 1/16 of each number, or half a smallest step near zero.
+    Off by at most 1/16 of each number, or half a smallest step near zero.
     """
     check_dtype(FP8, x.device)
     numbers, scales = _scaled(x, FP8_MAX)
@@ -121,7 +121,7 @@ def pack(x: Tensor, precision: str) -> Tensor:
         InputError: a number is not finite.
         ConfigError: no such precision, or D cannot be packed so.
 
-    Source: ours; symmetric absmax quantization.
+    Source: symmetric absmax quantization.
     """
     if precision not in PACKED or (precision == "int4" and x.shape[-1] % 2):
         raise ConfigError(

@@ -37,7 +37,7 @@ def routing_vectors(routing_queries: Tensor, num_key_value_heads: int, score: st
     Returns:
         [B, T, G*D] float32.
 
-    Source: MSA 3.2.1, Eq. 2; the folding is ours (the mean over heads is linear).
+    Source: MSA 3.2.1, Eq. 2 (folded, since the mean over heads is linear).
     """
     batch, tokens, heads, dim = routing_queries.shape
     queries = routing_queries.float()
@@ -76,7 +76,7 @@ def reduce_queries(
     Raises:
         InputError: another reduction.
 
-    Source: MSA 3.2.1, Eq. 2 ("max"); "pooled" and the folding are ours.
+    Source: MSA 3.2.1, Eq. 2 ("max"); "pooled" is not in the paper.
     """
     if reduction not in QUERY_REDUCTIONS:
         raise InputError(f"reduction={reduction!r}: expected one of {QUERY_REDUCTIONS}")

@@ -325,7 +325,7 @@ def _means(keys: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def cluster_order(
     keys: Tensor, block_size: int, seed: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """An order of the keys in which alike ones are neighbours, and where to cut it.
+    """An order of the keys in which alike ones are neighbors, and where to cut it.
 
     k-means in levels, each of which parts a cell into `BRANCHES` at most or so: the work per key
     grows with the logarithm of C.

@@ -90,7 +90,9 @@ class _Walk:
         total = len(self.keys) if self.chosen is None else len(self.chosen)
         thresholds = best.thresholds.to(routing.device)
         for start, end in _blocks(total, product.rows):
-            chunks = slice(start, end) if self.chosen is None else self.chosen[start:end]
+            chunks: slice | Tensor = slice(start, end)
+            if self.chosen is not None:
+                chunks = self.chosen[start:end]
             scores = product(chunks, end - start)
             if self.scales is not None:
                 scores *= self.scales[chunks]
