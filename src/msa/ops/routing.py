@@ -124,7 +124,7 @@ def _token_scores(vectors: Tensor, routing_keys: Tensor, scales: Tensor | None =
     batch, tokens, _ = vectors.shape
     keys = routing_keys.flatten(1).float()
     with torch.autocast(vectors.device.type, enabled=False):  # scores stay float32
-        scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, -1)
+        scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, len(keys))
     return scores if scales is None else scores * scales
 
 

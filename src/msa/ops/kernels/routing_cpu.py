@@ -116,7 +116,7 @@ class _Walk:
         some = scores.index_select(0, tokens)
         some = some.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
         if len(questions) < len(tokens):
-            some = torch.stack([part.amax(0) for part in some.split(sizes.tolist())])
+            some = torch.stack([part.amax(0) for part in torch.split(some, sizes.tolist())])
         thresholds = best.thresholds.to(some.device)[questions]
         row, place = (some > thresholds[:, None]).nonzero(as_tuple=True)
         chunks = start + place if self.chosen is None else self.chosen[start + place]
