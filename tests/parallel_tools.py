@@ -70,13 +70,11 @@ def asked(engine, questions):
     """Answers and hits, without times."""
     seen = []
     for answer in engine.ask(questions, max_new_tokens=6, max_rounds=2):
-        rounds = [
-            [
-                turn.index,
-                [[k, [[d.id, rounded(d.score)] for d in v]] for k, v in sorted(turn.routed.items())],
-            ]
-            for turn in answer.rounds
-        ]
+        rounds = []
+        for turn in answer.rounds:
+            routed = sorted(turn.routed.items())
+            some = [[k, [[d.id, rounded(d.score)] for d in documents]] for k, documents in routed]
+            rounds.append([turn.index, some])
         read = [[c.id, c.round] for c in answer.citations]
         seen.append([answer.question, answer.text, read, rounds, answer.usage.prompt_tokens])
     for hits in engine.retrieve(questions, top_k=6, filter={"kind": "b"}):

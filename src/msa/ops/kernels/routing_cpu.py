@@ -148,9 +148,11 @@ class _Product:
         self.vectors = routing.float()
         room = min(BLOCK_BYTES, keys.nbytes // BLOCK_PART)
         self.rows = min(max(room // (4 * len(routing)), MIN_BLOCK), len(keys))
-        piece = min(PIECE_BYTES * torch.get_num_threads(), room) // (4 * width)
-        piece = min(max(piece, MIN_BLOCK), self.rows)
         on_cpu, self.convert = keys.device.type == "cpu", keys.dtype != torch.float32
+        piece = PIECE_BYTES * torch.get_num_threads()
+        if self.convert or not self.narrow:  # takes memory
+            piece = min(piece, room)
+        piece = min(max(piece // (4 * width), MIN_BLOCK), self.rows)
         self.piece = piece if self.convert or on_cpu else self.rows
         self.buffer = torch.empty(piece if self.convert else 0, width, device=keys.device)
         self.read = on_cpu and not self.convert and 4 * width < LONG_ROW
