@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bank_tools import LAYERS, make_documents
 from msa.errors import InputError
@@ -257,6 +258,32 @@ def test_an_index_of_a_layer_that_grows():
         assert flat.num_bytes == some.num_bytes
         assert pruned.num_bytes == some.num_bytes + pruned.blocks.num_bytes
     assert blocked == [60, 60, 60, 100]
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes of all tensors that operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        some = out if isinstance(out, (tuple, list)) else [out]
+        self.seen |= {tensor.dtype for tensor in some if torch.is_tensor(tensor)}
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_search_needs_no_float64(dtype):
+    """There is none on Apple's GPUs."""
+    keys, counts = make(13, 80)
+    keys = keys.to(dtype)
+    for index in (build(keys, counts), FlatIndex(LayerKeys(keys, counts))):
+        with Dtypes() as dtypes:
+            index.search(*questions(13, 2, 4), 9)
+        assert torch.float32 in dtypes.seen
+        assert torch.float64 not in dtypes.seen
 
 
 def test_scores_stay_float32_under_autocast():
