@@ -21,11 +21,7 @@ LIMITS = """\
 On a CPU that multiplies in float32 only (AVX2, no AMX, no bfloat16 units) arithmetic, not memory,
 limits a full scan: 32 question tokens ask for 16 multiplications per byte of a bfloat16 key, and
 the bare product of Eq. 2 (`product` in the tables) takes many times as long as reading the keys
-once. A product in int8 is two to three times as fast, so a copy in int8 is read first (`MSA`; `MSA
-without copy` is the scan in float32). Of a model's keys it leaves some hundred chunks to be scored.
-Among the random keys of `speed.py` nothing stands out: a bank notices, and goes back to the scan
-in float32, so that there the two are the same. Beyond that, less is gained by a better kernel than
-by reading fewer keys: the pruned scan.
+once. Less is gained by a better kernel than by reading fewer keys: the pruned scan.
 """
 
 
@@ -41,7 +37,6 @@ def main() -> None:
         ("quality", quality),
         ("real_input", real_input),
         ("scaling", scaling),
-        ("screening", screening),
     )
     for name, section in sections:
         path = FOLDER / f"{name}.json"
@@ -139,25 +134,6 @@ def scaling(results: dict) -> str:
         for found in r["asked"]:
             rows.append(f"| {name} | {built} | {found['scan']} | {asked(found)} |")
             name, built = "", " | | "
-    return "\n".join(rows) + "\n"
-
-
-def screening(results: dict) -> str:
-    """Searches with a copy in int8 beside those without."""
-    rows = [
-        heading("A copy of the routing keys in int8", results["about"]),
-        f"One search of one layer in {results['tokens']:,} tokens ({results['chunks']:,} chunks), "
-        "the same question by each in turns; medians, and times the first.\n",
-        "| routes | searches | tokens routing | int8 first, ms | float32, ms | bfloat16, ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, r in results["routes"].items():
-        times = [
-            f"{1000 * r['seconds'][kind]:.0f} ({r['ratios'][kind]}x)"
-            for kind in ("int8 first", "float32", "bfloat16")
-        ]
-        cells = [name, str(r["searches"]), f"{r['routing_tokens']:.0f}", *times]
-        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -3,9 +3,8 @@
     python benchmarks/routing_pooled.py [--chunks 1000000] [--batches 1 8] [--output docs/results]
 
 Keys are random, of unit heads; questions are random queries, reduced by "pooled". Per dtype and
-batch, all measured in turns in one run: the search of a loaded bank (with a copy of the keys in
-int8, where a bank has one), the same without that copy, and FAISS's flat inner-product index over
-float32 vectors of equal dimension, if it is installed. Checks that both searches select the same.
+batch, all measured in turns in one run: the search of a loaded bank, and FAISS's flat inner-product
+index over float32 vectors of equal dimension, if it is installed.
 
 Writes routing_pooled.json and routing_pooled.md.
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +25,11 @@ from measuring.synthetic import (
     DTYPES,
     Shape,
     equal_documents,
-    layer_keys,
+    layer_index,
     random_keys,
     random_queries,
 )
 from measuring.timing import Run, bandwidth, machine, side_by_side
-from msa.ops.kernels import screening
 from msa.ops.routing import reduce_queries
 
 CPU = torch.device("cpu")
@@ -41,7 +38,6 @@ TOKENS = 12  # of a question, before they are pooled
 COLUMNS = {
     "read_once": "read once",
     "search": "search",
-    "without_copy": "without copy",
     "faiss": "FAISS",
 }
 
@@ -72,19 +68,11 @@ def main() -> None:
 def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
     """One row per batch size."""
     keys = random_keys(args.chunks, SHAPE, DTYPES[dtype], CPU, args.seed)
-    layer = layer_keys(keys, equal_documents(args.chunks, CPU))
+    layer = layer_index(keys, equal_documents(args.chunks, CPU))
     rows = []
     for batch in args.batches:
         vectors, mask = pooled(batch, args.seed)
         runs: dict[str, Run] = {"search": partial(layer.search, vectors, mask, SHAPE.top_k)}
-        if layer.screen is not None:
-            plain = replace(layer, screen=None)
-            runs["without_copy"] = partial(plain.search, vectors, mask, SHAPE.top_k)
-            found, wanted = (run() for run in runs.values())
-            assert torch.equal(found.documents, wanted.documents)
-            assert torch.equal(found.scores, wanted.scores)
-            for _ in range(screening.PATIENCE):
-                layer.search(vectors, mask, SHAPE.top_k)
         flat = flat_index(keys, vectors[:, 0], SHAPE.top_k, torch.get_num_threads())
         if flat is not None:
             runs["faiss"] = flat
@@ -96,7 +84,6 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
                 "questions": batch,
                 "keys_bytes": keys.nbytes,
                 "bandwidth_bytes_per_second": round(rate),
-                "copy": layer.screen is not None,
                 "seconds": {name: round(value, 5) for name, value in seconds.items()},
                 "over_read_once": {
                     name: round(value / seconds["read_once"], 2)
@@ -131,9 +118,8 @@ def page(results: dict) -> str:
         f"{results['chunks']:,} random keys of {results['width']} numbers in one layer, "
         f"k = {results['top_k']}. Median milliseconds of a whole batch, all in turns; in brackets "
         "how many times *read once*, the keys' bytes at the bandwidth measured in the same run. "
-        "*Search*: as a loaded bank does it, with a copy of the keys in int8 where it has one; "
-        "*without copy*: all keys as they are. Both select the same, to the last bit. *FAISS*: "
-        "flat inner product over float32 vectors of the same dimension.",
+        "*Search*: as a loaded bank does it. *FAISS*: flat inner product over float32 vectors of "
+        "the same dimension.",
         "",
         "| keys | questions | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (2 + len(COLUMNS)) + "|",

@@ -47,8 +47,12 @@ def states_of(bank: MemoryBank) -> StoredStates:
         start, count = int(starts[row]), int(rows.chunk_counts[row])
         layers = {}
         for layer in LAYERS:
-            keys, values = view._read(layer, torch.tensor([row]))
-            layers[layer] = (view._keys[layer][start : start + count].clone(), keys, values)
+            keys, values = view._content.read(view._rows, layer, torch.tensor([row]))
+            layers[layer] = (
+                view._indexes[layer].keys.keys[start : start + count].clone(),
+                keys,
+                values,
+            )
         found[int(rows.numbers[row])] = layers
     return found
 

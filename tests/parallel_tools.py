@@ -40,9 +40,9 @@ def queries(seed, batch, tokens=5, zero=False):
     return (vectors * 0 if zero else vectors), mask
 
 
-def bits(tensor):
-    """Of floats, so that equal means equal to the last bit."""
-    return tensor.float().cpu().view(torch.int32).tolist()
+def rounded(score):
+    """A score as far as it is the same whatever stands beside it in a product."""
+    return round(score, 4)
 
 
 def routed(view, seed, batch, zero=False):
@@ -58,7 +58,7 @@ def routed(view, seed, batch, zero=False):
             digest.update(tensor[content.mask].float().cpu().numpy().tobytes())
         found[layer] = {
             "rows": selection.documents.tolist(),
-            "scores": bits(selection.scores),
+            "scores": [[rounded(s) for s in row] for row in selection.scores.tolist()],
             "numbers": view.rows_to_numbers(selection.documents).tolist(),
             "mask": content.mask.tolist(),
             "content": digest.hexdigest(),
@@ -70,17 +70,21 @@ def asked(engine, questions):
     """Answers and hits, without times."""
     seen = []
     for answer in engine.ask(questions, max_new_tokens=6, max_rounds=2):
-        rounds = [
-            [
-                turn.index,
-                [[k, [[d.id, d.score] for d in v]] for k, v in sorted(turn.routed.items())],
-            ]
-            for turn in answer.rounds
-        ]
+        rounds = []
+        for turn in answer.rounds:
+            routed = sorted(turn.routed.items())
+            some = [[k, [[d.id, rounded(d.score)] for d in documents]] for k, documents in routed]
+            rounds.append([turn.index, some])
         read = [[c.id, c.round] for c in answer.citations]
         seen.append([answer.question, answer.text, read, rounds, answer.usage.prompt_tokens])
     for hits in engine.retrieve(questions, top_k=6, filter={"kind": "b"}):
-        seen.append([[hit.id, hit.score, sorted(hit.layer_scores.items())] for hit in hits])
+        found = [
+            [[layer, rounded(score)] for layer, score in sorted(hit.layer_scores.items())]
+            for hit in hits
+        ]
+        seen.append(
+            [[hit.id, rounded(hit.score), some] for hit, some in zip(hits, found, strict=True)]
+        )
     return seen
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -22,13 +21,11 @@ from measuring.synthetic import (
     SHAPE_4B,
     Shape,
     equal_documents,
-    layer_keys,
+    layer_index,
     random_keys,
     random_queries,
     require_memory,
     route,
-    searched_bytes,
-    settle,
 )
 from measuring.timing import (
     REPEATS,
@@ -150,12 +147,9 @@ def routing(
     if any("faiss_seconds" not in row for row in report.rows):
         report.notes.append(FAISS_NOTE)
     report.notes.append(
-        "Per layer. `MSA`: as a loaded bank searches after its first questions; on a CPU without "
-        "AMX a copy of the keys in int8, made before, is read first, and what may be chosen is "
-        "scored exactly, unless that has turned out to be too much, as it does with random keys. "
-        "`MSA without copy`: all of it in float32. `read once`: the keys' bytes at the bandwidth "
-        "measured in the same run. `product`: the matrix product of Eq. 2 alone, in float32 on a "
-        "CPU. `per head`: keys "
+        "Per layer. `MSA`: as a loaded bank searches, in float32 on a CPU. `read once`: the keys' "
+        "bytes at the bandwidth measured in the same run. `product`: the matrix product of Eq. 2 "
+        "alone, in float32 on a CPU. `per head`: keys "
         f"repeated for every query head, [H, T, C] built; up to {PER_HEAD_CHUNKS:,} chunks. "
         "FAISS: flat inner product over float32 vectors, one per chunk, on the CPU; once with a "
         "vector per token of the question, once with a single vector."
@@ -176,7 +170,7 @@ def _measure(
     chunks, key_bytes = shape.chunks(size), shape.key_bytes(size, dtype)
     layers = max(1, -(-COLD_BYTES // key_bytes)) if chunks > 256 else 1
     index_bytes = chunks * shape.groups * shape.dim * 4
-    needed = layers * searched_bytes(shape, size, dtype, device) + 3 * index_bytes
+    needed = layers * key_bytes + 3 * index_bytes
     require_memory(needed, device, f"{size:,} tokens in one layer")
     keys = [random_keys(chunks, shape, dtype, device, seed)]
     keys += [keys[0].clone() for _ in range(layers - 1)]
@@ -192,10 +186,7 @@ def _measure(
         turns = cycle(layers)
         return lambda: route(queries, mask, next(turns), shape.top_k)
 
-    searched = [layer_keys(layer, counts) for layer in keys]
-    runs: dict[str, Run] = {"msa": search(searched)}
-    if searched[0].screen is not None:
-        runs["msa_without_copy"] = search([replace(layer, screen=None) for layer in searched])
+    runs: dict[str, Run] = {"msa": search([layer_index(layer, counts) for layer in keys])}
     if chunks <= PER_HEAD_CHUNKS:
         runs["per_head"] = per_head
     vectors = queries[0, :, :: shape.heads // shape.groups].flatten(1)
@@ -204,7 +195,6 @@ def _measure(
             runs[name] = flat
     runs["product"] = _product(keys[0], vectors)
     with torch.inference_mode():
-        settle(queries, mask, searched, shape.top_k)
         rate = bandwidth(keys, repeats)
         times = side_by_side(runs, device, repeats)
         extra: dict[str, int | None] = {
@@ -238,7 +228,7 @@ def _row(
     row |= {"read_once_seconds": once} | {f"{name}_seconds": t for name, t in times.items()}
     row["msa_over_read_once_ratio"] = times["msa"] / once
     row["msa_over_product_ratio"] = times["msa"] / times["product"]
-    for name in ("msa_without_copy", "per_head", "faiss", "faiss_one_vector"):
+    for name in ("per_head", "faiss", "faiss_one_vector"):
         if name in times:
             row[f"{name}_over_msa_ratio"] = times[name] / times["msa"]
     row |= {f"{name}_extra_bytes": value for name, value in extra.items()}

@@ -20,14 +20,12 @@ from measuring.synthetic import (
     Shape,
     SyntheticMemory,
     equal_documents,
-    layer_keys,
+    layer_index,
     layers_that_fit,
     random_keys,
     random_queries,
     require_memory,
     route,
-    searched_bytes,
-    settle,
 )
 from measuring.timing import REPEATS, Note, Run, bandwidth, machine, seconds, side_by_side
 from msa.errors import InputError
@@ -133,7 +131,7 @@ def routing_row(
 ) -> Row:
     """Routing over `wanted` layers' keys, or as many as fit, beside reading them once."""
     key_bytes = shape.key_bytes(size, dtype)
-    held = layers_that_fit(searched_bytes(shape, size, dtype, device), wanted, device)
+    held = layers_that_fit(key_bytes, wanted, device)
     if not held:
         require_memory(2 * key_bytes, device, f"one layer of {size:,} tokens")
     held = max(1, held)
@@ -142,7 +140,7 @@ def routing_row(
     # other layers' keys lie elsewhere in memory; that their values are the same costs nothing
     keys += [keys[0].clone() for _ in range(held - 1)]
     counts = equal_documents(chunks, device)
-    layers = [layer_keys(layer, counts) for layer in keys]
+    layers = [layer_index(layer, counts) for layer in keys]
     queries = random_queries(shape, tokens, device, seed)
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
 
@@ -150,7 +148,6 @@ def routing_row(
         for layer in layers:
             route(queries, mask, layer, shape.top_k)
 
-    settle(queries, mask, layers, shape.top_k)
     rate = bandwidth(keys, min(repeats, 3))
     per_layer = side_by_side({"msa": ours}, device, repeats)["msa"] / held
     once = key_bytes / rate

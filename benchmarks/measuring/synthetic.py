@@ -2,8 +2,7 @@
 
 What prefill and decoding cost depends on shapes, not on values. So does routing, nearly, as long
 as the values are ordinary: finite, of unit length, no two documents alike (equal scores take a
-slower path). Only a copy in int8, read first, saves nothing where all keys are alike: routing is
-faster over those of a model.
+slower path).
 
 Shapes: B batch, T query tokens, N documents, C chunks, H query heads, G KV heads, D head dim,
 K selected documents per row.
@@ -22,10 +21,9 @@ from torch.nn import functional as F
 
 from measuring.timing import free_bytes, synchronize
 from msa.errors import InputError
-from msa.memory.search.layer_index import LayerIndex
-from msa.ops.kernels import screening
-from msa.ops.kernels.screening import Screen
-from msa.ops.routing import routing_vectors, unit_key_norm
+from msa.memory.search.layer_index import FlatIndex, LayerIndex
+from msa.memory.search.layer_keys import LayerKeys
+from msa.ops.routing import routing_vectors
 from msa.types import Content, Selection
 
 if TYPE_CHECKING:
@@ -166,43 +164,21 @@ def equal_documents(chunks: int, device: torch.device) -> Tensor:
     return torch.full((chunks // CHUNKS_PER_DOCUMENT,), CHUNKS_PER_DOCUMENT, device=device)
 
 
-def searched_bytes(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Memory of one layer's routing keys, with their copy in int8 if they get one."""
-    chunks = shape.chunks(tokens)
-    copy = screening.screen_bytes(chunks, shape.groups * shape.dim)
-    return shape.key_bytes(tokens, dtype) + (copy if _screened(chunks, device) else 0)
-
-
-def _screened(chunks: int, device: torch.device) -> bool:
-    return device.type == "cpu" and screening.is_worthwhile(chunks)
-
-
-def layer_keys(keys: Tensor, counts: Tensor) -> LayerIndex:
-    """Routing keys of a layer, searched as those of a loaded bank: with their copy in int8.
+def layer_index(keys: Tensor, counts: Tensor) -> LayerIndex:
+    """Routing keys of a layer, searched as those of a loaded bank.
 
     Args:
         keys: [C, G, D] of unit heads.
         counts: [N] int64, chunks of each document.
     """
-    norm = unit_key_norm(keys.shape[1])
-    screen = Screen.followed(None, keys, counts) if _screened(len(keys), keys.device) else None
-    return LayerIndex(keys, counts, 0, key_norm=norm, screen=screen)
-
-
-def settle(
-    routing_queries: Tensor, routing_mask: Tensor, layers: Sequence[LayerIndex], top_k: int
-) -> None:
-    """Ask each layer a few times: a bank that serves knows whether its int8 copies are worth it."""
-    for layer in layers:
-        for _ in range(screening.PATIENCE if layer.screen is not None else 0):
-            route(routing_queries, routing_mask, layer, top_k)
+    return FlatIndex(LayerKeys(keys, counts))
 
 
 def route(
     routing_queries: Tensor, routing_mask: Tensor, layer: LayerIndex, top_k: int
 ) -> Selection:
     """Routing of a question as a bank does it: queries [B, T, H, D] to the top-k documents."""
-    vectors = routing_vectors(routing_queries, layer.keys.shape[1], "cosine")
+    vectors = routing_vectors(routing_queries, layer.keys.keys.shape[1], "cosine")
     return layer.search(vectors, routing_mask, top_k)
 
 
@@ -245,8 +221,7 @@ class SyntheticMemory:
         chunks = shape.chunks(tokens)
         held = len(layers) if held_layers is None else min(held_layers, len(layers))
         require_memory(
-            held * searched_bytes(shape, tokens, key_dtype, device)
-            + shape.key_bytes(tokens, key_dtype),
+            (held + 1) * shape.key_bytes(tokens, key_dtype),
             device,
             f"a memory of {tokens:,} tokens ({held} layers of routing keys)",
         )
@@ -254,7 +229,7 @@ class SyntheticMemory:
         self.top_k = shape.top_k
         self.counts = equal_documents(chunks, device)
         self.keys = [random_keys(chunks, shape, key_dtype, device, seed + i) for i in range(held)]
-        searches = [layer_keys(keys, self.counts) for keys in self.keys]
+        searches = [layer_index(keys, self.counts) for keys in self.keys]
         self._of_layer = {layer: searches[i % held] for i, layer in enumerate(layers)}
         table = random_keys(min(chunks, 4096), shape, dtype, device, seed + 1000)
         self._table = table

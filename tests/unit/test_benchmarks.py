@@ -183,7 +183,7 @@ def test_the_per_head_formulation_selects_what_we_select():
     counts = synthetic.equal_documents(160, CPU)
     queries = synthetic.random_queries(SMALL, 6, CPU, 3)
     mask = torch.tensor([[True, True, False, True, True, False]])
-    ours = synthetic.route(queries, mask, synthetic.layer_keys(keys, counts), 5)
+    ours = synthetic.route(queries, mask, synthetic.layer_index(keys, counts), 5)
     theirs = routing.per_head_route(queries, mask, keys, counts, 5)
     assert torch.equal(ours.documents, theirs.documents)
     torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-6, rtol=0)
@@ -243,18 +243,6 @@ def test_the_ratios_of_routing_follow_from_its_seconds(monkeypatch):
     assert ("add", (16, 16), "float32", 16) in fake.seen
     assert {("search", (4, 16), 3), ("search", (1, 16), 3)} <= set(fake.seen)
     assert set(result.exponents) >= {"MSA, bfloat16", "read once, float32"}
-
-
-def test_a_search_that_reads_a_copy_first_stands_beside_one_without(monkeypatch):
-    result = routing.routing([640], dtypes=["float32"], shape=SMALL, tokens=4, repeats=1)
-    assert "msa_without_copy_seconds" not in result.rows[0]  # too few keys
-    monkeypatch.setattr(synthetic.screening, "SMALLEST", 16)
-    monkeypatch.setattr(synthetic.screening, "TAIL", 16)
-    if not synthetic.screening.is_available():
-        pytest.skip("torch has no int8 product here, or one is not needed")
-    (row,) = routing.routing([640], dtypes=["float32"], shape=SMALL, tokens=4, repeats=1).rows
-    ratio = row["msa_without_copy_seconds"] / row["msa_seconds"]
-    assert row["msa_without_copy_over_msa_ratio"] == pytest.approx(ratio)
 
 
 def test_the_per_head_formulation_is_left_out_where_it_would_be_too_large(monkeypatch):

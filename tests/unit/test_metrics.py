@@ -25,7 +25,7 @@ from msa.evaluation.metrics import (
         ("Ünïcode’s", "ünïcode’s"),  # only ASCII signs are dropped, as SQuAD does
     ],
 )
-def test_answers_are_normalised_as_squad_does(text, expected):
+def test_answers_are_normalized_as_squad_does(text, expected):
     assert normalize_answer(text) == expected
 
 

@@ -15,7 +15,7 @@ from msa.evaluation.agreement import selection_agreement
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.loaded.memory_plan import plan
-from msa.ops.quantisation import PACKED, pack, packed_width, unpack
+from msa.ops.quantization import PACKED, pack, packed_width, unpack
 
 # Largest error as a share of a row's largest number: half a step.
 ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16, "int4": 0.5 / 7}

@@ -20,7 +20,7 @@ from msa.ops.routing import (
     QUERY_REDUCTIONS,
     chunk_scores,
     document_scores,
-    normalise,
+    normalize,
     reduce_queries,
     routing_vectors,
     select_documents,
@@ -36,7 +36,7 @@ def case(heads=4, groups=2, batch=2, tokens=5, dim=6, chunks=7, seed=0):
     queries = torch.randn(batch, tokens, heads, dim)
     mask = torch.rand(batch, tokens) < 0.6
     mask[:, 1:3] = True
-    keys = normalise(torch.randn(chunks, groups, dim))
+    keys = normalize(torch.randn(chunks, groups, dim))
     return queries, mask, keys, torch.rand(batch, tokens) + 0.1
 
 

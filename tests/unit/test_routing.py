@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msa.ops import routing
 from msa.ops.routing import (
     document_scores,
-    normalise,
+    normalize,
     reduce_queries,
     routing_vectors,
     select_documents,
@@ -51,7 +51,7 @@ def case(heads=4, groups=2, counts=(3, 1, 4), batch=2, tokens=3, dim=5, seed=0, 
     queries = torch.randn(batch, tokens, heads, dim)
     keys = torch.randn(sum(counts), groups, dim)
     mask = torch.rand(batch, tokens) < 0.7
-    return queries, mask, normalise(keys) if score == "cosine" else keys, torch.tensor(counts)
+    return queries, mask, normalize(keys) if score == "cosine" else keys, torch.tensor(counts)
 
 
 def scores_of(queries, mask, keys, counts, score="cosine", document_mask=None):

@@ -119,8 +119,7 @@ def _print_plan(bank: Path, device: str, memory: int | None, json: bool) -> None
     size, on_device = output.size, made.device_available is not None
     where = "pinned RAM" if on_device else "RAM"
     content = f"held in {where}" if made.content == "held" else "mapped from disk"
-    copy = f", {size(made.screen_bytes)} more for a copy in int8" if made.screened else ""
-    keys = f"{size(made.keys_bytes)} on {made.keys_device}, {made.keys_dtype}{copy}"
+    keys = f"{size(made.keys_bytes)} on {made.keys_device}, {made.keys_dtype}"
     rows = [
         ("bank", made.bank),
         ("documents", output.number(made.num_documents)),

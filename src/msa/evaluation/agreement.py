@@ -12,7 +12,7 @@ from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.memory.ingest.encoder import DocumentEncoder
 from msa.memory.latent import LatentMemory
-from msa.ops.quantisation import unpack
+from msa.ops.quantization import unpack
 from msa.types import LatentStates, LayerStates
 
 if TYPE_CHECKING:

@@ -306,7 +306,7 @@ def choose(
     else:
         tokens = scores.argmax(dim=-1)
     log_probabilities = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-    step = torch.stack([tokens.double(), log_probabilities.double(), _peaks(logits).double()])
+    step = torch.stack([tokens.float(), log_probabilities, _peaks(logits)])  # exact below 2^24
     chosen, log_probability, peaks = step.tolist()  # the one wait for the device
     _check_peaks([peak for peak, use in zip(peaks, used, strict=True) if use])
     return [(int(token), value) for token, value in zip(chosen, log_probability, strict=True)]
@@ -368,10 +368,11 @@ def _sampled(scores: Tensor, draws: Sequence[float], temperature: float, top_p: 
     probabilities, tokens = torch.softmax(scores / temperature, dim=-1).sort(
         dim=-1, descending=True, stable=True
     )
-    reached = probabilities.double().cumsum(dim=-1)
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's have no more
+    reached = probabilities.to(wide).cumsum(dim=-1)
     kept = (reached - probabilities < top_p) & (probabilities > 0)  # the one that crosses, too
-    total = (probabilities * kept).double().sum(dim=-1, keepdim=True)
-    at = torch.tensor(draws, device=scores.device, dtype=torch.float64)[:, None] * total
+    total = (probabilities * kept).to(wide).sum(dim=-1, keepdim=True)
+    at = torch.tensor(draws, device=scores.device, dtype=wide)[:, None] * total
     rank = (reached <= at).sum(dim=-1, keepdim=True)
     last = kept.sum(dim=-1, keepdim=True) - 1
     return tokens.gather(1, rank.minimum(last))[:, 0]

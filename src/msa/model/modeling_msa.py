@@ -33,7 +33,7 @@ from msa.model.cache import MSACache
 from msa.model.configuration_msa import MSAConfig
 from msa.ops.attention import attend, local_mask, memory_mask_of
 from msa.ops.pooling import chunk_counts, pool_chunks
-from msa.ops.routing import normalise, reduce_queries, token_weights
+from msa.ops.routing import normalize, reduce_queries, token_weights
 from msa.types import Content, LatentStates, LayerStates, MemoryReader, Selection
 
 # transformers 5.24 renamed the cache of `generate()` and of outputs.
@@ -157,7 +157,7 @@ class MSAAttention(nn.Module):
         router_keys = self.router_k_proj(hidden).unflatten(-1, (-1, self.head_dim))
         routing_keys = pool_chunks(router_keys, lengths, size)
         if self.config.routing_score == "cosine":
-            routing_keys = normalise(routing_keys)
+            routing_keys = normalize(routing_keys)
         pooled_keys = pool_chunks(keys, lengths, size)
         return LayerStates(pooled_keys, pool_chunks(values, lengths, size), routing_keys)
 

@@ -1,15 +1,13 @@
 """Routing (paper section 3.2.1, Eq. 2), as one matrix product.
 
 Eq. 2 averages cosines over query heads. The mean is linear, and the query heads of a group share
-their key, so normalised query heads are summed by group and the whole of it is
+their key, so normalized query heads are summed by group and the whole of it is
 [T, G*D] x [G*D, C] / H. No [H, T, C] tensor is ever built.
 
 Shapes: B batch, T query tokens, N documents, C chunks, H query heads, G KV heads, D head dim.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -20,12 +18,10 @@ from msa.types import Selection
 
 # Scores of this many chunks are held at once when no gradient is needed.
 CHUNK_BLOCK = 1 << 16
-# Products of this many numbers are held at once, in float64, by the exact scores.
-EXACT_BLOCK = 1 << 18
 QUERY_REDUCTIONS = ("max", "mean", "last", "pooled")
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Unit length over the last dimension, computed in float32; same shape and dtype."""
     return F.normalize(x.float(), dim=-1).to(x.dtype)
 
@@ -41,7 +37,7 @@ def routing_vectors(routing_queries: Tensor, num_key_value_heads: int, score: st
     Returns:
         [B, T, G*D] float32.
 
-    Source: MSA 3.2.1, Eq. 2; the folding is ours (the mean over heads is linear).
+    Source: MSA 3.2.1, Eq. 2 (folded, since the mean over heads is linear).
     """
     batch, tokens, heads, dim = routing_queries.shape
     queries = routing_queries.float()
@@ -85,7 +81,7 @@ def reduce_queries(
     Raises:
         InputError: another reduction.
 
-    Source: MSA 3.2.1, Eq. 2 ("max"); "pooled" and the folding are ours.
+    Source: MSA 3.2.1, Eq. 2 ("max"); "pooled" is not in the paper.
     """
     if reduction not in QUERY_REDUCTIONS:
         raise InputError(f"reduction={reduction!r}: expected one of {QUERY_REDUCTIONS}")
@@ -122,13 +118,40 @@ def chunk_scores(vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor) ->
         routing_keys: [C, G, D].
 
     Returns:
-        [B, C] float32; -inf in a row without routing tokens.
+        [B, C] float32; -inf in a row without routing tokens. Differentiable.
     """
+    scores = _token_scores(vectors, routing_keys)
+    return scores.masked_fill(~routing_mask[:, :, None], -torch.inf).amax(dim=1)
+
+
+def _token_scores(vectors: Tensor, routing_keys: Tensor, scales: Tensor | None = None) -> Tensor:
+    """[B, T, C] float32, the score of every chunk for every token; arguments as below."""
     batch, tokens, _ = vectors.shape
     keys = routing_keys.flatten(1).float()
     with torch.autocast(vectors.device.type, enabled=False):  # scores stay float32
-        scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, -1)
-    return scores.masked_fill(~routing_mask[:, :, None], -torch.inf).amax(dim=1)
+        scores = (vectors.flatten(0, 1) @ keys.T).view(batch, tokens, len(keys))
+    return scores if scales is None else scores * scales
+
+
+@torch.no_grad()
+def selection_scores(
+    vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """Chunk scores that documents are selected by: `chunk_scores` in which NaN counts as -inf.
+
+    Args:
+        vectors: [B, T, G*D] float32, of `routing_vectors`.
+        routing_mask: [B, T] bool, True for tokens that route.
+        routing_keys: [C, G, D] float32, bfloat16 or float16; or int8 with `scales`.
+        scales: [C] float32; a key is its int8 values times its scale.
+
+    Returns:
+        [B, C] float32; -inf in a row without routing tokens. No gradient.
+
+    Source: MSA 3.2.1, Eq. 2.
+    """
+    scores = _token_scores(vectors, routing_keys, scales)
+    return scores.masked_fill_(scores.isnan() | ~routing_mask[:, :, None], -torch.inf).amax(dim=1)
 
 
 def document_scores(
@@ -167,7 +190,7 @@ def document_scores(
 
 
 def select_documents(scores: Tensor, top_k: int) -> Selection:
-    """The top-k documents of every row, best first; equal scores in favour of the lower row.
+    """The top-k documents of every row, best first; equal scores in favor of the lower row.
 
     Args:
         scores: [B, N] float32; -inf for documents that must not be chosen.
@@ -188,69 +211,52 @@ def select_documents(scores: Tensor, top_k: int) -> Selection:
     return Selection(documents.masked_fill(best == -torch.inf, -1), best)
 
 
-def exact_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Dot products over the last dimension, the same to the last bit however they are batched.
-
-    Products of float32 numbers are exact in float64. They are added in halves, element by element,
-    so the order of the additions depends on the last dimension alone: not on the other dimensions,
-    the strides, the number of threads or the device, as it does in a matrix product or in `sum`.
+class TopDocuments:
+    """The best documents of every row of a batch among all that were offered, on the CPU.
 
     Args:
-        a, b: [..., n], of shapes that broadcast; any dtype that float64 holds exactly.
-
-    Returns:
-        [...] float64.
-
-    Source: ours.
+        batch: B.
+        count: K, documents that are kept of each row; at least 1.
+        num_documents: N.
     """
-    products = a.double() * b.double()
-    size = products.shape[-1]
-    while size > 1:
-        half = (size + 1) // 2
-        products.narrow(-1, 0, size - half).add_(products.narrow(-1, half, size - half))
-        size = half
-    return products[..., 0]
 
+    def __init__(self, batch: int, count: int, num_documents: int) -> None:
+        self._documents = torch.full((batch, count), -1)
+        self._scores = torch.full((batch, count), -torch.inf)
+        self._num_documents = num_documents
 
-def exact_scores(
-    vectors: Tensor, routing_mask: Tensor, routing_keys: Tensor, scales: Tensor | None = None
-) -> Tensor:
-    """Chunk scores of Eq. 2 that depend on question and key alone, rounded once, to float32.
+    @property
+    def thresholds(self) -> Tensor:
+        """[B] float32, the score of the K-th best document; -inf where there are fewer."""
+        return self._scores[:, -1]
 
-    What else stands in the batch or in the bank does not change a bit of them, so parts of a bank
-    can be scored apart and give the selection of the whole.
+    def offer(self, rows: Tensor, documents: Tensor, scores: Tensor) -> None:
+        """Take in chunk scores; a document's score is that of its best chunk.
 
-    Args:
-        vectors: [B, T, G*D] float32, of `routing_vectors`.
-        routing_mask: [B, T] bool, True for tokens that route.
-        routing_keys: [C, G, D] float32, bfloat16 or float16; or int8 with `scales`.
-        scales: [C] float32; a key is its int8 values times its scale.
+        Args:
+            rows, documents: [P] int64, in any order; both may recur.
+            scores: [P] float32, above -inf.
+        """
+        held, place = (self._documents >= 0).nonzero(as_tuple=True)
+        rows, documents = rows.cpu(), documents.cpu()
+        documents = torch.cat([self._documents[held, place], documents])
+        pairs = torch.cat([held, rows]) * self._num_documents + documents
+        pairs, owner = torch.unique(pairs, return_inverse=True)
+        scores = torch.cat([self._scores[held, place], scores.cpu()])
+        best = scores.new_full((len(pairs),), -torch.inf)
+        best.scatter_reduce_(0, owner, scores, reduce="amax")
+        # pairs ascend and sorting keeps the order of equals, so ties go to the lower document
+        best, order = best.sort(descending=True, stable=True)
+        rows, by_row = (pairs[order] // self._num_documents).sort(stable=True)
+        best, documents = best[by_row], pairs[order[by_row]] % self._num_documents
+        place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+        kept = place < self._documents.shape[1]
+        self._documents[rows[kept], place[kept]] = documents[kept]
+        self._scores[rows[kept], place[kept]] = best[kept]
 
-    Returns:
-        [B, C] float32; -inf in a row without routing tokens. NaN counts as -inf. No gradient.
-
-    Source: MSA 3.2.1, Eq. 2; the arithmetic is ours (see `exact_dots`).
-    """
-    with torch.no_grad():
-        keys = routing_keys.flatten(1)
-        scores = vectors.new_full((vectors.shape[0], keys.shape[0]), -torch.inf)
-        step = max(1, EXACT_BLOCK // keys.shape[1])
-        for row, mask in enumerate(routing_mask):
-            routing = vectors[row][mask]
-            if not len(routing):
-                continue
-            tokens = min(step, len(routing))
-            chunks = max(1, step // tokens)
-            for some in torch.split(routing, tokens):
-                for start in range(0, keys.shape[0], chunks):
-                    part = slice(start, start + chunks)
-                    dots = exact_dots(some[:, None], keys[part])
-                    if scales is not None:
-                        dots = dots * scales[part].double()
-                    dots = dots.float()
-                    best = dots.masked_fill(dots.isnan(), -torch.inf).amax(0)
-                    scores[row, part] = torch.maximum(scores[row, part], best)
-        return scores
+    def selection(self, device: torch.device) -> Selection:
+        """What was found, best first, equal scores in favor of the lower document."""
+        return Selection(self._documents.to(device), self._scores.to(device))
 
 
 def check_routing(
@@ -305,12 +311,13 @@ def route_documents(
     top_k: int,
     document_mask: Tensor | None = None,
     scales: Tensor | None = None,
-    key_norm: float | None = None,
 ) -> Selection:
     """Scores and selection in one: the reference of the kernels, plain and slow.
 
-    The scores are those of `exact_scores`, so the result for a question does not depend on the rest
-    of the batch, and selections from the parts of a bank can be merged into that of the whole.
+    Kernels, and parts of a bank whose selections are merged, give this selection, except among
+    documents whose scores are within 1e-5 of each other: a float32 product is rounded differently
+    in blocks of other sizes. (That is for unit keys, which cosine routing has; else 1e-5 times
+    the lengths of vector and key. And for torch's default precision of float32 products.)
 
     Args:
         vectors: [B, T, G*D] float32, of `routing_vectors`.
@@ -321,11 +328,9 @@ def route_documents(
         document_mask: [N] bool, or [B, N] for a filter per question; False for documents that must
             not be chosen.
         scales: [C] float32, for int8 keys only; a key is its int8 values times its scale.
-        key_norm: no key ([G*D] numbers) is longer than this; `unit_key_norm` when routing is by
-            cosine. It saves the kernels measuring the keys; the reference has no use for it.
 
     Returns:
-        Selection with K = min(top_k, N), best first, equal scores in favour of the lower row; -1
+        Selection with K = min(top_k, N), best first, equal scores in favor of the lower row; -1
         and -inf where a row has fewer documents or no routing token. NaN counts as -inf.
 
     Raises:
@@ -339,13 +344,8 @@ def route_documents(
     for start in range(0, routing_keys.shape[0], CHUNK_BLOCK):
         part = slice(start, start + CHUNK_BLOCK)
         some = None if scales is None else scales[part]
-        scores = exact_scores(vectors, routing_mask, routing_keys[part], some)
+        scores = selection_scores(vectors, routing_mask, routing_keys[part], some)
         result.scatter_reduce_(1, documents[part].expand_as(scores), scores, reduce="amax")
     if document_mask is not None:
         result = result.masked_fill(~document_mask, -torch.inf)
     return select_documents(result, top_k)
-
-
-def unit_key_norm(num_key_value_heads: int) -> float:
-    """The `key_norm` of keys that have unit length per head, room for their rounding included."""
-    return 1.01 * math.sqrt(num_key_value_heads)

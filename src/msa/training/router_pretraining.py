@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from msa.errors import InputError, TrainingError
 from msa.ops.ragged import ragged_range
-from msa.ops.routing import document_scores, normalise, reduce_queries, token_weights
+from msa.ops.routing import document_scores, normalize, reduce_queries, token_weights
 from msa.text.prompts import PromptEncoder
 from msa.training.losses import routing_loss
 from msa.training.negatives import HardNegatives, hard_negatives
@@ -115,7 +115,7 @@ class RouterHeads(nn.Module):
     def keys(self, layer: int, states: Tensor) -> Tensor:
         """Routing keys [C, G, D] of pooled document states [C, E] (Eq. 1)."""
         keys = (states @ self.key[str(layer)].T).unflatten(-1, (self.groups, self.dim))
-        return normalise(keys) if self.score == "cosine" else keys
+        return normalize(keys) if self.score == "cosine" else keys
 
 
 def _attention(model: MSAForCausalLM, layer: int) -> Any:

@@ -6,10 +6,9 @@ Here every rank of a `torch.distributed` group loads a share of the rows
 
 - route: the asker folds its routing queries (Eq. 2) and sends the vectors to all ranks. Each scores
   its share and returns its own top-k with scores and rows of the whole bank. The asker merges: the
-  higher score first, of equal ones the lower row. Scores are exact (`msa.ops.routing.exact_scores`:
-  they depend on the question and the key, not on what else is in the batch or the share), so the
-  selection is that of one process, bit for bit. Requests for one layer that arrive together share
-  one pass over the keys.
+  higher score first, of equal ones the lower row. So the selection is that of one process, except
+  among scores within 1e-5 of each other. Requests for one layer that arrive together share one pass
+  over the keys.
 - content: every owner reads the pooled keys and values of those of its rows that were selected. The
   asker puts them together as one process would.
 
@@ -297,8 +296,8 @@ class ShardedSnapshot:
             routing_mask: [B, T] bool.
 
         Returns:
-            Selection with K = min(top_k, N), on the device given to `ShardedBank`; to the last bit
-            that of a `BankSnapshot` of one process.
+            Selection with K = min(top_k, N), on the device given to `ShardedBank`; that of a
+            `BankSnapshot` of one process, except among scores within 1e-5 of each other.
 
         Raises:
             EmptyBankError: there is no document to select.

@@ -16,7 +16,7 @@ import torch
 
 from msa.errors import InputError, ModelError
 from msa.memory.store.records import EncodedBatch
-from msa.ops.quantisation import pack
+from msa.ops.quantization import pack
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Document, LatentStates, LayerStates
 

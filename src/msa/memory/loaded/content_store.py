@@ -29,7 +29,7 @@ from msa.memory.store.document_table import DocumentTable, SegmentSlice
 from msa.memory.store.lifetime import Lifetime
 from msa.memory.store.mapped_pages import PageWindow
 from msa.memory.store.segments import RoutingPart, Segment, chunk_offsets
-from msa.ops.quantisation import packed_width, unpack
+from msa.ops.quantization import packed_width, unpack
 from msa.ops.ragged import ragged_range
 
 # Pinned memory is given out in powers of two; blocks of one such size waste none of it.

@@ -29,7 +29,8 @@ from msa.memory.loaded.content_store import ContentStore
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.memory_plan import MemoryPlan
 from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
-from msa.memory.search.layer_index import KeyBuffers, LayerIndex, StoredKeys, map_keys
+from msa.memory.search.layer_index import FlatIndex, LayerIndex
+from msa.memory.search.layer_keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
 from msa.memory.store.catalog import Snapshot
 from msa.memory.store.document_table import DocumentTable, Partition, RowsBuilder, SegmentSlice
 from msa.memory.store.filters import Filter
@@ -38,8 +39,6 @@ from msa.memory.store.mapped_pages import release_heap
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.segments import Segment, SegmentMissingError
 from msa.ops.attention import gather_content
-from msa.ops.kernels.screening import Screen
-from msa.ops.routing import unit_key_norm
 from msa.types import Content, Selection, whole_number
 
 _LOAD_ATTEMPTS = 5
@@ -73,7 +72,7 @@ class BankSnapshot(NotPickled):
     dtype: torch.dtype
     device: torch.device
     _layers: tuple[int, ...]
-    _layer_keys: Mapping[int, LayerIndex]
+    _indexes: Mapping[int, LayerIndex]
     _keys_device: torch.device
     _mask: Tensor | None
     _content: ContentStore = field(repr=False)
@@ -133,7 +132,7 @@ class BankSnapshot(NotPickled):
             BankCorruptError, BudgetError: see `route`.
         """
         with _out_of_memory("routing", self._keys_device):
-            return self._layer_keys[layer].search(vectors, routing_mask, top_k, self._mask)
+            return self._indexes[layer].search(vectors, routing_mask, top_k, self._mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
         """Pooled keys and values of the selected documents, held or read from their segments.
@@ -165,20 +164,6 @@ class BankSnapshot(NotPickled):
                 fetched.counts.to(self.device),
                 fetched.places(rows).to(self.device),
             )
-
-    @property
-    def _keys(self) -> dict[int, Tensor]:
-        """Routing layer -> [C, G, D], as they are held."""
-        return {layer: keys.keys for layer, keys in self._layer_keys.items()}
-
-    @property
-    def _counts(self) -> Tensor:
-        """[N] int64, on the device of the routing keys."""
-        return self._layer_keys[self._layers[0]].counts
-
-    def _read(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled keys and values of rows [U], ascending: two [C, G, D] on the CPU."""
-        return self._content.read(self._rows, layer, chosen)
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
@@ -269,7 +254,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
             dtype=self._content_dtype,
             device=self.device,
             _layers=manifest.routing_layers,
-            _layer_keys={},
+            _indexes={},
             _keys_device=torch.device(self.plan.keys_device),
             _mask=None,
             _content=self._new_content(),
@@ -298,7 +283,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
             self._view = replace(
                 self._view,
                 num_documents=0,
-                _layer_keys={},
+                _indexes={},
                 _mask=None,
                 _content=self._new_content(),
                 _rows=DocumentTable.none(len(self.bank.manifest.routing_layers)),
@@ -372,8 +357,8 @@ class LoadedBank(LatestReader[BankSnapshot]):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the routing keys in use."""
-        return sum(keys.num_bytes for keys in self._view._layer_keys.values())
+        """Memory of the routing keys in use, with the copies that their indexes keep."""
+        return sum(index.num_bytes for index in self._view._indexes.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -473,7 +458,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
             self.plan, before = plan, self.plan
         same = all(
             getattr(plan, name) == getattr(before, name)
-            for name in ("keys_dtype", "keys_device", "screened", "content", "prefetch")
+            for name in ("keys_dtype", "keys_device", "content", "prefetch")
         )
         return old if same else None
 
@@ -593,38 +578,28 @@ class LoadedBank(LatestReader[BankSnapshot]):
         release_heap()
         stored = StoredKeys(rows, maps, content.window) if maps else None
         counts = rows.chunk_counts.to(buffers.device)
-        norm = unit_key_norm(buffers.shape[0]) if self._view.score == "cosine" else None
         self._buffers, self._maps = buffers, tuple(maps)
-        found = {i: replace(buffers.layer(i, counts, used, norm), stored=stored) for i in layers}
-        before = {} if old is None else old._layer_keys
-        if self._pruning is not None:
-            found = {i: _pruned(before.get(i), keys, self._pruning) for i, keys in found.items()}
-        elif self.plan.screened:
-            found = {i: _screened(before.get(i), keys) for i, keys in found.items()}
+        before = {} if old is None else old._indexes
+        found = {i: buffers.layer(i, counts, used, stored) for i in layers}
         return replace(
             self._view,
-            _layer_keys=found,
+            _indexes={i: self._index(keys, before.get(i)) for i, keys in found.items()},
             _keys_device=buffers.device,
             _content=content,
             _rows=rows,
         )
 
+    def _index(self, keys: LayerKeys, before: LayerIndex | None) -> LayerIndex:
+        """The index of a layer, made on top of that of the state before if there is one."""
+        if before is not None:
+            return before.followed(keys)
+        if self._pruning is not None:
+            return ClusteredIndex.build(keys, self._pruning)
+        return FlatIndex(keys)
+
 
 def _whole(entry: SegmentEntry) -> SegmentSlice:
     return SegmentSlice(slice(0, entry.num_documents), slice(0, entry.num_chunks))
-
-
-def _pruned(before: LayerIndex | None, keys: LayerIndex, settings: PruningSettings) -> LayerIndex:
-    """Keys that are searched in blocks, those of the state before where there are such."""
-    blocks = None if before is None else before.pruned
-    made = ClusteredIndex.followed(blocks, keys.keys, keys.counts, settings, scales=keys.scales)
-    return replace(keys, pruned=made)
-
-
-def _screened(before: LayerIndex | None, keys: LayerIndex) -> LayerIndex:
-    """Keys with a copy in int8, that of the state before as far as it goes."""
-    screen = Screen.followed(None if before is None else before.screen, keys.keys, keys.counts)
-    return replace(keys, screen=screen)
 
 
 def _scratch(entries: Sequence[SegmentEntry]) -> Tensor:

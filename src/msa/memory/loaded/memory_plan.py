@@ -26,15 +26,13 @@ from msa.memory.store.document_table import Partition
 from msa.memory.store.manifest import DTYPES, Manifest
 from msa.memory.store.mapped_pages import WINDOW_BYTES
 from msa.memory.store.records import SegmentEntry
-from msa.ops.kernels import routing_cpu, screening
-from msa.ops.quantisation import is_supported, packed_width
+from msa.ops.quantization import is_supported, packed_width
 
 # Not all that is free is to be had: allocators waste some, and others want some too.
 USABLE = 0.9
 # Room for documents to come, on a device; RAM that is not written to costs nothing.
 GROWTH = 1.25
-# Wider keys than those stored may take this share of RAM; keys with a copy in int8, and content on
-# a GPU machine, that one.
+# Wider keys than those stored may take this share of RAM; content on a GPU machine, that one.
 WIDE_SHARE = 0.25
 HELD_SHARE = 0.5
 # Without a GPU the page cache holds content as well; less than this is soon read, and held.
@@ -57,7 +55,6 @@ class MemoryPlan:
         keys_dtype: of the routing keys in memory: "float32", "bfloat16", "float16" or "int8".
         keys_device: where they are scored.
         keys_bytes: what they take there, scales and room for growth included.
-        screen_bytes: of their copy in int8 that a scan reads first; 0 without one.
         pruned_bytes: of their copy in blocks, for a pruned scan; 0 without one.
         growth: room for so many times the present documents.
         content: "held" in RAM or "mapped" from disk.
@@ -81,7 +78,6 @@ class MemoryPlan:
     keys_dtype: str
     keys_device: str
     keys_bytes: int
-    screen_bytes: int = 0
     pruned_bytes: int = 0
     growth: float = 1.0
     content: str
@@ -100,15 +96,9 @@ class MemoryPlan:
         return _KEY_DTYPES[self.keys_dtype]
 
     @property
-    def screened(self) -> bool:
-        """Whether the keys have a copy in int8 (`msa.ops.kernels.screening`)."""
-        return self.screen_bytes > 0
-
-    @property
     def memory_bytes(self) -> int:
         """RAM that the bank takes, at most: after loading, with a batch of questions."""
-        copies = self.screen_bytes + self.pruned_bytes
-        keys = self.keys_bytes + copies if self.keys_device == "cpu" else 0
+        keys = self.keys_bytes + self.pruned_bytes if self.keys_device == "cpu" else 0
         held = self.content_bytes if self.content == "held" else 0
         return keys + held + self.rows_bytes + max(self.question_bytes, self.loading_bytes)
 
@@ -163,13 +153,6 @@ class _Sizes:
         scales = 4 * self.layers if dtype == "int8" else 0
         return self.num_chunks * (self.numbers * _KEY_DTYPES[dtype].itemsize + scales)
 
-    @property
-    def screen(self) -> int:
-        """A copy of the routing keys in int8, to be read in their place; 0 if there can be none."""
-        if not screening.is_worthwhile(self.num_chunks):
-            return 0
-        return self.layers * screening.screen_bytes(self.num_chunks, self.numbers // self.layers)
-
     def pruned(self, dtype: str, settings: PruningSettings) -> int:
         """A copy of the routing keys in blocks, at most or so."""
         blocks = 2 * math.ceil(self.num_chunks / settings.block_size)
@@ -202,7 +185,6 @@ class _Draft:
     device_memory: int | None
     content_dtype: torch.dtype
     world: int
-    screen: bool
     pruning: PruningSettings | None
     claimed: int = 0
     why: list[str] = field(default_factory=list)
@@ -210,11 +192,6 @@ class _Draft:
     @property
     def question(self) -> int:
         return self.sizes.question(self.content_dtype)
-
-    @property
-    def bounds(self) -> int:
-        """Working set of a batch of questions to keys with a copy in int8."""
-        return screening.working_bytes(self.sizes.num_chunks, _BATCH)
 
     @property
     def loading(self) -> int:
@@ -252,7 +229,6 @@ def plan(
     dtype: torch.dtype | None = None,
     content_dtype: torch.dtype | None = None,
     content: str | None = None,
-    screen: bool = True,
     pruning: PruningSettings | None = None,
     shard: tuple[int, int] = (0, 1),
     memory: int | None = None,
@@ -264,10 +240,8 @@ def plan(
     """Which tier will hold what of a bank, before anything is loaded.
 
     On a GPU: keys there as stored, else in int8, else in RAM; content pinned in RAM, else mapped.
-    On a CPU: keys as stored with a copy in int8, which a scan reads first, if there are many of
-    them, torch has that product, and both take half of the free RAM at most; else in float32 if
-    they are stored shorter, the processor does not multiply them as they are, and they take a
-    quarter of the free RAM at most; else as stored, else int8; content held if there is little of
+    On a CPU: keys in float32 if they are stored shorter and take a quarter of the free RAM at most,
+    since they are scored in float32; else as stored, else int8; content held if there is little of
     it, else mapped (the page cache holds it).
 
     Args:
@@ -276,7 +250,6 @@ def plan(
         dtype: of the routing keys; the plan's choice by default.
         content_dtype: of the content that is handed out; as stored by default.
         content: "held" or "mapped"; the plan's choice by default.
-        screen: whether keys on a CPU may have a copy in int8; they have none with `pruning`.
         pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.
         memory, device_memory: bytes to plan for, instead of what is free now and not claimed by
@@ -309,18 +282,16 @@ def plan(
         device_memory=device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
-        screen=screen and pruning is None,
         pruning=pruning,
         claimed=0 if memory else claimed,
     )
     if target.type == "cpu":
         draft.device_memory = None
-    keys_device, keys_dtype, growth, screen_bytes = _place_keys(draft, bank, target, name)
+    keys_device, keys_dtype, growth = _place_keys(draft, bank, target, name)
     sizes = draft.sizes
     keys_bytes = int(sizes.keys(keys_dtype) * growth)
     pruned_bytes = draft.pruned(keys_dtype) if keys_device == "cpu" else 0
-    taken = keys_bytes + screen_bytes + pruned_bytes
-    left = draft.memory - (taken if keys_device == "cpu" else 0)
+    left = draft.memory - (keys_bytes + pruned_bytes if keys_device == "cpu" else 0)
     held = _holds_content(draft, bank, content, left)
     content_bytes = sizes.content(draft.content_dtype)
     prefetch = target.type != "cpu" or (not held and content_bytes > left / 2)
@@ -334,14 +305,13 @@ def plan(
         keys_dtype=keys_dtype,
         keys_device=keys_device,
         keys_bytes=keys_bytes,
-        screen_bytes=screen_bytes,
         pruned_bytes=pruned_bytes,
         growth=growth,
         content="held" if held else "mapped",
         content_bytes=content_bytes,
         prefetch=prefetch,
         rows_bytes=sizes.rows,
-        question_bytes=draft.question + window + (draft.bounds if screen_bytes else 0),
+        question_bytes=draft.question + window,
         loading_bytes=draft.loading,
         memory_available=draft.memory,
         device_available=draft.device_memory,
@@ -363,7 +333,6 @@ def lower(
             given,
             keys_dtype="int8",
             keys_bytes=sizes.keys("int8"),
-            screen_bytes=0,
             growth=1.0,
         )
     if given.keys_device == "cpu":
@@ -374,7 +343,6 @@ def lower(
         keys_device="cpu",
         keys_dtype=on_cpu.keys_dtype,
         keys_bytes=on_cpu.keys_bytes,
-        screen_bytes=on_cpu.screen_bytes,
         growth=on_cpu.growth,
     )
 
@@ -393,16 +361,12 @@ def _sizes_of(bank: MemoryBank, shard: Partition, entries: Sequence[SegmentEntry
 
 def _place_keys(
     draft: _Draft, bank: MemoryBank, device: torch.device, name: str | None
-) -> tuple[str, str, float, int]:
-    """Device, dtype and growth of the routing keys, bytes of their screen."""
+) -> tuple[str, str, float]:
+    """Device, dtype and growth of the routing keys."""
     stored = bank.manifest.dtype
     choices = [name] if name is not None else [stored, "int8"]
     sizes = draft.sizes
-    if draft.device_memory is not None and not is_supported(torch.float64, device):
-        draft.say(
-            f"{device} has no float64 for exact scores, so routing keys are scored on the CPU"
-        )
-    elif draft.device_memory is not None:
+    if draft.device_memory is not None:
         on_device = [c for c in choices if is_supported(_KEY_DTYPES[c], device)]
         for lacking in sorted(set(choices) - set(on_device)):
             draft.say(f"{device} has no {lacking}")
@@ -410,29 +374,20 @@ def _place_keys(
             for growth in (GROWTH, 1.0):
                 if draft.device_holds(int(sizes.keys(choice) * growth)):
                     draft.say(f"routing keys fit on {device} in {choice}{_not(choice, stored)}")
-                    return str(device), choice, growth, 0
+                    return str(device), choice, growth
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
-    extra = sizes.screen if draft.screen and choices[0] != "int8" else 0
-    copied = sizes.keys(choices[0]) + extra + draft.bounds
-    roomy = copied <= HELD_SHARE * draft.memory / draft.world and draft.memory_holds(copied)
-    if extra and roomy:
-        draft.say(
-            f"routing keys in {choices[0]} and a copy in int8, which a scan reads first, take less "
-            "than half of the free RAM"
-        )
-        return "cpu", choices[0], 1.0, extra
     wide = draft.keys("float32")
-    slow = name is None and stored != "float32" and not _multiplies(DTYPES[stored])
+    slow = name is None and stored != "float32"
     if slow and wide <= WIDE_SHARE * draft.memory / draft.world and draft.memory_holds(wide):
         draft.say(
-            f"this processor turns {stored} into float32 at every scan, and routing keys in "
+            f"a scan on the CPU turns {stored} into float32 every time, and routing keys in "
             "float32 take less than a quarter of the free RAM"
         )
-        return "cpu", "float32", 1.0, 0
+        return "cpu", "float32", 1.0
     for choice in choices:
         if draft.memory_holds(draft.keys(choice)):
             draft.say(f"routing keys fit in RAM in {choice}{_not(choice, stored)}")
-            return "cpu", choice, 1.0, 0
+            return "cpu", choice, 1.0
     raise BudgetError(_refusal(draft, bank, choices))
 
 
@@ -512,13 +467,6 @@ def _shares(draft: _Draft, dtype: str) -> int | None:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
-
-
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies numbers of the dtype as they are."""
-    if dtype != torch.bfloat16:
-        return dtype == torch.float32
-    return routing_cpu.multiplies_bfloat16()
 
 
 def _free_on(device: torch.device) -> int | None:

@@ -16,7 +16,7 @@ import msa
 from msa.errors import BankCorruptError, BankMismatchError, BankNotFoundError, ConfigError
 from msa.memory.store.durable_files import storage_errors, write_file
 from msa.model.identity import checkpoint_name, model_fingerprints
-from msa.ops.quantisation import PACKED
+from msa.ops.quantization import PACKED
 from msa.text.prompts import PromptTemplate
 from msa.types import whole_number
 
@@ -73,7 +73,7 @@ class Manifest:
         num_key_value_heads, head_dim: shape of a chunk's state.
         dtype: of the states on disk: "float32", "bfloat16" or "float16".
         content_dtype: of the content on disk: the same, or "int8", "fp8" or "int4" (packed rows
-            with scales, see `msa.ops.quantisation.pack`).
+            with scales, see `msa.ops.quantization.pack`).
         max_document_tokens: longer documents are split into parts of at most so many tokens.
     """
 

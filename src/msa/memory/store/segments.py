@@ -10,7 +10,7 @@ A segment holds the states of many documents. Its tensors, in the order of the f
     LAYER.pooled_values  [C, G, D]
 
 Content of a lower precision is uint8 [C, G, packed width] instead, rows of
-`msa.ops.quantisation.pack`.
+`msa.ops.quantization.pack`.
 
 The routing part is read whole when a bank is loaded, and its SHA-256 is compared then. The content
 is mapped and read for selected documents only, and their CRC-32 is compared at every read. So no

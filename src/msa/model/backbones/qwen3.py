@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normalised per head before rotation."""
+"""Qwen3: queries and keys are normalized per head before rotation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fast twins of the references in `msa.ops`: same signature, same result.
+"""Fast twins of the references in `msa.ops`: same signature, same guarantee.
 
 Shapes: B batch, T query tokens, N documents, C chunks, G KV heads, D head dim, K selected
 documents.
@@ -22,12 +22,10 @@ def route_documents(
     top_k: int,
     document_mask: Tensor | None = None,
     scales: Tensor | None = None,
-    key_norm: float | None = None,
 ) -> Selection:
     """`msa.ops.routing.route_documents` by the kernel for the device of the keys.
 
-    Triton on CUDA where it is installed; else the blocked one, which runs wherever torch has
-    float64.
+    Triton on CUDA where it is installed; else the blocked one, which runs on any device.
 
     Args and returns: as the reference.
     """
@@ -45,5 +43,4 @@ def route_documents(
         top_k,
         document_mask,
         scales,
-        key_norm,
     )

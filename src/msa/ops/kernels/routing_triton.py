@@ -1,11 +1,9 @@
-"""Routing on CUDA: one pass over the keys in Triton (ours; the rule is Eq. 2 of MSA).
+"""Routing on CUDA: one pass over the keys in Triton (the rule is Eq. 2 of MSA).
 
 Every program takes a tile of chunks and a tile of routing tokens of one question: matrix product,
 maximum over the tokens, maximum over the chunks of each document, one atomic maximum per document
 of the tile. Token tiles of all questions visit a tile of keys one after the other, so the keys come
-from memory once and then from the cache. What a question must not choose is not even read. Then the
-documents whose score is within the rounding bound of the k-th best are scored exactly and chosen
-among, as in `msa.ops.kernels.routing_cpu`.
+from memory once and then from the cache. What a question must not choose is not even read.
 
 Held besides: [B, N] scores and the offsets of the documents.
 
@@ -20,16 +18,13 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from msa.ops.kernels.rounding import error_bound, longest
-from msa.ops.routing import check_routing, exact_scores, select_documents
+from msa.ops.routing import check_routing, select_documents
 from msa.types import Selection
 
 # Tiles: chunks, numbers of a key at a time; tokens at least and at most (tl.dot wants 16).
 TILE_CHUNKS = 64
 TILE_WIDTH = 64
 TILE_TOKENS = (16, 64)
-# Candidates are scored exactly this many chunks at a time.
-STEP = 1 << 12
 
 
 @torch.no_grad()
@@ -41,9 +36,8 @@ def route_documents(
     top_k: int,
     document_mask: Tensor | None = None,
     scales: Tensor | None = None,
-    key_norm: float | None = None,
 ) -> Selection:
-    """Twin of `msa.ops.routing.route_documents`, to the last bit; arguments and returns as there.
+    """Twin of `msa.ops.routing.route_documents`; arguments and returns as there.
 
     All tensors are on one CUDA device (or on the CPU, under TRITON_INTERPRET=1).
     """
@@ -54,26 +48,7 @@ def route_documents(
     if mask is not None:
         mask = (mask if mask.dim() == 2 else mask[None]).contiguous()
     scores = _document_scores(vectors, routing_mask, keys, ends, mask, scales)
-    count = min(top_k, len(chunk_counts))
-    if not (count and len(vectors)):
-        return select_documents(scores, top_k)
-    if scales is not None:
-        norm = 128 * keys.shape[1] ** 0.5 * longest(scales[:, None])
-    else:
-        norm = key_norm if key_norm is not None else _key_norm(keys)
-    margin = _margins(vectors, routing_mask, norm)
-    candidates = scores >= scores.topk(count).values[:, -1:] - margin[:, None]
-    candidates &= scores > -torch.inf
-    exact = torch.full_like(scores, -torch.inf)
-    for row in range(len(vectors)):
-        documents = candidates[row].nonzero()[:, 0]
-        part = slice(row, row + 1)
-        exact[row].index_copy_(
-            0,
-            documents,
-            _exact(vectors[part], routing_mask[part], keys, chunk_counts, ends, documents, scales),
-        )
-    return select_documents(exact, top_k)
+    return select_documents(scores, top_k)
 
 
 def _document_scores(
@@ -84,7 +59,7 @@ def _document_scores(
     mask: Tensor | None,
     scales: Tensor | None,
 ) -> Tensor:
-    """[B, N] float32 document scores, off by no more than the rounding bound."""
+    """[B, N] float32 document scores; -inf for those that must not be chosen."""
     lowest = int(_ordered(torch.tensor(-torch.inf)))
     ordered = torch.full((len(vectors), len(ends)), lowest, dtype=torch.int32, device=keys.device)
     rows, owner, tile = _token_tiles(vectors, routing_mask)
@@ -135,39 +110,6 @@ def _token_tiles(vectors: Tensor, routing_mask: Tensor) -> tuple[Tensor, Tensor,
         owner += [row] * triton.cdiv(size, tile)
     filled = torch.cat(rows).float().contiguous()
     return filled, torch.tensor(owner, dtype=torch.int32, device=vectors.device), tile
-
-
-def _margins(vectors: Tensor, routing_mask: Tensor, norm: float) -> Tensor:
-    """[B] float32: two exact scores whose computed ones differ by more than this differ so too."""
-    bound = 2 * norm * error_bound(vectors.shape[2])
-    margins = [bound * longest(row[m]) for row, m in zip(vectors, routing_mask, strict=True)]
-    return torch.tensor(margins, dtype=torch.float32, device=vectors.device)
-
-
-def _key_norm(keys: Tensor) -> float:
-    return max((longest(part) for part in torch.split(keys, 1 << 16)), default=0.0)
-
-
-def _exact(
-    vectors: Tensor,
-    routing_mask: Tensor,
-    keys: Tensor,
-    chunk_counts: Tensor,
-    ends: Tensor,
-    documents: Tensor,
-    scales: Tensor | None,
-) -> Tensor:
-    """[len(documents)] float32 exact scores of some documents for one question ([1, T, G*D])."""
-    counts = chunk_counts[documents]
-    places = torch.repeat_interleave(counts)
-    within = torch.arange(len(places), device=keys.device) - (counts.cumsum(0) - counts)[places]
-    chunks = (ends[documents] - counts)[places] + within
-    result = vectors.new_full((len(documents),), -torch.inf)
-    for place, chunk in zip(torch.split(places, STEP), torch.split(chunks, STEP), strict=True):
-        some = None if scales is None else scales[chunk]
-        scores = exact_scores(vectors, routing_mask, keys[chunk], some)[0]
-        result.scatter_reduce_(0, place, scores, reduce="amax")
-    return result
 
 
 @triton.jit

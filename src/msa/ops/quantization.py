@@ -1,7 +1,7 @@
-"""Numbers in eight bits, one scale per chunk (ours).
+"""Numbers in eight bits, one scale per chunk.
 
 A routing key in int8 is a quarter of one in float32. Its scores are a little off, so the best
-candidates are scored once more from the keys on disk (`msa.memory.search.layer_index`). float8 has
+candidates are scored once more from the keys on disk (`msa.memory.search.layer_keys`). float8 has
 the same size and more range, which keys of unit length do not need; int8 is the closer of the two,
 and the kernels take it.
 
@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eight-bit integers and their scales: x is about values times scale.
 
     Rounded to the nearest, ties to even; a chunk's largest number becomes 127 or -127. The result
@@ -35,29 +35,24 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: a number is not finite.
 
-    Source: ours; symmetric absmax quantisation, off by at most half a scale per number.
+    Symmetric absmax quantization, off by at most half a scale per number.
     """
     numbers, scales = _scaled(x, INT8_MAX)
     return numbers.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scales
 
 
-def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same in float8 (e4m3): values [C, G, D] float8_e4m3fn, scales [C] float32.
 
     Raises:
         InputError: a number is not finite.
         ConfigError: the device has no float8.
 
-    Source: ours; off by at most 1/16 of each number, or half a smallest step near zero.
+    Off by at most 1/16 of each number, or half a smallest step near zero.
     """
     check_dtype(FP8, x.device)
     numbers, scales = _scaled(x, FP8_MAX)
     return numbers.clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
-
-
-def dequantise(values: Tensor, scales: Tensor) -> Tensor:
-    """[C, G, D] float32 of `quantise` or `quantise_fp8`: values [C, G, D] times scales [C]."""
-    return values.float() * scales[:, None, None]
 
 
 def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +61,7 @@ def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     peaks = numbers.flatten(1).abs().amax(1) if numbers.numel() else numbers.new_zeros(len(x))
     if not bool(torch.isfinite(peaks).all()):
         raise InputError(
-            "keys to be quantised hold what is no finite number; 'msa bank verify' finds the damage"
+            "keys to be quantized hold what is no finite number; 'msa bank verify' finds the damage"
         )
     scales = peaks / largest
     # the smallest numbers of float32 have no scale: they are zeros
@@ -126,7 +121,7 @@ def pack(x: Tensor, precision: str) -> Tensor:
         InputError: a number is not finite.
         ConfigError: no such precision, or D cannot be packed so.
 
-    Source: ours; symmetric absmax quantisation.
+    Source: symmetric absmax quantization.
     """
     if precision not in PACKED or (precision == "int4" and x.shape[-1] % 2):
         raise ConfigError(
@@ -135,9 +130,9 @@ def pack(x: Tensor, precision: str) -> Tensor:
         )
     rows = x.reshape(-1, 1, x.shape[-1])
     if precision == "int8":
-        values, scales = quantise(rows)
+        values, scales = quantize(rows)
     elif precision == "fp8":
-        values, scales = quantise_fp8(rows)
+        values, scales = quantize_fp8(rows)
     else:
         numbers, scales = _scaled(rows, INT4_MAX)
         nibbles = numbers.round_().clamp_(-INT4_MAX, INT4_MAX).to(torch.int8) + 8
