@@ -22,6 +22,7 @@ from msa.errors import (
     ModelError,
 )
 from msa.inference.options import AskOptions
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.search.clustered_index import PruningSettings
 from msa.types import Answer
 
@@ -253,8 +254,9 @@ def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, toke
             theirs.citations,
             theirs.rounds,
         )
-    with pytest.raises(InputError, match="pruning and parallel"):
-        MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(), parallel=True)
+    with pytest.raises(InputError, match="memory is given, with plan or pruning"):
+        loaded = LoadedBank(bank)
+        MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(), memory=loaded)
 
 
 def test_a_bank_may_be_given_by_its_path(

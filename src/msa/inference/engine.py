@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from msa.errors import InputError, RankError
+from msa.errors import InputError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
@@ -61,7 +61,7 @@ class MemoryEngine:
         template: PromptTemplate | None = None,
         device: torch.device | str | None = None,
         options: AskOptions | None = None,
-        parallel: bool | ShardedBank = False,
+        memory: LoadedBank | ShardedBank | None = None,
         plan: MemoryPlan | None = None,
         pruning: PruningSettings | None = None,
         **changes: Any,
@@ -75,27 +75,22 @@ class MemoryEngine:
             template: text format; the bank's by default.
             device: where the model is moved; by default it stays where it is.
             options: by default the `ask_options.json` beside the model's weights, if there is one.
-            parallel: hold the bank in shares, together with all ranks of the default process group
-                (`msa.memory.distributed.sharded_bank`); every rank makes its engine, asks what it
-                wants, if anything, and closes it. Or a `ShardedBank` of this bank, which stays the
-                caller's.
+            memory: this bank, loaded by the caller, such as a
+                `msa.memory.distributed.sharded_bank.ShardedBank`; it stays the caller's.
             plan: what of the bank lies where; by default `msa.memory.loaded.memory_plan.plan`
-                decides. Not with `parallel`, where every rank has a share of its own to plan for.
+                decides. Not with `memory`.
             pruning: search the routing keys in blocks, not all of them (see `LoadedBank`). Not
-                with `parallel`.
+                with `memory`.
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
         Raises:
             BankNotFoundError, BankMismatchError, BankCorruptError: the bank cannot be asked.
             BudgetError: it does not fit into memory; the message says what would.
-            InputError: `plan` or `pruning` with `parallel`; `pruning` with keys on a GPU.
-            ConfigError: an option is not valid, or there is no process group.
-            RankError: another rank failed, ended or fell silent.
+            InputError: `plan` or `pruning` with `memory`; `pruning` with keys on a GPU.
+            ConfigError: an option is not valid.
         """
-        if plan is not None and parallel:
-            raise InputError("plan and parallel are both given; every rank plans for its own share")
-        if pruning is not None and parallel:
-            raise InputError("pruning and parallel are both given; a share is scanned in full")
+        if memory is not None and (plan is not None or pruning is not None):
+            raise InputError("memory is given, with plan or pruning; say these when it is loaded")
         if options is None:
             options = AskOptions.load(model.name_or_path) if model.name_or_path else AskOptions()
         self.options = options.with_changes(**changes)
@@ -110,37 +105,16 @@ class MemoryEngine:
         else:
             self.bank = MemoryBank.open(bank, model, tokenizer, template, read_only=True)
         self._encoder = PromptEncoder(tokenizer, template or self.bank.template)
-        self._parallel: ShardedBank | None = None  # to be closed here
-        resident: LoadedBank | ShardedBank
-        if isinstance(parallel, ShardedBank):
-            resident = parallel
-        elif parallel:
-            resident = ShardedBank(self.bank, model.device, content_dtype=model.dtype)
-            self._parallel = resident
-        else:
-            resident = LoadedBank(
+        if memory is None:
+            memory = LoadedBank(
                 self.bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
             )
-        self._shelf = SnapshotCache(self.bank, resident)
+        self._shelf = SnapshotCache(self.bank, memory)
 
     def close(self) -> None:
-        """Close the bank, if it was opened here. With `parallel=True`, answer the others first.
-
-        Raises:
-            RankError: another rank failed, ended or fell silent before it was done.
-        """
-        try:
-            if self._parallel is not None:
-                self._parallel.close()
-        finally:
-            if self._opened:
-                self.bank.close()
-
-    def rank_failure(self, wait: float = 0.0) -> RankError | None:
-        """With `parallel=True`: what has gone wrong with another rank, if it shows within `wait`
-        seconds.
-        """
-        return None if self._parallel is None else self._parallel.failure(wait)
+        """Close the bank, if it was opened here."""
+        if self._opened:
+            self.bank.close()
 
     def __enter__(self) -> MemoryEngine:
         return self
@@ -151,9 +125,6 @@ class MemoryEngine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._parallel is not None:
-            self._parallel.stop(error)
-            self._parallel = None
         self.close()
 
     @overload

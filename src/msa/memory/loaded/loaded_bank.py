@@ -176,6 +176,24 @@ class BankSnapshot:
         """Pooled keys and values of rows [U], ascending: two [C, G, D] on the CPU."""
         return self._content.read(self._rows, layer, chosen)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the share, deleted documents included."""
+        return len(self._rows.numbers)
+
+    @property
+    def keys_device(self) -> torch.device:
+        """Where the routing keys are."""
+        return self._keys_device
+
+    def among(self, numbers: Tensor) -> BankSnapshot:
+        """The same state, of which only documents with these numbers [P] may be selected."""
+        mask = self._rows.live & torch.isin(self._rows.numbers, numbers)
+        count = int(mask.sum())
+        return replace(
+            self, num_documents=count, total_documents=count, _mask=mask.to(self._keys_device)
+        )
+
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
         rows = rows.cpu()
@@ -331,12 +349,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
             view = replace(view, top_k=top_k)
         if filter is None:
             return view
-        passing = self.bank.catalog.passing(filter)
-        wanted = torch.tensor(passing, dtype=torch.int64)
-        mask = view._rows.live & torch.isin(view._rows.numbers, wanted)
-        count = int(mask.sum())
-        total = count if self.shard.world == 1 else int((wanted < view._next_number).sum())
-        return replace(view, num_documents=count, total_documents=total, _mask=mask.to(self.device))
+        return view.among(torch.tensor(self.bank.catalog.passing(filter), dtype=torch.int64))
 
     # ---- following the bank
 
