@@ -254,8 +254,8 @@ def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, toke
             theirs.citations,
             theirs.rounds,
         )
+    loaded = LoadedBank(bank)
     with pytest.raises(InputError, match="memory is given, with plan or pruning"):
-        loaded = LoadedBank(bank)
         MemoryEngine(model, tokenizer, bank, pruning=PruningSettings(), memory=loaded)
 
 

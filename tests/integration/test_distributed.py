@@ -121,13 +121,15 @@ def test_shards_select_and_fetch_what_one_process_does(bank, shards):
 
 
 def test_fewer_documents_than_shards_and_none(model, tiny_tokenizer, tmp_path):
-    with MemoryBank.create(tmp_path / "few", model, tiny_tokenizer) as bank:
-        with ShardedBank(bank, shards=3, timeout=PATIENCE) as memory:
-            with pytest.raises(EmptyBankError, match="holds no documents"):
-                memory.route(2, *queries(0, 1))
-            bank.add(make_documents(2))
-            assert memory.refresh()
-            same_answers(memory.view(), LoadedBank(bank).view())
+    with (
+        MemoryBank.create(tmp_path / "few", model, tiny_tokenizer) as bank,
+        ShardedBank(bank, shards=3, timeout=PATIENCE) as memory,
+    ):
+        with pytest.raises(EmptyBankError, match="holds no documents"):
+            memory.route(2, *queries(0, 1))
+        bank.add(make_documents(2))
+        assert memory.refresh()
+        same_answers(memory.view(), LoadedBank(bank).view())
 
 
 def test_what_comes_and_goes_is_seen_at_the_next_refresh(bank):
