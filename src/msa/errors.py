@@ -75,7 +75,7 @@ class BudgetError(BankError):
     """A bank does not fit into the memory there is; the message says what would help."""
 
 
-class RankError(BankError):
+class WorkerError(BankError):
     """A process of those that build or hold a bank together failed, ended or fell silent."""
 
 

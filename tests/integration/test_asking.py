@@ -22,6 +22,7 @@ from msa.errors import (
     ModelError,
 )
 from msa.inference.options import AskOptions
+from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.search.clustered_index import PruningSettings
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptTemplate
@@ -255,8 +256,9 @@ def test_a_pruned_scan_gives_the_same_answers(bank: MemoryBank, model: Any, toke
             theirs.citations,
             theirs.rounds,
         )
-    with pytest.raises(InputError, match="pruning and parallel"):
-        MemoryEngine(bank, pruning=PruningSettings(), parallel=True)
+    loaded = LoadedBank(bank)
+    with pytest.raises(InputError, match="memory is given, with plan or pruning"):
+        MemoryEngine(bank, pruning=PruningSettings(), memory=loaded)
 
 
 def test_a_bank_that_is_open_for_reading_follows_another_that_writes(

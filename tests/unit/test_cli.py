@@ -362,15 +362,21 @@ def test_ask_prints_the_answer_and_what_was_read(run, engine):
     assert engine.calls == [("Q?", {})]
 
 
-def test_ask_hands_on_the_slack_and_refuses_it_under_torchrun(run, engine, monkeypatch):
+def test_ask_hands_on_the_slack_and_the_shards(run, engine, monkeypatch):
     given = []
     monkeypatch.setattr(ask, "open_engine", lambda *some: given.append(some) or engine)
     assert run("ask", "Q?", "--bank", "b", "--slack", 0.8).code == 0
-    assert given == [(Path("b"), None, None, 0.8)]
-    monkeypatch.setattr(ask, "place_in_torchrun", lambda: object())
-    result = run("ask", "Q?", "--bank", "b", "--slack", 0.8)
+    assert run("search", "Q?", "--bank", "b", "--shards", 2, "--ray", "auto").code == 0
+    assert given == [
+        (Path("b"), None, None, 0.8, None, None),
+        (Path("b"), None, None, None, 2, "auto"),
+    ]
+
+
+def test_slack_with_shards_is_refused_before_anything_is_loaded(run, tmp_path):
+    result = run("ask", "Q?", "--bank", tmp_path, "--slack", 0.8, "--shards", 2)
     assert result.code == 1
-    assert "--slack 0.8 under torchrun: leave it out" in result.err
+    assert "--slack 0.8 with --shards: leave it out" in result.err
 
 
 def test_ask_trace_shows_every_layer_of_every_round(run, engine):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,16 +16,15 @@ from msa.cli.options import (
     FilterOption,
     JsonOption,
     ModelOption,
+    RayOption,
+    ShardsOption,
     SlackOption,
-    failures_first,
     metadata_filter,
-    open_bank,
     open_engine,
-    place_in_torchrun,
     stdin_lines,
 )
 from msa.cli.output import one_line
-from msa.errors import InputError, MSAError, RankError
+from msa.errors import MSAError, WorkerError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +67,8 @@ def ask(
     ] = None,
     filter: FilterOption = None,
     slack: SlackOption = None,
+    shards: ShardsOption = None,
+    ray: RayOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -78,9 +76,6 @@ def ask(
 
     With --json, an object per question (with --stream, one per event). Without a question, lines
     of stdin are questions; on a terminal, this is a conversation that ends with Ctrl-D.
-
-    Under torchrun every process holds a share of the bank, and the first asks: torchrun
-    --nproc-per-node 8 --no-python msa ask ...
     """
     given = {
         "max_rounds": max_rounds,
@@ -94,16 +89,14 @@ def ask(
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
     failed = 0
-    with _asking(bank, model, device, slack) as engine:
-        if engine is None:
-            return
+    with open_engine(bank, model, device, slack, shards, ray) as engine:
         if question is not None:
             _ask_one(engine, question, options, trace=trace, stream=stream, json=json)
             return
         for line in _questions():
             try:
                 _ask_one(engine, line, options, trace=trace, stream=stream, json=json)
-            except RankError:  # no question can be answered any more
+            except WorkerError:  # no question can be answered any more
                 raise
             except MSAError as error:  # the next question may be a better one
                 output.print_error(str(error))
@@ -121,6 +114,8 @@ def search(
     model: ModelOption = None,
     filter: FilterOption = None,
     slack: SlackOption = None,
+    shards: ShardsOption = None,
+    ray: RayOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -128,9 +123,7 @@ def search(
     if not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     wanted = metadata_filter(filter)
-    with _asking(bank, model, device, slack) as engine:
-        if engine is None:
-            return
+    with open_engine(bank, model, device, slack, shards, ray) as engine:
         hits = engine.retrieve(query, top_k=top_k, filter=wanted)
     if json:
         for hit in hits:
@@ -142,55 +135,6 @@ def search(
         head = Text(f"{rank:>3}. ") + Text(one_line(hit.id, 60), style="bold") + Text(title)
         console.print(head + Text(f"  {hit.score:.3f}", style="dim"), soft_wrap=True)
         console.print(Text("     " + one_line(hit.text, SNIPPET)), soft_wrap=True)
-
-
-@contextmanager
-def _asking(
-    bank: Path, model: str | None, device: str | None, slack: float | None
-) -> Iterator[MemoryEngine | None]:
-    """An engine over an existing bank.
-
-    Under torchrun every rank holds a share of the bank. Rank 0 gets the engine; the others get
-    None, once they have answered rank 0 to its end.
-
-    Raises:
-        RankError: a rank failed, ended or fell silent.
-        InputError: `slack` under torchrun.
-    """
-    place = place_in_torchrun()
-    if place is None:
-        yield open_engine(bank, model, device, slack)
-        return
-    if slack is not None:
-        raise InputError(
-            f"--slack {slack} under torchrun: leave it out, shares are scanned in full"
-        )
-    import torch.distributed as dist
-
-    device = device or place.device
-    dist.init_process_group("gloo")
-    try:
-        if place.rank:
-            _answer_rank_0(bank, device)
-            yield None
-            return
-        engine = open_engine(bank, model, device, parallel=True)
-        with engine, failures_first(partial(engine.rank_failure, wait=1.0)):
-            yield engine
-    finally:
-        dist.destroy_process_group()
-
-
-def _answer_rank_0(bank_path: Path, device: str) -> None:
-    """Hold a share of the bank until rank 0 is done; no model is needed for that."""
-    from msa.memory.distributed.collective_rpc import PeerStoppedError
-    from msa.memory.distributed.sharded_bank import ShardedBank
-
-    try:
-        with open_bank(bank_path) as bank, ShardedBank(bank, device) as memory:
-            memory.serve()
-    except (KeyboardInterrupt, PeerStoppedError):
-        raise typer.Exit(1) from None  # whoever stopped says why
 
 
 def _questions() -> Iterator[str]:

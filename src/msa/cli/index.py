@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +18,11 @@ from msa.cli.options import (
     DeviceOption,
     JsonOption,
     ModelOption,
-    failures_first,
+    RayOption,
     load_model,
     open_bank,
-    place_in_torchrun,
 )
-from msa.errors import BankMismatchError, BankNotFoundError, ConfigError, RankError
+from msa.errors import BankMismatchError, BankNotFoundError, ConfigError
 from msa.text.loaders import (
     FieldNames,
     LoadedDocument,
@@ -36,7 +34,7 @@ from msa.text.loaders import (
 if TYPE_CHECKING:
     from msa.evaluation.agreement import Agreement
     from msa.memory.bank import MemoryBank
-    from msa.memory.distributed.torchrun_ingest import Follower, Lead, Place
+    from msa.memory.distributed.encoding_pool import EncodingPool
     from msa.memory.store.reports import AddProgress, AddReport
     from msa.types import Document
 
@@ -54,8 +52,9 @@ class _Work:
     device: str | None
     on_duplicate: Any
     batch_tokens: int
-    rank_timeout: float
     precision: str | None
+    workers: int | None
+    ray: str | None
 
 
 class Intake:
@@ -140,12 +139,11 @@ def index(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything at all failed.")
     ] = False,
-    rank_timeout: Annotated[
-        float,
-        typer.Option(
-            min=1, metavar="SECONDS", help="Under torchrun: a silent rank counts as lost."
-        ),
-    ] = 600,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Encode in so many processes (extra 'distributed')."),
+    ] = None,
+    ray: RayOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -156,17 +154,14 @@ def index(
     unchanged documents cost nothing, changed ones are encoded anew. Exits with 1 if no document
     could be stored.
 
-    Under torchrun every process encodes its share: torchrun --nproc-per-node 8 --no-python msa
-    index ... The bank must lie where all of them see it.
+    With --workers, or --ray and a cluster, windows of documents are encoded by several processes;
+    the bank must lie where all of them see it.
     """
     intake = Intake(paths, FieldNames(id=id_field, text=text_field, title=title_field))
     work = _Work(
-        bank, model, device, "update" if update else "skip", batch_tokens, rank_timeout, precision
+        bank, model, device, "update" if update else "skip", batch_tokens, precision, workers, ray
     )
-    place = place_in_torchrun()
-    if place is not None and place.rank > 0:
-        raise typer.Exit(follow(place, intake, work))
-    report = lead(place, intake, work) if place else _add(intake, work)
+    report = _add(intake, work)
     agreement = _agreement(work) if precision and report and report.added else None
     if json:
         measured = {} if agreement is None else {"agreement": asdict(agreement)}
@@ -233,8 +228,8 @@ def _agreement(work: _Work) -> Agreement:
         return selection_agreement(memory)
 
 
-def _add(intake: Intake, work: _Work, lead: Lead | None = None) -> AddReport | None:
-    """Store the documents, with the other ranks if there are any; None if there are none.
+def _add(intake: Intake, work: _Work) -> AddReport | None:
+    """Store the documents; None if there are none.
 
     What is stored when the user interrupts stays.
     """
@@ -242,21 +237,33 @@ def _add(intake: Intake, work: _Work, lead: Lead | None = None) -> AddReport | N
         return None
     with (
         open_or_create(work.bank, work.model, work.device, work.precision) as memory,
+        _encoding_pool(memory, work) as pool,
         _progress(intake) as show,
     ):
-        add = partial(lead.add, memory) if lead else memory.add
         try:
-            return add(
+            return memory.add(
                 intake.documents(),
                 on_duplicate=work.on_duplicate,
                 batch_tokens=work.batch_tokens,
                 progress=show,
+                pool=pool,
             )
         except KeyboardInterrupt:
             raise output.Interrupted(
                 f"Interrupted. The bank holds {output.plural(memory.info().num_ids, 'document')}; "
                 "run the same command again to go on."
             ) from None
+
+
+def _encoding_pool(
+    bank: MemoryBank, work: _Work
+) -> contextlib.AbstractContextManager[EncodingPool | None]:
+    """Workers, if there are to be any."""
+    if work.workers is None and work.ray is None:
+        return contextlib.nullcontext()
+    from msa.memory.distributed.encoding_pool import EncodingPool
+
+    return EncodingPool(bank, work.workers or 1, address=work.ray)
 
 
 @contextlib.contextmanager
@@ -272,69 +279,6 @@ def _progress(intake: Intake) -> Iterator[Callable[[AddProgress], None]]:
             )
 
         yield show
-
-
-# Under torchrun
-
-
-def lead(place: Place, intake: Intake, work: _Work) -> AddReport | None:
-    """Rank 0: `_add` with the others; the only one that prints.
-
-    Raises:
-        RankError: a rank failed, ended or fell silent.
-    """
-    from msa.memory.distributed.torchrun_ingest import Lead
-
-    ranks = Lead(place, work.rank_timeout)
-    # the outer one: a stop can come while the others are told of a failure
-    with (
-        failures_first(ranks.failure),
-        ranks,
-        failures_first(partial(ranks.failure, wait=1.0)),
-    ):
-        return _add(intake, replace(work, device=work.device or place.device), ranks)
-
-
-def follow(place: Place, intake: Intake, work: _Work) -> int:
-    """Another rank: encodes its share, prints nothing unless rank 0 is gone; gives the exit code.
-
-    Raises:
-        RankError: rank 0 is gone.
-    """
-    from msa.memory.distributed.torchrun_ingest import Follower, StoppedError
-
-    try:
-        with Follower(place, work.rank_timeout) as ranks:
-            return _follow(ranks, intake, work, work.device or place.device)
-    except StoppedError:
-        return 1
-
-
-def _follow(ranks: Follower, intake: Intake, work: _Work, device: str) -> int:
-    """The exit code, once this rank's share is stored or rank 0 knows why it is not."""
-    from msa.memory.distributed.torchrun_ingest import StoppedError
-
-    try:
-        checkpoint = load_model(work.model, device, quiet=True)
-        ranks.add(
-            work.bank,
-            checkpoint.model,
-            checkpoint.tokenizer,
-            intake.documents(),
-            template=checkpoint.template,
-            batch_tokens=work.batch_tokens,
-        )
-    except KeyboardInterrupt:
-        with contextlib.suppress(StoppedError):
-            ranks.alive()  # torchrun stops all when one has died: was it rank 0?
-        return 1
-    except RankError:
-        raise
-    except Exception as error:
-        if not ranks.tell(error):
-            raise
-        return 1
-    return 0
 
 
 def _failures(intake: Intake, report: AddReport | None) -> list[tuple[str, str]]:

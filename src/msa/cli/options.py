@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from msa.types import JSON
 if TYPE_CHECKING:
     from msa.inference.engine import MemoryEngine
     from msa.memory.bank import MemoryBank
-    from msa.memory.distributed.torchrun_ingest import Place
     from msa.model.checkpoint import Checkpoint
 
 BankOption = Annotated[
@@ -69,6 +67,20 @@ SlackOption = Annotated[
         help="Search the routing keys in blocks, for many questions to a large bank on a CPU: 1 "
         "finds the same, 0.8 nearly the same with fewer of them read.",
         show_default=False,
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster to work on. [default: one on this machine]",
+        show_default=False,
+    ),
+]
+ShardsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Hold the bank in so many processes (extra 'distributed')."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
@@ -177,15 +189,23 @@ def quiet_warnings() -> None:
     warnings.simplefilter("ignore")
 
 
+@contextlib.contextmanager
 def open_engine(
     bank_path: Path,
     model: str | None,
     device: str | None,
     slack: float | None = None,
-    *,
-    parallel: bool = False,
-) -> MemoryEngine:
-    """An engine over an existing bank, which it opens for reading; see `MemoryEngine`."""
+    shards: int | None = None,
+    ray: str | None = None,
+) -> Iterator[MemoryEngine]:
+    """An engine over an existing bank, opened for reading, perhaps in shards.
+
+    Raises:
+        InputError: `slack` with shards.
+    """
+    shards = shards or (1 if ray else None)
+    if slack is not None and shards:
+        raise InputError(f"--slack {slack} with --shards: leave it out, shards are scanned in full")
     bank = open_bank(bank_path)  # a folder that is no bank is said before a model is loaded
     bank.close()
     checkpoint = load_model(model, device)
@@ -194,49 +214,18 @@ def open_engine(
         from msa.memory.bank import MemoryBank
         from msa.memory.search.clustered_index import PruningSettings
 
-        bank = MemoryBank.open(bank_path, checkpoint, read_only=True)
+        stack = contextlib.ExitStack()
+        bank = stack.enter_context(MemoryBank.open(bank_path, checkpoint, read_only=True))
         pruning = None if slack is None else PruningSettings(slack=slack)
-        return MemoryEngine(bank, parallel=parallel, pruning=pruning)
+        memory = None
+        if shards:
+            from msa.memory.distributed.sharded_bank import ShardedBank
 
-
-def place_in_torchrun() -> Place | None:
-    """Where this process stands among those of torchrun; None when it is alone."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    _stop_on_sigterm()
-    from msa.memory.distributed.torchrun_ingest import Place
-
-    return Place.from_environment()
-
-
-def _stop_on_sigterm() -> None:
-    """Let torchrun's signal end this process as Ctrl-C does, once."""
-
-    def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-
-
-@contextlib.contextmanager
-def failures_first(failure: Callable[[], Exception | None]) -> Iterator[None]:
-    """Say that a rank failed rather than that this one was stopped.
-
-    Torchrun stops all when one has died; that one is what people must hear of.
-
-    Args:
-        failure: what is known of the other ranks; None when nothing is wrong with them.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, output.Interrupted):
-        found = failure()
-        if found is None:
-            raise
-        raise found from None
+            device_ = checkpoint.model.device
+            memory = stack.enter_context(ShardedBank(bank, device_, shards=shards, address=ray))
+        engine = stack.enter_context(MemoryEngine(bank, memory=memory, pruning=pruning))
+    with stack:
+        yield engine
 
 
 def open_bank(path: Path, *, write: bool = False) -> MemoryBank:

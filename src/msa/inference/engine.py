@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from msa.errors import BankError, InputError, RankError
+from msa.errors import BankError, InputError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import Interleave
@@ -60,7 +60,7 @@ class MemoryEngine(NotPickled):
         *,
         device: torch.device | str | None = None,
         options: AskOptions | None = None,
-        parallel: bool | ShardedBank = False,
+        memory: LoadedBank | ShardedBank | None = None,
         plan: MemoryPlan | None = None,
         pruning: PruningSettings | None = None,
         **changes: Any,
@@ -73,29 +73,24 @@ class MemoryEngine(NotPickled):
             device: where the model is moved; by default it stays where it is.
             options: by default those of the checkpoint that the bank was opened with, else the
                 `ask_options.json` beside the model's weights, if there is one.
-            parallel: hold the bank in shares, together with all ranks of the default process group
-                (`msa.memory.distributed.sharded_bank`); every rank makes its engine, asks what it
-                wants, if anything, and closes it. Or a `ShardedBank` of this bank, which stays the
-                caller's.
+            memory: this bank, loaded by the caller, such as a
+                `msa.memory.distributed.sharded_bank.ShardedBank`; it stays the caller's.
             plan: what of the bank lies where; by default `msa.memory.loaded.memory_plan.plan`
-                decides. Not with `parallel`, where every rank has a share of its own to plan for.
+                decides. Not with `memory`.
             pruning: search the routing keys in blocks, not all of them (see `LoadedBank`). Not
-                with `parallel`.
+                with `memory`.
             **changes: single fields of `AskOptions`, such as `prior_weight=0.5`.
 
         Raises:
             BankError: the bank was opened without a model, is closed, or cannot be asked.
             BankMismatchError: the model has changed since the bank was opened.
             BudgetError: it does not fit into memory; the message says what would.
-            InputError: what was given is no bank; `plan` or `pruning` with `parallel`; `pruning`
+            InputError: what was given is no bank; `plan` or `pruning` with `memory`; `pruning`
                 with keys on a GPU.
-            ConfigError: an option is not valid, or there is no process group.
-            RankError: another rank failed, ended or fell silent.
+            ConfigError: an option is not valid.
         """
-        if plan is not None and parallel:
-            raise InputError("plan and parallel are both given; every rank plans for its own share")
-        if pruning is not None and parallel:
-            raise InputError("pruning and parallel are both given; a share is scanned in full")
+        if memory is not None and (plan is not None or pruning is not None):
+            raise InputError("memory is given, with plan or pruning; say these when it is loaded")
         model, tokenizer = _parts_to_ask(bank)
         bank.manifest.check(bank.path, model, tokenizer, None)  # it may have been trained since
         self.options = _default_options(bank, options).with_changes(**changes)
@@ -107,40 +102,20 @@ class MemoryEngine(NotPickled):
             f"this engine of bank '{bank.path}'", "make another: MemoryEngine(bank)"
         )
         self._encoder = PromptEncoder(tokenizer, bank.template)
-        self._own: LoadedBank | None = None  # both to be closed here
-        self._parallel: ShardedBank | None = None
-        resident: LoadedBank | ShardedBank
-        if isinstance(parallel, ShardedBank):
-            resident = parallel
-        elif parallel:
-            resident = self._parallel = ShardedBank(bank, model.device, content_dtype=model.dtype)
-        else:
-            resident = self._own = LoadedBank(
+        self._own: LoadedBank | None = None  # to be closed here
+        if memory is None:
+            memory = self._own = LoadedBank(
                 bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
             )
-        self._shelf = SnapshotCache(bank, resident)
+        self._shelf = SnapshotCache(bank, memory)
 
     def close(self) -> None:
-        """Give up what was loaded; the bank stays open. Calling it twice does nothing.
-
-        With `parallel=True`, the others are answered first.
-
-        Raises:
-            RankError: another rank failed, ended or fell silent before it was done.
-        """
+        """Give up what was loaded; the bank stays open. Calling it twice does nothing."""
         if self._life.is_elsewhere or self._life.ended:
             return
         self._life.end()
         if self._own is not None:
             self._own.close()
-        if self._parallel is not None:
-            self._parallel.close()
-
-    def rank_failure(self, wait: float = 0.0) -> RankError | None:
-        """With `parallel=True`: what has gone wrong with another rank, if it shows within `wait`
-        seconds.
-        """
-        return None if self._parallel is None else self._parallel.failure(wait)
 
     def __enter__(self) -> MemoryEngine:
         return self
@@ -151,9 +126,6 @@ class MemoryEngine(NotPickled):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._parallel is not None:
-            self._parallel.stop(error)
-            self._parallel = None
         self.close()
 
     @overload

@@ -14,9 +14,17 @@ import torch
 
 from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
-from msa.memory.ingest.pipeline import COMMIT_TOKENS, AddOptions, IngestPipeline, OnDuplicate
+from msa.memory.ingest.pipeline import (
+    COMMIT_TOKENS,
+    AddOptions,
+    IngestPipeline,
+    LocalPool,
+    OnDuplicate,
+    SegmentPool,
+    Written,
+)
 from msa.memory.maintenance import Maintenance
-from msa.memory.store.catalog import CATALOG_FILE, Catalog, CatalogRow
+from msa.memory.store.catalog import CATALOG_FILE, Catalog
 from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
 from msa.memory.store.filters import Filter
 from msa.memory.store.lifetime import Lifetime, NotPickled
@@ -307,6 +315,7 @@ class MemoryBank(NotPickled):
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         commit_tokens: int = COMMIT_TOKENS,
         progress: Callable[[AddProgress], None] | None = None,
+        pool: SegmentPool | None = None,
     ) -> AddReport:
         """Encode and store documents; each is durable once a progress call has counted it.
 
@@ -323,6 +332,8 @@ class MemoryBank(NotPickled):
             batch_tokens: tokens encoded at once, padding included.
             commit_tokens: tokens after which a commit is made.
             progress: called after every commit.
+            pool: workers that encode, such as `msa.memory.distributed.encoding_pool.EncodingPool`;
+                by default this process does.
 
         Raises:
             DuplicateDocumentError: on_duplicate is "error", and an id is in the bank or came before
@@ -338,40 +349,31 @@ class MemoryBank(NotPickled):
                 "objects, as in bank.add([Document(id='a', text='...')])"
             )
         with self._writing("add documents"):
-            return self._add(documents, options)
+            return self._add(documents, options, pool)
 
-    def _add(self, documents: Iterable[Document], options: AddOptions) -> AddReport:
+    def _add(
+        self, documents: Iterable[Document], options: AddOptions, pool: SegmentPool | None = None
+    ) -> AddReport:
         encoder = self._encoder("add documents")
-        limit = self.manifest.max_document_tokens
-        return IngestPipeline(self.catalog, self._writer, encoder, limit, options).run(documents)
+        with contextlib.ExitStack() as stack:
+            if pool is None:
+                pool = stack.enter_context(contextlib.closing(LocalPool(encoder, self._writer)))
+            limit = self.manifest.max_document_tokens
+            pipeline = IngestPipeline(self.catalog, encoder, pool, self._take_over, limit, options)
+            return pipeline.run(documents)
 
-    def adopt(
-        self,
-        files: Sequence[WrittenFile],
-        rows: Sequence[CatalogRow],
-        replaced: Iterable[int] = (),
-        metadata: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        """Take over segments that other processes wrote, and commit their documents.
+    def _take_over(self, files: Sequence[WrittenFile]) -> Written:
+        """Move segments that workers wrote to the next numbers.
 
-        The files are renamed to the next segment numbers, so that numbers rise with commits, as
-        readers expect. `msa.memory.distributed.bulk_ingest` builds on this.
-
-        Args:
-            files: written and synced.
-            rows, replaced, metadata: see `Catalog.commit`.
+        So numbers rise with commits, as readers expect.
 
         Raises:
-            StorageError: a file is not there as it was written, or the disk refused; no document
-                of this call is stored.
-            BankError: the bank is read-only or closed.
+            StorageError: a file is not there as it was written, or the disk refused.
         """
-        with self._writing("add documents"):
-            written = [(self._taken_over(file), file.numbers) for file in files]
-            if written:
-                with storage_errors(f"take over segments into {self.segments_folder}"):
-                    sync_folder(self.segments_folder)
-            self.catalog.commit(written, rows, replaced, metadata)
+        written = [(self._taken_over(file), file.numbers) for file in files]
+        with storage_errors(f"take over segments into {self.segments_folder}"):
+            sync_folder(self.segments_folder)
+        return written
 
     def _taken_over(self, file: WrittenFile) -> SegmentEntry:
         entry = replace(file.entry, segment=self._writer.take())

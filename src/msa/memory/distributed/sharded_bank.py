@@ -1,108 +1,230 @@
-"""Memory Parallel: one bank held in shares by several processes, on one host or many (ours).
+"""Memory Parallel: one bank held in shards by several processes, on one machine or many.
 
-The paper shards the memory over the GPUs of a node and sends every routing query to all of them.
-Here every rank of a `torch.distributed` group loads a share of the rows
-(`msa.memory.store.document_table.Partition`), runs a model of its own, and may ask at any time:
+The paper shards the memory over the GPUs of a node and sends every routing query to all of them
+(3.4). Here every shard is an actor of Ray with a share of the rows
+(`msa.memory.store.document_table.Partition`), its routing keys on its own device and its content in
+its own RAM. Who asks has the model:
 
-- route: the asker folds its routing queries (Eq. 2) and sends the vectors to all ranks. Each scores
-  its share and returns its own top-k with scores and rows of the whole bank. The asker merges: the
-  higher score first, of equal ones the lower row. So the selection is that of one process, except
-  among scores within 1e-5 of each other. Requests for one layer that arrive together share one pass
-  over the keys.
-- content: every owner reads the pooled keys and values of those of its rows that were selected. The
-  asker puts them together as one process would.
+- route: the routing vectors (Eq. 2) go to all shards. Each scores its rows and returns its own
+  top-k with scores and rows of the whole bank. The best of all are the selection: the higher score
+  first, of equal ones the lower row. So it is that of one process, except among scores within 1e-5
+  of each other.
+- content: every shard reads the pooled keys and values of those of its rows that were selected.
 
-The ranks meet in turns (`msa.memory.distributed.collective_rpc`), each in a thread of its own: a
-rank without a question only answers, and one that generates for long keeps nobody waiting.
+Rows mean something in one generation of the bank alone. Shares follow from the list of segments, so
+shards that read the same generation agree without a word; a question asks all of them for one. A
+shard that dies is restarted by Ray and loads its share; if the bank has changed since, the question
+ends with an error that says so, and the next one goes on.
 
-One state for all. Rows mean something in one generation of the bank alone, so a question needs
-shares that were cut from the same. A rank that finds the bank changed says so in the turn's header;
-then all load it, in a thread beside the turns, and when all report the same generation they take it
-into use in the same turn. If a commit came between, they load again. A view that was opened before
-keeps its own state on all ranks until it is let go.
-
-With int8 keys the shares offer more candidates for re-scoring than one process would, so a document
-may be found that one process misses; float keys give the same selection.
-
-Shapes: B batch, T query tokens, R routing tokens of the batch, N rows of the whole bank, U selected
-documents, C their chunks, H query heads, G KV heads, D head dim, K documents per row.
+Shapes: B batch, T query tokens, U selected documents, C their chunks, G KV heads, D head dim,
+K documents per row.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from msa.errors import EmptyBankError, InputError, RankError
+from msa.errors import EmptyBankError, InputError, WorkerError
 from msa.memory.bank import MemoryBank
-from msa.memory.distributed.collective_rpc import Exchange, as_bytes, from_bytes
-from msa.memory.distributed.shard_server import (
-    CLOSE,
-    CONTENT,
-    DTYPES,
-    NUMBERS,
-    OPEN,
-    ROUTE,
-    ShardServer,
-    said,
-)
+from msa.memory.distributed import cluster
 from msa.memory.loaded import memory_plan
 from msa.memory.loaded.latest import LatestReader
-from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
 from msa.memory.store.filters import Filter
-from msa.memory.store.manifest import BANK_FILE
 from msa.ops.attention import gather_content
 from msa.types import Content, Selection
 
-DEFAULT_TIMEOUT = 60.0
-START_TIMEOUT = 600.0
-_DOCUMENT_BYTES = 12  # of a routed document: row int64, score float32
+DEFAULT_TIMEOUT = 120.0
+_LOAD_ATTEMPTS = 6
+_LOAD_PAUSE = 0.2  # seconds; a commit that came between is over by then
+
+
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What a shard holds.
+
+    Attributes:
+        generation: of the bank that it has read.
+        num_rows: of its share, deleted documents included.
+        num_documents: of these, documents that can be selected.
+    """
+
+    generation: int
+    num_rows: int
+    num_documents: int
+
+
+class Shard:
+    """One share of a bank; an actor.
+
+    Args:
+        path: the bank's folder, as this process sees it.
+        rank, world: which of how many.
+        beside: shards on this machine, which plan with equal parts of its memory.
+        options: of `LoadedBank`; "device" is where its routing keys go.
+    """
+
+    def __init__(
+        self, path: Path, rank: int, world: int, beside: int, options: dict[str, Any]
+    ) -> None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // beside))
+        self._name = f"shard {rank} of {world}"
+        self._bank = MemoryBank.open(path, read_only=True)
+        if options.get("plan") is None:
+            options["plan"] = memory_plan.plan(
+                self._bank,
+                options.get("device", "cpu"),
+                dtype=options.pop("dtype", None),
+                content_dtype=options.get("content_dtype"),
+                shard=(rank, world),
+                memory=memory_plan.available_memory() // beside,
+            )
+        self._loaded = LoadedBank(self._bank, shard=(rank, world), **options)
+        self._views: dict[int, BankSnapshot] = {}
+
+    def load(self) -> ShardState:
+        """Take up the bank as it is now."""
+        self._loaded.refresh()
+        view = self._loaded.view()
+        self._views[view.generation] = view
+        return ShardState(view.generation, view.num_rows, view.num_documents)
+
+    def release(self, generation: int) -> None:
+        """Nobody asks for this state any more."""
+        self._views.pop(generation, None)
+
+    def route(
+        self,
+        generation: int,
+        passing: Tensor | None,
+        layer: int,
+        vectors: Tensor,
+        mask: Tensor,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [B, k] int64 of the whole bank and scores [B, k] float32, best first.
+
+        Args:
+            generation: the state that is asked.
+            passing: [P] int64, numbers of the documents that may be selected; None for all.
+            layer, vectors, mask, top_k: as `BankSnapshot.search` takes them.
+        """
+        view = self._view(generation)
+        if passing is not None:
+            view = view.among(passing)
+        if not view.num_documents:
+            empty = torch.empty((len(vectors), 0))
+            return empty.long(), empty
+        where = view.keys_device
+        found = view.search(layer, vectors.to(where), mask.to(where), top_k)
+        rows = (found.documents + view.first_row).masked_fill(found.documents < 0, -1)
+        return rows.cpu(), found.scores.cpu()
+
+    def content(
+        self, generation: int, layer: int, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of those of some rows that lie here: chunk counts [U], keys and values [C, G, D].
+
+        Args:
+            generation: the state that is asked.
+            layer: index of a routing layer.
+            rows: int64 of the whole bank, ascending.
+        """
+        view, mine = self._own(generation, rows)
+        if not len(mine):
+            return None
+        found = view.content(layer, Selection(mine[:, None], torch.empty(0)))
+        keys, values = found.keys[found.mask], found.values[found.mask]
+        return found.mask.sum(1).cpu(), keys.cpu(), values.cpu()
+
+    def numbers(self, generation: int, rows: Tensor) -> Tensor:
+        """The bank's numbers of those of some rows that lie here: int64."""
+        view, mine = self._own(generation, rows)
+        return view.rows_to_numbers(mine)
+
+    def _own(self, generation: int, rows: Tensor) -> tuple[BankSnapshot, Tensor]:
+        view = self._view(generation)
+        mine = rows - view.first_row
+        return view, mine[(mine >= 0) & (mine < view.num_rows)]
+
+    def _view(self, generation: int) -> BankSnapshot:
+        """The state of a generation, which is loaded again after a restart.
+
+        Raises:
+            WorkerError: the bank has changed since.
+        """
+        if generation not in self._views and self.load().generation != generation:
+            raise WorkerError(
+                f"{self._name} was restarted and the bank has changed meanwhile; ask again"
+            )
+        return self._views[generation]
+
+
+class _Shards:
+    """The shards together, as they are asked."""
+
+    def __init__(self, actors: Sequence[Any], timeout: float) -> None:
+        self.actors = list(actors)
+        self._timeout = timeout
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """Answers of all shards, in their order; see `cluster.gather` for errors."""
+        refs = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        found: list[Any] = cluster.gather(refs, self._timeout, "a shard of the bank")
+        return found
+
+    def release(self, generation: int) -> None:
+        """Let all shards forget a state; nothing is waited for."""
+        for actor in self.actors:
+            actor.release.remote(generation)
+
+
+class _State:
+    """One generation, held by all shards until nobody uses this any more."""
+
+    def __init__(self, shards: _Shards, states: Sequence[ShardState]) -> None:
+        self.shards = shards
+        self.generation = states[0].generation
+        self.num_rows = sum(state.num_rows for state in states)
+        self.num_documents = sum(state.num_documents for state in states)
+        weakref.finalize(self, shards.release, self.generation).atexit = False
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """See `_Shards.ask`."""
+        return self.shards.ask(method, self.generation, *arguments)
 
 
 class ShardedBank(LatestReader["ShardedSnapshot"]):
     """A bank loaded by several processes together; the interface of `LoadedBank`.
 
-    All ranks make one, of the same bank, with the same settings. What a rank asks it asks alone;
-    making and closing are done by all. A rank without a question closes it at once, and answers the
-    others until all have closed::
+    Example::
 
-        torch.distributed.init_process_group("gloo")
-        with ShardedBank(bank) as memory:
-            if torch.distributed.get_rank() == 0:
-                model(question, memory=memory.view())
-
-    Leaving the block by an error stops all ranks.
+        with ShardedBank(bank, shards=2) as memory:
+            engine = MemoryEngine(bank, memory=memory)
 
     Args:
-        bank: open; a rank that only answers needs no model.
-        device: where this rank holds its routing keys and gets its results. The ranks may differ.
-            Requests travel by NCCL if each has a GPU of its own, else by gloo.
-        group: the ranks; all by default.
-        timeout: seconds for which a rank may be silent before the others give up.
-        start_timeout: seconds that a rank may come later than another.
-        **options: of `LoadedBank`, such as dtype, content_dtype, top_k. Ranks of one host, and of
-            one GPU, plan with equal parts of its memory.
-
-    Attributes:
-        rank, world: this one, and how many.
+        bank: open; the shards open it again, so all machines must see its folder.
+        device: where results go.
+        shards: how many processes.
+        address: of a Ray cluster; by default one is started on this machine.
+        gpus_per_shard: GPUs that each shard reserves, for its routing keys; 0 holds them in RAM.
+        timeout: seconds to wait for a shard's answer, its restart included.
+        **options: of `LoadedBank`, such as dtype, content_dtype, top_k.
 
     Raises:
-        ConfigError: there is no process group.
-        RankError: a rank failed, ended, fell silent or did not come.
-        BankMismatchError: the ranks opened different banks, or load them differently.
-        MSAError: as `LoadedBank` raises it, on any of the ranks.
+        InputError: a number is not valid, or Ray is not installed.
+        WorkerError: no cluster, or a shard failed for good.
+        MSAError: as `LoadedBank` raises it in any of the shards.
     """
 
     def __init__(
@@ -110,66 +232,41 @@ class ShardedBank(LatestReader["ShardedSnapshot"]):
         bank: MemoryBank,
         device: torch.device | str = "cpu",
         *,
-        group: dist.ProcessGroup | None = None,
+        shards: int = 2,
+        address: str | None = None,
+        gpus_per_shard: float = 0,
         timeout: float = DEFAULT_TIMEOUT,
-        start_timeout: float = START_TIMEOUT,
+        top_k: int | None = None,
         **options: Any,
     ) -> None:
-        if timeout <= 0 or start_timeout <= 0:
-            raise InputError(f"timeout={timeout}, start_timeout={start_timeout}: expected above 0")
+        if shards < 1 or timeout <= 0:
+            raise InputError(f"shards={shards}, timeout={timeout}: expected at least 1, above 0")
         self.bank = bank
         self.device = torch.device(device)
-        self._share = ShardServer(_digest(bank, options))
-        self._exchange = Exchange(self._share, self.device, group, timeout, start_timeout)
-        self.rank, self.world = self._exchange.rank, self._exchange.world
+        model = bank.model
+        self._top_k = top_k or (
+            bank.manifest.top_k_documents if model is None else model.config.top_k_documents
+        )
+        dtype = bank.manifest.torch_dtype if model is None else model.dtype
+        self._dtype: torch.dtype = options.setdefault("content_dtype", dtype) or dtype
+        options.setdefault("device", "cuda" if gpus_per_shard else "cpu")
+        cluster.connect(address)
+        beside = cluster.per_node(shards)
+        arguments = [(bank.path, rank, shards, beside, dict(options)) for rank in range(shards)]
+        actors = cluster.spawn(Shard, shards, gpus_per_shard, arguments)
+        self._shards = _Shards(actors, timeout)
         self._lock = threading.Lock()
-        self._ids = itertools.count(1)
         try:
-            resident = LoadedBank(
-                bank, device, shard=(self.rank, self.world), **self._planned(options)
-            )
-            self._share.begin(resident, self._exchange)
-            self._share.reach(0)
-            self._view = self._open(None)
-        except BaseException as error:
-            self._exchange.stop(said(error))
+            self._view = self._loaded()
+        except BaseException:
+            self.close()
             raise
 
-    def _planned(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options with a plan for this rank's part of the memory, where ranks have to share it."""
-        peers = self._exchange.peers
-        mine = peers[self.rank]
-        here = [peer for peer in peers if peer.host == mine.host]
-        if len(here) == 1 or options.get("plan") is not None:
-            return options
-        beside = [peer for peer in here if peer.gpu == mine.gpu]
-        share = min(peer.gpu_memory for peer in beside) // len(beside)
-        rest = {name: value for name, value in options.items() if name != "dtype"}
-        rest["plan"] = memory_plan.plan(
-            self.bank,
-            self.device,
-            dtype=options.get("dtype"),
-            content_dtype=options.get("content_dtype"),
-            shard=(self.rank, self.world),
-            memory=min(peer.memory for peer in here) // len(here),
-            device_memory=share if mine.gpu else None,
-        )
-        return rest
-
-    # ---- life
-
-    def serve(self) -> None:
-        """Answer the other ranks until all of them serve or close; then nothing can be asked.
-
-        Raises:
-            RankError: a rank failed, ended or fell silent before that.
-        """
-        self._exchange.finish()
-
     def close(self) -> None:
-        """`serve`, and let go of the share. Calling it twice does nothing."""
-        self.serve()
-        self._share.forget()
+        """End the shards; calling it twice does nothing."""
+        actors, self._shards.actors = self._shards.actors, []
+        for actor in actors:
+            cluster.connect().kill(actor)
 
     def __enter__(self) -> ShardedBank:
         return self
@@ -180,88 +277,82 @@ class ShardedBank(LatestReader["ShardedSnapshot"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.stop(error)
-
-    def failure(self, wait: float = 0.0) -> RankError | None:
-        """What has gone wrong with another rank; waits some seconds for it to show."""
-        return self._exchange.failure(wait)
-
-    def stop(self, error: BaseException) -> None:
-        """Leave at once and stop the other ranks, which are told the error."""
-        self._exchange.stop(said(error))
-
-    # ---- asking
+        self.close()
 
     @property
-    def num_bytes(self) -> int:
-        """Memory of the routing keys in use, of this rank."""
-        return self._share.resident.num_bytes
+    def num_shards(self) -> int:
+        """How many processes hold the bank."""
+        return len(self._shards.actors)
 
     def view(self, filter: Filter | None = None, *, top_k: int | None = None) -> ShardedSnapshot:
-        """The state that `refresh` has agreed on, to ask from beginning to end.
+        """The latest state read by `refresh`, to ask from beginning to end.
 
         Args:
-            filter: see `LoadedBank.view`; it is applied on this rank alone.
+            filter: see `LoadedBank.view`; it is applied here alone.
             top_k: documents that a layer selects.
 
         Raises:
             InputError: top_k is below 1.
-            RankError: a rank failed, ended or fell silent.
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k={top_k}: expected at least 1")
-        view = self._view if filter is None else self._open(filter)
+        view = self._view
+        if filter is not None:
+            passing = torch.tensor(self.bank.catalog.passing(filter), dtype=torch.int64)
+            held = cluster.connect().put(passing)  # once, not with every call
+            view = replace(view, num_documents=len(passing), _passing=held)
         return view if top_k is None else replace(view, top_k=top_k)
 
     def refresh(self) -> bool:
-        """Take up what has changed in the bank, on all ranks; see `LoadedBank.refresh`.
+        """Take up what has changed in the bank, in all shards; see `LoadedBank.refresh`.
 
         Returns:
             True if there was a change.
 
         Raises:
-            RankError: a rank failed, ended or fell silent, or the ranks do not come to read the
-                same state.
-            BankCorruptError: a segment that some rank must load is damaged; the old state stays in
+            WorkerError: a shard failed for good, or the shards do not come to read the same state.
+            BankCorruptError: a segment that some shard must load is damaged; the old state stays in
                 use.
         """
         with self._lock:
-            generation = self.bank.generation
-            if generation == self._view.generation:
+            if self.bank.generation == self._view.generation:
                 return False
-            self._share.reach(generation)
-            self._view = self._open(None)
+            self._view = self._loaded()
             return True
 
-    def _open(self, filter: Filter | None) -> ShardedSnapshot:
-        """A view of the state that all ranks agree on now."""
-        name, payload = next(self._ids), None
-        if filter is not None:
-            payload = _bits(self.bank, filter)
-        answers = self._exchange.ask(OPEN, (name, filter is not None), payload)
-        table = [from_bytes(answer, torch.int64).tolist() for answer in answers]
-        handle = _Handle(self._exchange, name, [row[1] for row in table], [row[2] for row in table])
-        view = self._share.resident.view()
+    def _loaded(self) -> ShardedSnapshot:
+        """The present state; if a commit came between, the shards load again."""
+        states: list[ShardState] = []
+        for attempt in range(_LOAD_ATTEMPTS):
+            if attempt:
+                time.sleep(_LOAD_PAUSE)
+            states = self._shards.ask("load")
+            if len({state.generation for state in states}) == 1:
+                break
+        else:
+            found = ", ".join(str(state.generation) for state in states)
+            raise WorkerError(
+                f"the shards do not come to read the same state of the bank (generations {found}): "
+                "either it changes all the time, or they do not see the same folder. Ask again "
+                "when it is still, or open one that all of them share"
+            )
+        manifest = self.bank.manifest
+        state = _State(self._shards, states)
         return ShardedSnapshot(
             bank=str(self.bank.path),
-            generation=table[0][0],
-            top_k=view.top_k,
-            num_documents=sum(row[3] for row in table),
-            score=view.score,
-            dtype=view.dtype,
-            _groups=self.bank.manifest.num_key_value_heads,
-            _dim=self.bank.manifest.head_dim,
+            generation=state.generation,
+            top_k=self._top_k,
+            num_documents=state.num_documents,
+            dtype=self._dtype,
+            _shape=(manifest.num_key_value_heads, manifest.head_dim),
             _device=self.device,
-            _handle=handle,
+            _state=state,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedSnapshot:
-    """One state of a bank that several ranks hold, for asking; a `MemoryReader`.
+    """One state of a bank in shards, for asking; a `MemoryReader`.
 
     Rows are those of the whole bank, 0 to N - 1, as in a `BankSnapshot` of one process.
 
@@ -275,12 +366,11 @@ class ShardedSnapshot:
     generation: int
     top_k: int
     num_documents: int
-    score: str
     dtype: torch.dtype
-    _groups: int
-    _dim: int
+    _shape: tuple[int, int]
     _device: torch.device
-    _handle: _Handle = field(repr=False)
+    _state: _State = field(repr=False)
+    _passing: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of documents that can be selected."""
@@ -301,32 +391,30 @@ class ShardedSnapshot:
 
         Raises:
             EmptyBankError: there is no document to select.
-            RankError: a rank failed, ended or fell silent.
+            WorkerError: a shard failed for good.
 
-        Source: MSA 3.2.1, Eq. 2; 3.4 (memory over several GPUs); the merging is ours.
+        Source: MSA 3.2.1, Eq. 2; 3.4.
         """
         if not self.num_documents:
             raise EmptyBankError(
                 f"bank '{self.bank}' holds no documents to ask (or none that pass the filter); add "
                 "some with 'msa index' or MemoryBank.add"
             )
-        mask = routing_mask.to(self._device)
-        routing = vectors.to(self._device)[mask]
-        payload = torch.cat([as_bytes(mask.sum(1)), as_bytes(routing)])
-        batch = len(mask)
-        answers = self._handle.ask(ROUTE, (layer, self.top_k, batch), payload)
-        parts = [_selection_from(answer.to(self._device), batch) for answer in answers]
-        # Shares lie in the order of the rows, and each has its equal scores in that order too, so
+        asked = (self._passing, layer, vectors.cpu(), routing_mask.cpu(), self.top_k)
+        found = self._state.ask("route", *asked)
+        documents = torch.cat([rows for rows, _ in found], dim=1)
+        scores = torch.cat([scores for _, scores in found], dim=1)
+        # Shards lie in the order of the rows, and each has its equal scores in that order too, so
         # a stable sort puts the lower row first.
-        scores = torch.cat([part.scores for part in parts], dim=1)
-        documents = torch.cat([part.documents for part in parts], dim=1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        count = min(self.top_k, self._handle.num_rows)
-        return Selection(documents.gather(1, order)[:, :count], scores[:, :count])
+        best = slice(None, min(self.top_k, self._state.num_rows))
+        return Selection(
+            documents.gather(1, order)[:, best].to(self._device), scores[:, best].to(self._device)
+        )
 
     @torch.no_grad()
     def content(self, layer: int, selection: Selection) -> Content:
-        """Pooled keys and values of the selected documents, from the ranks that hold them.
+        """Pooled keys and values of the selected documents, from the shards that hold them.
 
         Args:
             layer: index of a routing layer.
@@ -336,31 +424,22 @@ class ShardedSnapshot:
             Content on the device given to `ShardedBank`.
 
         Raises:
-            BankCorruptError: what some rank has on disk is not what was written.
-            RankError: a rank failed, ended or fell silent.
+            BankCorruptError: what some shard has on disk is not what was written.
+            WorkerError: a shard failed for good.
         """
         rows = selection.documents.cpu()
         chosen = torch.unique(rows[rows >= 0])
         if not len(chosen):
-            shape = (len(rows), 0, self._groups, self._dim)
+            shape = (len(rows), 0, *self._shape)
             empty = torch.empty(shape, dtype=self.dtype, device=self._device)
-            return Content(empty, empty, torch.empty(shape[:2], dtype=torch.bool).to(self._device))
-        answers = self._handle.ask(CONTENT, (layer,), chosen)
-        counts, keys, values = [], [], []
-        for answer, size in zip(answers, self._handle.owned(chosen), strict=True):
-            if not size:
-                continue
-            head = from_bytes(answer[: 8 * (1 + size)], torch.int64)
-            numbers = from_bytes(answer[8 * (1 + size) :], DTYPES[int(head[0])])
-            both = numbers.to(self._device, self.dtype).view(2, -1, self._groups, self._dim)
-            counts.append(head[1:])
-            keys.append(both[0])
-            values.append(both[1])
+            return Content(empty, empty, empty.new_empty(shape[:2], dtype=torch.bool))
+        found = [part for part in self._state.ask("content", layer, chosen) if part is not None]
+        counts, keys, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         places = torch.searchsorted(chosen, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         return gather_content(
-            torch.cat(keys),
-            torch.cat(values),
-            torch.cat(counts).to(self._device),
+            keys.to(self._device, self.dtype),
+            values.to(self._device, self.dtype),
+            counts.to(self._device),
             places.to(self._device),
         )
 
@@ -368,69 +447,12 @@ class ShardedSnapshot:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1.
 
         Raises:
-            RankError: a rank failed, ended or fell silent.
+            WorkerError: a shard failed for good.
         """
         rows = rows.cpu()
         chosen = torch.unique(rows[rows >= 0])
         if not len(chosen):
             return torch.full_like(rows, -1)
-        answers = self._handle.ask(NUMBERS, (), chosen)
-        numbers = torch.cat([from_bytes(answer, torch.int64).cpu() for answer in answers])
+        numbers = torch.cat(self._state.ask("numbers", chosen))
         places = torch.searchsorted(chosen, rows.clamp(min=0))
         return numbers[places].masked_fill(rows < 0, -1)
-
-
-class _Handle:
-    """A view that is open on all ranks; they let go of it when nobody holds this any more.
-
-    Args:
-        exchange: asks.
-        name: of the view, among those of this rank.
-        first_rows, num_rows: of every rank's share.
-    """
-
-    def __init__(
-        self, exchange: Exchange, name: int, first_rows: Sequence[int], num_rows: Sequence[int]
-    ) -> None:
-        self._exchange = exchange
-        self._name = name
-        self._firsts = list(first_rows)
-        self._sizes = list(num_rows)
-        self.num_rows = sum(num_rows)
-        weakref.finalize(self, exchange.post, CLOSE, (name,)).atexit = False
-
-    def ask(self, kind: int, arguments: Sequence[int], payload: Tensor) -> list[Tensor]:
-        """Answers of all ranks; see `Exchange.ask`."""
-        return self._exchange.ask(kind, (self._name, *arguments), payload)
-
-    def owned(self, rows: Tensor) -> list[int]:
-        """How many of some rows, each given once, every rank holds."""
-        return [
-            int(((rows >= first) & (rows < first + size)).sum())
-            for first, size in zip(self._firsts, self._sizes, strict=True)
-        ]
-
-
-def _bits(bank: MemoryBank, filter: Filter) -> Tensor:
-    """One bit per document number, set for those that pass; a function cannot be sent."""
-    passing = bank.catalog.passing(filter)
-    bits = numpy.zeros(max(passing, default=0) + 1, dtype=bool)
-    bits[passing] = True
-    return torch.from_numpy(numpy.packbits(bits))
-
-
-def _selection_from(answer: Tensor, batch: int) -> Selection:
-    """A rank's selection [B, k] out of its bytes."""
-    size = len(answer) // _DOCUMENT_BYTES
-    documents = from_bytes(answer[: 8 * size], torch.int64)
-    scores = from_bytes(answer[8 * size :], torch.float32)
-    shape = (batch, size // batch)
-    return Selection(documents.view(shape), scores.view(shape))
-
-
-def _digest(bank: MemoryBank, options: dict[str, Any]) -> int:
-    """Of what must be the same on all ranks: the bank's file, and how it is loaded."""
-    own = {"content_dtype", "top_k"}  # what a rank asks for itself
-    settings = sorted((name, str(value)) for name, value in options.items() if name not in own)
-    text = (bank.path / BANK_FILE).read_bytes() + json.dumps(settings).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")

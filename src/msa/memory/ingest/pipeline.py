@@ -1,10 +1,9 @@
 """One call of `MemoryBank.add`: check, split, encode, commit, count.
 
 Documents are taken from the caller one by one and committed in windows of bounded size, so memory
-stays flat for any number of them. A document and all its parts are in one commit.
-
-`DocumentKey`, `IdRegistry`, `PendingWrite` and `msa.memory.ingest.splitter.DocumentSplitter` are
-the steps of it, which `msa.memory.distributed.bulk_ingest` takes in several processes.
+stays flat for any number of them. A document and all its parts are in one commit. Windows are
+encoded by a `SegmentPool`: one thread of this process, or workers
+(`msa.memory.distributed.encoding_pool`); they are committed in their order.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import hashlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from msa.errors import DuplicateDocumentError, InputError
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.ingest.splitter import DocumentSplitter, RejectedError, TokenizedDocument
 from msa.memory.store.catalog import Catalog, CatalogRow
-from msa.memory.store.records import EncodedBatch, SegmentEntry
+from msa.memory.store.records import EncodedBatch, SegmentEntry, WrittenFile
 from msa.memory.store.reports import AddProgress, AddReport
 from msa.memory.store.segments import SegmentWriter
 from msa.types import Document
@@ -230,7 +230,7 @@ def printable(document_id: object) -> str:
 class IdRegistry:
     """Decides what becomes of a document, by what is stored and what is on its way; gives numbers.
 
-    There is one for all documents that are added in one call, in however many processes.
+    There is one for all documents that are added in one call.
 
     Args:
         catalog: of the bank.
@@ -350,45 +350,98 @@ class WriteBatch:
         return [piece for p in self.pending for piece in p.pieces]
 
 
+class SegmentPool(Protocol):
+    """Encodes windows of documents and writes their segments, somewhere."""
+
+    @property
+    def capacity(self) -> int:
+        """Windows that are best on their way at once."""
+        ...
+
+    def submit(
+        self, pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
+    ) -> Callable[[], Written | Sequence[WrittenFile]]:
+        """Begin with documents, given as (number, tokens); the result waits for their segments."""
+        ...
+
+    def close(self) -> None:
+        """Stop; windows on their way are dropped."""
+        ...
+
+
+class LocalPool:
+    """One thread, so that the next window is read, split and tokenized meanwhile."""
+
+    capacity = 1
+
+    def __init__(self, encoder: DocumentEncoder, writer: SegmentWriter) -> None:
+        self._encoder, self._writer = encoder, writer
+        self._pool = ThreadPoolExecutor(1, "msa-ingest")
+        self._stopped = threading.Event()
+
+    def submit(
+        self, pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
+    ) -> Callable[[], Written]:
+        """See `SegmentPool.submit`."""
+        batches = self._encoder.encode_tokens(pieces, batch_tokens)
+        return self._pool.submit(self._writer.write_all, self._until_stopped(batches)).result
+
+    def _until_stopped(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+        for batch in batches:
+            if self._stopped.is_set():  # nobody waits for it any more
+                raise CancelledError
+            yield batch
+
+    def close(self) -> None:
+        """See `SegmentPool.close`."""
+        self._stopped.set()
+        self._pool.shutdown()
+
+
 class IngestPipeline:
-    """One call of `add`; see `MemoryBank.add`."""
+    """One call of `add`; see `MemoryBank.add`.
+
+    Args:
+        catalog: of the bank.
+        encoder: counts the tokens.
+        pool: encodes and writes; closed by the caller.
+        take_over: moves a file that a worker wrote to its place.
+        max_document_tokens: longer documents are split.
+        options: how to add.
+    """
 
     def __init__(
         self,
         catalog: Catalog,
-        writer: SegmentWriter,
         encoder: DocumentEncoder,
+        pool: SegmentPool,
+        take_over: Callable[[Sequence[WrittenFile]], Written],
         max_document_tokens: int,
         options: AddOptions,
     ) -> None:
         self._catalog = catalog
-        self._writer = writer
-        self._encoder = encoder
+        self._pool = pool
+        self._take_over = take_over
         self._cutter = DocumentSplitter(encoder, max_document_tokens)
         self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
         self._register = IdRegistry(catalog, options.on_duplicate)
         self._window = WriteBatch()
-        self._running: tuple[WriteBatch, Future[Written]] | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._stopped = threading.Event()
+        self._running: deque[tuple[WriteBatch, Callable[[], Written | Sequence[WrittenFile]]]]
+        self._running = deque()
         self._counts = _Counts()
         self._start = time.perf_counter()
 
     def run(self, documents: Iterable[Document]) -> AddReport:
         """Take all documents; the report counts each of them once.
 
-        While a window is encoded and written in a thread, the next is read, split and tokenised.
+        While windows are encoded and written, the next is read, split and tokenized.
         """
         try:
             self._take_all(documents)
         except Exception:
             self._finish()  # what was taken before goes into the bank
             raise
-        finally:
-            self._stopped.set()
-            if self._pool is not None:
-                self._pool.shutdown()
         counts = self._counts
         return AddReport(
             counts.added,
@@ -416,12 +469,10 @@ class IngestPipeline:
                 self._window.num_tokens >= self._options.commit_tokens
                 or self._window.documents >= COMMIT_DOCUMENTS
             ):
-                self._finish()
+                self._finish(self._pool.capacity - 1)
                 self._begin()
+        self._begin()
         self._finish()
-        if self._window.documents:
-            window, self._window = self._window, WriteBatch()
-            self._settle(window, self._write(window))
 
     # ---- one document
 
@@ -457,42 +508,28 @@ class IngestPipeline:
         self._register.take(len(pieces))
         return pending
 
-    # ---- a window of documents
+    # ---- windows of documents
 
     def _begin(self) -> None:
-        """Encode and write the window in a thread, and begin another."""
+        """Have the window encoded and written, and begin another."""
         window, self._window = self._window, WriteBatch()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "msa-ingest")
-        self._running = window, self._pool.submit(self._write, window)
+        if window.pending:
+            pieces = [(p.number, p.tokens) for p in window.pieces]
+            self._running.append((window, self._pool.submit(pieces, self._options.batch_tokens)))
+        elif window.documents:
+            self._running.append((window, list))
 
-    def _finish(self) -> None:
-        """Wait for the window that is being written, if there is one, and commit it."""
-        if self._running is not None:
-            (window, written), self._running = self._running, None
-            self._settle(window, written.result())
+    def _finish(self, left: int = 0) -> None:
+        """Commit the windows on their way, oldest first, but for so many."""
+        while len(self._running) > left:
+            window, result = self._running.popleft()
+            self._settle(window, result())
 
-    def _write(self, window: WriteBatch) -> Written:
-        """Encode what is pending, into segments on disk."""
-        if not window.pending:
-            return []
-        return self._writer.write_all(
-            self._until_stopped(
-                self._encoder.encode_tokens(
-                    [(p.number, p.tokens) for p in window.pieces], self._options.batch_tokens
-                )
-            )
-        )
-
-    def _until_stopped(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
-        for batch in batches:
-            if self._stopped.is_set():  # nobody waits for it any more
-                raise CancelledError
-            yield batch
-
-    def _settle(self, window: WriteBatch, written: Written) -> None:
+    def _settle(self, window: WriteBatch, found: Written | Sequence[WrittenFile]) -> None:
         """Commit what was written, durably; then say so."""
         pending = window.pending
+        files = [file for file in found if isinstance(file, WrittenFile)]
+        written = self._take_over(files) if files else [w for w in found if isinstance(w, tuple)]
         if pending:
             # If this fails, the files stay until a writer opens the bank: only the catalog, read
             # again, can tell for sure whether a commit that reported an error is on disk.

@@ -59,8 +59,6 @@ class BankSnapshot(NotPickled):
         shard: the share of the bank that this view holds; the whole by default. DocumentTable and
             selections are local to it.
         first_row: row of the whole bank at which the share begins.
-        total_documents: documents of the whole bank that can be selected.
-        total_rows: rows of the whole bank, deleted documents included.
     """
 
     bank: str
@@ -78,10 +76,7 @@ class BankSnapshot(NotPickled):
     _content: ContentStore = field(repr=False)
     _rows: DocumentTable = field(repr=False)
     first_row: int = 0
-    total_documents: int = 0
-    total_rows: int = 0
     shard: Partition = _WHOLE
-    _next_number: int = 0
 
     def __len__(self) -> int:
         """Number of documents that can be selected."""
@@ -164,6 +159,21 @@ class BankSnapshot(NotPickled):
                 fetched.counts.to(self.device),
                 fetched.places(rows).to(self.device),
             )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the share, deleted documents included."""
+        return len(self._rows.numbers)
+
+    @property
+    def keys_device(self) -> torch.device:
+        """Where the routing keys are."""
+        return self._keys_device
+
+    def among(self, numbers: Tensor) -> BankSnapshot:
+        """The same state, of which only documents with these numbers [P] may be selected."""
+        mask = self._rows.live & torch.isin(self._rows.numbers, numbers)
+        return replace(self, num_documents=int(mask.sum()), _mask=mask.to(self._keys_device))
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
@@ -383,14 +393,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
             view = replace(view, top_k=whole_number(top_k, "top_k", 1))
         if filter is None:
             return view
-        passing = self.bank.catalog.passing(filter)
-        wanted = torch.tensor(passing, dtype=torch.int64)
-        mask = view._rows.live & torch.isin(view._rows.numbers, wanted)
-        count = int(mask.sum())
-        total = count if self.shard.world == 1 else int((wanted < view._next_number).sum())
-        return replace(
-            view, num_documents=count, total_documents=total, _mask=mask.to(view._keys_device)
-        )
+        return view.among(torch.tensor(self.bank.catalog.passing(filter), dtype=torch.int64))
 
     # ---- following the bank
 
@@ -495,18 +498,11 @@ class LoadedBank(LatestReader[BankSnapshot]):
         segments = [(self._opened(entry), _whole(entry)) for entry in snapshot.segments]
         view = self._appended(old, segments)
         rows = replace(view._rows, live=view._rows.without(snapshot.dead))
-        live = int(rows.live.sum())
-        view = self._at(view, snapshot, rows)
-        return replace(view, total_documents=live, total_rows=len(rows.live))
+        return self._at(view, snapshot, rows)
 
     def _load_share(self, old: BankSnapshot | None) -> BankSnapshot:
         """The present state of this process's share; loaded anew unless documents only went."""
-        catalog = self.bank.catalog
-        while True:
-            snapshot = catalog.snapshot()
-            total, next_number = catalog.count(), catalog.counter("next_number")
-            if catalog.counter("generation") == snapshot.generation:
-                break
+        snapshot = self.bank.catalog.snapshot()
         entries = snapshot.segments
         if old is None or entries != self._entries:
             num_chunks = sum(e.num_chunks for e in entries)
@@ -526,13 +522,7 @@ class LoadedBank(LatestReader[BankSnapshot]):
         everything = replace(view._rows, live=torch.ones_like(view._rows.live))
         rows = replace(view._rows, live=everything.without(snapshot.dead))
         self._entries = entries
-        return replace(
-            self._at(view, snapshot, rows),
-            first_row=first_row,
-            total_documents=total,
-            total_rows=sum(e.num_documents for e in entries),
-            _next_number=next_number,
-        )
+        return replace(self._at(view, snapshot, rows), first_row=first_row)
 
     def _opened(self, entry: SegmentEntry) -> Segment:
         return Segment(self.bank.segments_folder, entry, self.bank.manifest.routing_layers)
