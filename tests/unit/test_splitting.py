@@ -70,7 +70,7 @@ def test_a_count_that_grows_when_text_is_cut_is_still_obeyed():
 
 @pytest.mark.parametrize(
     "unit",
-    ["abcdefghij", "1234567890", "北京上海", "e\u0301", "👩\u200d", "a\n", "# a\n", "x  ", "。", "()"],
+    ["abcdefghij", "1234567890", "北京上海", "e\u0301", "👩\u200d", "a\n", "# a\n", "x  ", "。"],
 )
 def test_what_is_counted_is_a_small_multiple_of_any_text(unit):
     text = (unit * 300_000)[:300_000]

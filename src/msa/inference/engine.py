@@ -24,6 +24,7 @@ from msa.memory.loaded.memory_plan import MemoryPlan
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.filters import Filter
 from msa.memory.store.word_index import LexicalQuery
+from msa.text.normalization import nfc
 from msa.text.prompts import PromptEncoder, PromptTemplate
 from msa.types import Answer, Event, Hit
 
@@ -340,7 +341,7 @@ class MemoryEngine:
 
 
 def _checked(question: object) -> list[str]:
-    """Questions as a list.
+    """Questions as a list, in NFC.
 
     Raises:
         InputError: one of them is no text, or empty.
@@ -360,7 +361,7 @@ def _checked(question: object) -> list[str]:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name} is not valid Unicode text ({error.reason}).") from error
-    return questions
+    return [nfc(text) for text in questions]
 
 
 def _events(rounds: Interleave, question: str) -> Iterator[Event]:

@@ -64,13 +64,16 @@ def split_text(
     parts: list[str] = []
     start, ratio = 0, _FIRST_GUESS
     while start < len(text):
-        end, tokens = _stretch(text, start, max_tokens, count_tokens, ratio)
-        ratio = (end - start) / max(tokens, 1)
-        end = _skip_space(text, end)
+        counted, tokens = _stretch(text, start, max_tokens, count_tokens, ratio)
+        ratio = (counted - start) / max(tokens, 1)
+        end = _skip_space(text, counted)
         if end < len(text):
             end = cuts.best(start, end)
-        # Fewer characters may be more tokens for some tokenizers: each part is counted as it is.
-        parts += _halves(text[start:end].strip(), max_tokens, count_tokens)
+        part = text[start:end].strip()
+        if tokens <= max_tokens and len(part) == counted - start:
+            parts.append(part)
+        else:  # fewer characters may be more tokens for some tokenizers: count it as it is
+            parts += _halves(part, max_tokens, count_tokens)
         start = _skip_space(text, end)
     return parts
 

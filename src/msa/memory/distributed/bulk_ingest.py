@@ -46,6 +46,7 @@ from msa.memory.store.manifest import Manifest
 from msa.memory.store.records import EncodedBatch, WrittenFile
 from msa.memory.store.reports import AddProgress, AddReport
 from msa.memory.store.segments import SegmentWriter
+from msa.text.normalization import nfc_document
 from msa.text.prompts import PromptTemplate
 from msa.types import Document
 
@@ -382,6 +383,7 @@ class BulkEncoder:
                 f"a {type(document).__name__} was given: expected msa.Document objects, "
                 "as Document(id='a', text='...')"
             )
+        document = nfc_document(document)
         self._window.documents += 1
         try:
             self._gathered.append((DocumentKey.of(document), document))

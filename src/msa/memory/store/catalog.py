@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import BankCorruptError, BankError
-from msa.memory.store import metadata_index, word_index
+from msa.memory.store import metadata_index, origins, word_index
 from msa.memory.store.database import Database, guard
 from msa.memory.store.filters import Filter
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.reports import StoredDocument
+from msa.text.normalization import spellings
 from msa.types import Document
 
 CATALOG_FILE = "catalog.sqlite"
@@ -129,6 +130,9 @@ class Catalog:
         folder: the bank's folder.
         read_only: never write, not even to recover.
 
+    Attributes:
+        origins: which files the documents came from.
+
     Raises:
         BankCorruptError: the file is missing or no SQLite database of ours.
         StorageError: it cannot be read.
@@ -142,6 +146,7 @@ class Catalog:
                 "the folder and index again"
             )
         self._db = Database(path, read_only=read_only)
+        self.origins = origins.Origins(self._db, self._side_transaction)
         self._writer = 0
         if not read_only:
             self._writer = self._become_writer()
@@ -174,6 +179,13 @@ class Catalog:
             self._check_writer(db, doing)
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
             metadata_index.follow(db)
+            yield db
+
+    @contextlib.contextmanager
+    def _side_transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """A durable transaction about what no reader loads; the generation stays."""
+        with self._db.transaction(doing) as db:
+            self._check_writer(db, doing)
             yield db
 
     def _become_writer(self) -> int:
@@ -242,8 +254,10 @@ class Catalog:
 
     def delete(self, numbers: Iterable[int]) -> None:
         """Documents cease to exist; their states stay in their segments until `compact`."""
+        numbers = list(map(operator.index, numbers))
         with self._transaction("delete documents from") as db:
-            _bury(db, map(operator.index, numbers))
+            origins.forget(db, numbers)
+            _bury(db, numbers)
 
     def replace_segments(
         self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
@@ -303,29 +317,34 @@ class Catalog:
         if not _is_unicode(document_id):
             return Known()
         with self._db.reading() as db:
-            rows = db.execute(
-                "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
-                "ORDER BY part",
-                (document_id,),
-            ).fetchall()
-            if rows:
-                return Known(tuple(r[0] for r in rows), rows[0][1], rows[0][2])
-            part = db.execute(
-                "SELECT source FROM documents WHERE id = ?", (document_id,)
-            ).fetchone()
-        return Known(part_of=part[0] if part else None)
+            for name in spellings(document_id):
+                rows = db.execute(
+                    "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
+                    "ORDER BY part",
+                    (name,),
+                ).fetchall()
+                if rows:
+                    return Known(tuple(r[0] for r in rows), rows[0][1], rows[0][2])
+                query = "SELECT source FROM documents WHERE id = ?"
+                part = db.execute(query, (name,)).fetchone()
+                if part:
+                    return Known(part_of=part[0])
+        return Known()
 
     def by_id(self, document_id: str) -> StoredDocument | None:
         """The document or part with this id."""
         if not _is_unicode(document_id):
             return None
-        return next(iter(self._stored("WHERE d.id = ?", (document_id,))), None)
+        found = (self._stored("WHERE d.id = ?", (name,)) for name in spellings(document_id))
+        return next((stored[0] for stored in found if stored), None)
 
     def by_source(self, source: str) -> list[StoredDocument]:
         """The document given under this id, or all its parts in order."""
         if not _is_unicode(source):
             return []
-        return self._stored("WHERE d.source = ? ORDER BY d.part", (source,))
+        query = "WHERE d.source = ? ORDER BY d.part"
+        found = (self._stored(query, (name,)) for name in spellings(source))
+        return next((stored for stored in found if stored), [])
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
         """Number -> document, for those that exist."""
@@ -350,6 +369,23 @@ class Catalog:
                     db.execute(f"SELECT number, id FROM documents WHERE number IN ({marks})", some)
                 )
         return found
+
+    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+        """Those documents among `numbers` whose text one of the others has too."""
+        found: set[int] = set()
+        wanted, others = [list(dict.fromkeys(map(operator.index, some))) for some in (numbers, of)]
+        with self._db.reading() as db:
+            for start in range(0, len(wanted), _IDS_PER_QUERY):
+                for first in range(0, len(others), _IDS_PER_QUERY):
+                    some = wanted[start : start + _IDS_PER_QUERY]
+                    rest = others[first : first + _IDS_PER_QUERY]
+                    query = (
+                        "SELECT number FROM texts WHERE "
+                        f"number IN ({','.join('?' * len(some))}) AND text IN "
+                        f"(SELECT text FROM texts WHERE number IN ({','.join('?' * len(rest))}))"
+                    )
+                    found.update(row[0] for row in db.execute(query, (*some, *rest)))
+        return found - set(others)
 
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
@@ -461,10 +497,11 @@ def _stored_document(row: Sequence[Any]) -> StoredDocument:
 
 def _change_metadata(db: sqlite3.Connection, source: str, text: str) -> None:
     query = "SELECT number, metadata FROM documents WHERE source = ?"
-    old = db.execute(query, (source,)).fetchall()
-    metadata_index.remove(db, old)
-    metadata_index.add(db, ((number, text) for number, _ in old))
-    db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, source))
+    for name in spellings(source):
+        old = db.execute(query, (name,)).fetchall()
+        metadata_index.remove(db, old)
+        metadata_index.add(db, ((number, text) for number, _ in old))
+        db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, name))
 
 
 def _bury(db: sqlite3.Connection, numbers: Iterable[int]) -> None:
