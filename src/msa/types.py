@@ -8,6 +8,7 @@ documents). One tensor layout everywhere: tokens or chunks before heads (BTHD).
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,6 +17,9 @@ from msa.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Behind a title: nothing, white space, or marks that end a word, with white space behind them.
+_WORD_ENDS = re.compile(r"[.,:;!?…)\]}\"'”’»–—-]*(?:\s|$)|[。，：；、！？）」』]")
 
 JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
 
@@ -39,9 +43,14 @@ class Document:
     @property
     def content(self) -> str:
         """What the model sees: the title (unless the text begins with it), then the text."""
-        if not self.title or self.text.startswith(self.title):
+        if not self.title or _begins_with(self.text, self.title):
             return self.text
         return f"{self.title}. {self.text}"
+
+
+def _begins_with(text: str, title: str) -> bool:
+    """True for "Anna" and "Anna was born", not for "Annapolis is", nor for "C" and "C# is"."""
+    return text.startswith(title) and _WORD_ENDS.match(text, len(title)) is not None
 
 
 @dataclass(frozen=True, slots=True)

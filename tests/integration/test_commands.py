@@ -14,8 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from msa import Document
 from msa.cli import main
 from msa.demo import material
+from msa.memory.bank import MemoryBank
+from msa.model.loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +103,47 @@ def test_index_reports_bad_files_and_stores_the_others(run, files, bank, model_f
     assert len(ids(run, bank)) == 22
 
 
+def test_files_of_one_name_in_two_folders_stay_apart_and_gone_ones_are_pruned(
+    run, files, bank, model_folder, tmp_path
+):
+    two = tmp_path / "two"
+    two.mkdir()
+    (two / "ada.txt").write_text("Another Ada.")
+    words = ("--bank", bank, "--model", model_folder)
+    assert run("index", two, *words, "--json").json[0]["added"] == 1
+    assert {"ada.txt", "../two/ada.txt"} <= ids(run, bank)
+    result = run("index", tmp_path, *words, "--json").json[0]
+    assert (result["added"], result["updated"], result["gone"]) == (0, 0, 0)
+    (two / "ada.txt").unlink()
+    (files / "bob.md").unlink()
+    assert run("index", two, *words, "--json").json[0]["gone"] == 1
+    assert run("index", files, *words, "--json").json[0]["gone"] == 1
+    result = run("index", tmp_path, *words, "--prune", "--json").json[0]
+    assert (result["gone"], result["pruned"]) == (2, 2)
+    assert not {"bob.md", "../two/ada.txt"} & ids(run, bank)
+
+
+def test_a_bank_of_an_earlier_version_keeps_its_ids(run, bank, model_folder, tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "note.txt").write_text("A note.")
+    (folder / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    checkpoint = load(model_folder)
+    old = tmp_path / "old"
+    with MemoryBank.create(old, checkpoint) as made:
+        made.add(
+            [
+                Document("note.txt", "A note."),
+                Document("rows.jsonl:1", "one"),
+                Document("rows.jsonl:2", "gone"),
+            ]
+        )
+    result = run("index", tmp_path / "more", tmp_path / "files", "--bank", old, "--model",
+                 model_folder, "--json").json[0]  # fmt: skip
+    assert result["unchanged"] == 2
+    assert [gone["id"] for gone in result["gone_documents"]] == ["rows.jsonl:2"]
+
+
 def test_a_long_document_is_split_and_deleted_as_one(run, files, bank, model_folder):
     book = files / "book.txt"
     book.write_text("\n\n".join(f"Chapter {i}. " + "Words follow words. " * 20 for i in range(12)))
@@ -146,6 +190,11 @@ def test_a_filter_asks_only_documents_with_that_metadata(run, bank, model_folder
     )
     assert {hit["id"] for hit in result.json} == {"m0", "m1", "m2"}
     one_error(run("search", "Note", *words, "--filter", "user=nobody"), "filter")
+    path = tmp_path / "table.csv"
+    path.write_text("id,text,born\nt1,Someone,1910\n")
+    assert run("index", path, *words).code == 0
+    result = run("search", "Note", *words, "--filter", "born=1910", "--json")
+    assert [hit["id"] for hit in result.json] == ["t1"]
     assert run("search", "Note", *words, "--filter", "user").code == 2
 
 

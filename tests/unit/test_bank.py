@@ -21,6 +21,7 @@ from msa.errors import (
 from msa.memory.bank import MemoryBank
 from msa.memory.ingest import pipeline
 from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.store.origins import Origin
 
 
 @pytest.fixture
@@ -249,8 +250,40 @@ def test_what_is_no_document_is_refused(bank):
 def test_unusual_but_valid_text_is_kept_to_the_character(bank):
     text = "nul \0 emoji \U0001f642 \u200b combining e\u0301 \r\n tab\t <|im_end|> [17]"
     bank.add([Document("ünï/çødé #1 \U0001f642", text)])
-    assert bank.documents()[0].document.text == text
+    assert bank.documents()[0].document.text == text.replace("e\u0301", "é")  # NFC
     assert bank.verify().ok
+
+
+def test_a_document_is_found_however_its_accents_are_composed(bank):
+    composed, decomposed = "café", "cafe\u0301"
+    bank.add([Document(decomposed, f"{decomposed} au lait", decomposed, {"of": decomposed})])
+    stored = bank.get(composed)
+    assert stored.document.id == composed
+    assert stored.document.content == f"{composed} au lait"
+    assert bank.get(decomposed).number == bank.parts(decomposed)[0].number == stored.number
+    assert decomposed in bank
+    assert bank.add([Document(composed, f"{composed} au lait", composed)], on_duplicate="skip")
+    for word in (composed, decomposed):
+        assert bank.catalog.passing({"of": word}) == [stored.number]
+        assert bank.catalog.passing({"of": {"in": [word]}}) == [stored.number]
+    bank.delete(decomposed)
+    assert len(bank) == 0
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "content"),
+    [
+        ("Anna", "Anna was born.", "Anna was born."),
+        ("Anna", "Anna: a life", "Anna: a life"),
+        ("Anna", "Annapolis is a city.", "Anna. Annapolis is a city."),
+        ("C", "C# is a language.", "C. C# is a language."),
+        ("Node", "Node.js runs.", "Node. Node.js runs."),
+        ("Anna", "Anna", "Anna"),
+        (None, "Anna", "Anna"),
+    ],
+)
+def test_the_title_is_left_out_where_the_text_begins_with_its_words(title, text, content):
+    assert Document("x", text, title).content == content
 
 
 def test_a_model_with_nan_weights_stores_nothing(path, tiny_tokenizer):
@@ -490,6 +523,52 @@ def test_what_was_taken_before_the_caller_failed_is_stored(bank):
         yield from make_documents(8)
         raise ValueError("the file ends")
 
-    with pytest.raises(ValueError, match="the file ends"):
+    with pytest.raises(ValueError, match="the file ends") as caught:
         bank.add(documents(), commit_tokens=300)
-    assert len(ids_of(bank)) >= 5
+    assert len(ids_of(bank)) == 8
+    assert any("has stored 8 of them" in note for note in caught.value.__notes__)
+    with pytest.raises(InputError, match="given a str"):
+        bank.add([Document("new", "text"), "no document"])
+    assert len(ids_of(bank)) == 9
+
+
+def test_copies_are_told_by_their_text(bank):
+    bank.add([Document("a", "x y", "t"), Document("b", "x y"), Document("c", "z")])
+    assert bank.catalog.copies([1, 2, 3], [1]) == {2}
+    assert bank.catalog.copies([3], [1, 2]) == set()
+
+
+def test_origins_are_kept_until_the_document_is_deleted(bank):
+    origins = bank.catalog.origins
+    assert origins.root() is None
+    assert origins.below(".") == []
+    bank.add(
+        [Document("old.txt", "old"), Document("rows.jsonl:3", "r"), Document("rows.jsonl", "x")]
+    )
+    assert origins.has_old()
+    assert origins.held_as("a/old.txt", "old.txt", None)
+    origins.remember_root("/files")
+    bank.add([Document(name, name) for name in ("x", "../y", "../../z", "d/x", "dd/x")])
+    origins.record(Origin(s.document.id, s.document.id) for s in bank.documents(offset=3))
+    assert origins.root() == "/files"
+
+    def below(path):
+        return [origin.document for origin in origins.below(path)]
+
+    assert below(".") == ["d/x", "dd/x", "x"]
+    assert below("..") == ["../y", "d/x", "dd/x", "x"]
+    assert below("../..") == ["../../z", "../y", "d/x", "dd/x", "x"]
+    assert below("d") == ["d/x"]
+    assert below("x") == ["x"]
+    assert below("../y") == ["../y"]
+    assert below("nothing") == []
+    assert origins.held_as("a/old.txt", "old.txt", None)
+    assert not origins.held_as("a/x", "x", None)  # newer than the root
+    origins.record([Origin("old.txt", "a/old.txt")])
+    assert origins.held_as("a/old.txt", "old.txt", None)
+    assert not origins.held_as("b/old.txt", "old.txt", None)
+    origins.adopt_records("b/rows.jsonl", "rows.jsonl")
+    assert below("b") == ["rows.jsonl:3"]
+    bank.delete("x")
+    bank.add([Document("x", "of somebody else")])
+    assert below("x") == []

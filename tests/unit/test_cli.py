@@ -16,6 +16,7 @@ from rich.console import Console
 
 from msa.cli import ask, index, main, options, output
 from msa.errors import BankNotFoundError, InputError
+from msa.memory.store.origins import Origin
 from msa.types import Answer, Citation, Event, Hit, Round, RoutedDocument, Usage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +102,8 @@ def test_version(run):
         (["search", "x", "--bank", "b", "--top-k", "many"], "--top-k"),
         (["bank", "add", "b", "i", "--text", "x", "--metadata", "{"], "not valid JSON"),
         (["bank", "add", "b", "i", "--text", "x", "--metadata", "[1]"], "expected a JSON object"),
+        (["bank", "add", "b", "i", "--text", "x", "--metadata", "[" * 100_000], "too deeply"),
+        (["search", "x", "--bank", "b", "--filter", "a=" + "[" * 100_000], "too deeply"),
     ],
 )
 def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(run, words, message):
@@ -167,12 +170,37 @@ def test_after_two_dashes_debug_is_a_word_like_others(run, monkeypatch):
 # Index
 
 
+class FakeOrigins:
+    """Origins in a dictionary, id -> path; all of them are below whatever is asked for."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+        self.remembered = None
+
+    def root(self):
+        return self.remembered
+
+    def remember_root(self, root):
+        self.remembered = root
+
+    def record(self, origins):
+        self.paths.update({origin.document: origin.path for origin in origins})
+
+    def below(self, path):
+        return [Origin(*pair) for pair in self.paths.items()]
+
+
 class FakeBank:
     """Keeps texts in a dictionary; refuses ids that begin with "bad"."""
 
     def __init__(self, texts: dict[str, str] | None = None) -> None:
         self.texts = texts or {}
         self.closed = False
+        self.catalog = SimpleNamespace(origins=FakeOrigins())
+
+    def delete(self, ids):
+        for name in ids:
+            del self.texts[name]
 
     def __enter__(self):
         return self
@@ -303,6 +331,64 @@ def test_an_interrupted_index_says_what_is_safe(run, bank, tmp_path, monkeypatch
     assert result.err.count("\n") == 1
 
 
+def test_index_names_what_is_gone_and_deletes_it_when_asked(run, bank, tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "1", "text": "one"}\n{"id": "2", "text": "two"}\n')
+    assert lines(run("index", tmp_path, "--bank", "b", "--json").out)[0]["gone"] == 0
+    assert bank.catalog.origins.remembered == str(tmp_path.resolve())
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").rename(tmp_path / "d.txt")
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")  # there, but it cannot be read
+    rows.write_text('{"id": "2", "text": "two"}\n')
+    (report,) = lines(run("index", tmp_path, "--bank", "b", "--json").out)
+    assert (report["gone"], report["pruned"]) == (3, 0)
+    assert {gone["id"]: gone["reason"] for gone in report["gone_documents"]} == {
+        "a.txt": "a.txt is not there any more",
+        "b.txt": "b.txt is not there any more",
+        "1": "not in rows.jsonl any more",
+    }
+    assert {"a.txt", "b.txt", "1"} <= bank.texts.keys()
+    shown = run("index", tmp_path, "--bank", "b")
+    assert "Gone:\n  a.txt: a.txt is not there any more\n" in shown.out
+    assert "--prune" in shown.out
+    (report,) = lines(run("index", tmp_path, "--bank", "b", "--prune", "--json").out)
+    assert report["pruned"] == 3
+    assert bank.texts.keys() == {"c.txt", "d.txt", "2"}
+
+
+def test_index_notes_what_it_guessed(run, bank, tmp_path):
+    pytest.importorskip("markitdown", reason="needs the extra 'documents'")
+    (tmp_path / "a.html").write_bytes(b"<p>caf\xe9</p>")
+    result = run("index", tmp_path, "--bank", "b")
+    assert "Notes:\n" in result.out
+    assert "windows-1252" in result.out
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        (["year=1910"], {"year": {"in": [1910, "1910"]}}),
+        (["open=true"], {"open": {"in": [True, "true"]}}),
+        (['year="1910"'], {"year": "1910"}),
+        (["user=eve", "x=1e3"], {"user": "eve", "x": {"in": [1000.0, "1e3"]}}),
+        (['year={"gte": 1910}'], {"year": {"gte": 1910}}),
+        (["a=NaN"], {"a": "NaN"}),
+        (["a=" + "1" * 5000], {"a": "1" * 5000}),
+        (["a=b=c"], {"a": "b=c"}),
+        (["tag=x", "tag=y"], {"and": [{"tag": "x"}, {"tag": "y"}]}),
+    ],
+)
+def test_a_filter_on_the_command_line_finds_numbers_and_texts(pairs, wanted):
+    assert options.metadata_filter(pairs) == wanted
+
+
+def test_lines_of_stdin_end_as_they_do_everywhere(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\r\n two \ntwo\r\r\n\r\nlast"))
+    assert list(options.stdin_lines()) == ["one\n", " two \n", "two\r\n", "\n", "last"]
+
+
 # Ask and search
 
 CITATIONS = (
@@ -422,7 +508,7 @@ def test_ask_hands_on_only_the_options_that_were_given(run, engine):
     words += ["--prior-weight", 1, "--filter", "user=eve", "--filter", "year=1990"]
     run("ask", "Q?", "--bank", "b", *words)
     chosen = {"max_rounds": 2, "max_new_tokens": 9, "temperature": 0.5, "seed": 3}
-    wanted = {"user": "eve", "year": 1990}
+    wanted = {"user": "eve", "year": {"in": [1990, "1990"]}}
     assert engine.calls == [("Q?", {**chosen, "prior_weight": 1.0, "filter": wanted})]
 
 

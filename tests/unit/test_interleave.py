@@ -62,6 +62,10 @@ class FakeLibrary:
     def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
         return {n: self.stored[n].document.id for n in numbers if n in self.stored}
 
+    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+        texts = {self.stored[n].document.text for n in of if n in self.stored}
+        return {n for n in numbers if n in self.stored and self.stored[n].document.text in texts}
+
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         numbers = list(numbers)
         self.read += numbers
@@ -234,6 +238,17 @@ def test_a_document_is_not_read_twice_nor_one_that_is_not_there(
         numbers = [c.number for c in answer.citations]
         assert len(set(numbers)) == len(numbers)
         assert set(numbers) <= set(TEXTS)
+
+
+def test_a_copy_of_what_was_read_is_not_read_again(
+    model: Any, encoder: PromptEncoder, script: Any
+) -> None:
+    texts = {3: TEXTS[3], 17: TEXTS[3], 170: TEXTS[3], 5: TEXTS[5]}
+    script({"Q?": [f"[3][17]{READ}", f"[170]{READ}"]})
+    (answer,), _ = run(model, encoder, ["Q?"], texts=texts, max_rounds=3, max_new_tokens=2)
+    assert len(answer.rounds[0].read) == 1
+    read_texts = [c.text for c in answer.citations]
+    assert len(set(read_texts)) == len(read_texts)
 
 
 def test_rounds_are_bounded_and_the_engine_ends_the_retrieval(

@@ -55,7 +55,7 @@ def test_a_folder_is_read_recursively_in_sorted_order_with_relative_posix_ids(tm
     loaded = list(load_documents([tmp_path]))
     assert [item.document.id for item in loaded] == ["a/c.TXT", "a/z.md", "b.txt"]
     assert loaded[1].document == Document("a/z.md", "\nlast letter", "Zed")
-    assert [item.markdown for item in loaded] == [False, True, False]
+    assert [item.origin for item in loaded] == [item.document.id for item in loaded]
     assert loaded[0].source == str(tmp_path / "a/c.TXT")
 
 
@@ -74,7 +74,9 @@ def test_jsonl_fields_go_where_they_belong(tmp_path):
     documents, failures = load(path)
     assert not failures
     assert documents["a"] == Document("a", "A", "T", {"year": 1990, "tags": ["x"]})
-    assert documents["d.jsonl:3"] == Document("d.jsonl:3", "B")
+    (name,) = documents.keys() - {"a", "7"}
+    assert name.startswith("d.jsonl:")
+    assert documents[name].text == "B"
     assert documents["7"].title is None
 
 
@@ -88,7 +90,8 @@ def test_tables_keep_other_columns_as_metadata_and_long_or_quoted_text(tmp_path)
     assert documents["b"] == Document("b", long)
     assert csv.field_size_limit() == before
     documents, _ = load(write(tmp_path / "t.tsv", "text\ttitle\nhello\tGreeting\n"))
-    assert documents == {"t.tsv:2": Document("t.tsv:2", "hello", "Greeting")}
+    ((name, document),) = documents.items()
+    assert document == Document(name, "hello", "Greeting")
 
 
 def test_field_names_can_be_chosen(tmp_path):
@@ -141,7 +144,7 @@ def test_bytes_read_add_up_to_the_total(tmp_path):
 
 
 def test_records_are_read_as_they_are_asked_for(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "x"}\n' * 200_000)
+    path = write(tmp_path / "a.jsonl", "".join(f'{{"text": "x{i}"}}\n' for i in range(200_000)))
     steps: list[int] = []
     next(iter(load_documents([path], on_bytes=steps.append)))
     assert sum(steps) < path.stat().st_size / 10
@@ -235,18 +238,222 @@ def test_a_bad_table_row_is_named_and_the_others_are_read(tmp_path, row, reason)
 def test_a_quote_that_is_never_closed_is_named_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'id,text\n1,one\n2,"two\n3,three\n')
     documents, failures = load(path)
-    assert list(documents) == ["1"]
+    assert list(documents) == ["1", "3"]
     assert [f.source for f in failures] == [f"{path}:3"]
+    assert "a quote opened on line 3" in failures[0].reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "left_out"),
+    [
+        ('2,"two,x\n3,three,y\n4,four,z\n', [3]),
+        ('2,"two,x\n3,three,y\n4,"four",z\n', [3]),
+        ('2,"two,x\n3,"three,y\n4,four,z\n', [3, 4]),
+        ('2,"two,x\n3,three,y\n4,four",z\n', []),  # a field of three lines, for all we know
+        ('"2,two,x\n3,three,y\n4,four,"z"\n', [3]),
+        ('2,"two\nlines",x\n3,three,y\n4,"four,z\n5,five,a\n', [6]),
+    ],
+)
+def test_a_stray_quote_costs_its_own_line_only(tmp_path, rows, left_out):
+    path = write(tmp_path / "a.csv", "id,text,more\n1,one,x\n" + rows + "9,nine,x\n")
+    documents, failures = load(path)
+    assert [f.source for f in failures] == [f"{path}:{line}" for line in left_out]
+    assert {"1", "9"} <= set(documents)
+    for line, row in enumerate(("id,text,more\n1,one,x\n" + rows).splitlines()[2:], 3):
+        if left_out and line not in left_out and row[0].isdigit():
+            assert row[0] in documents
+
+
+def test_a_row_of_several_lines_with_a_value_too_few_is_not_taken_apart(tmp_path):
+    path = write(tmp_path / "a.csv", 'id,text,more\n1,"Dear Sir,\nhello, you\nbye"\n2,two,x\n')
+    documents, failures = load(path)
+    assert list(documents) == ["2"]
+    assert [f.source for f in failures] == [f"{path}:2"]
+    assert "on lines 2 to 4" in failures[0].reason
 
 
 def test_of_two_documents_with_one_id_the_second_is_a_failure(tmp_path):
-    first = write(tmp_path / "a/x.txt", "one")
-    second = write(tmp_path / "b/x.txt", "two")
+    first = write(tmp_path / "a/x.jsonl", '{"id": "x", "text": "one"}')
+    second = write(tmp_path / "b/x.jsonl", '{"id": "x", "text": "two"}')
     documents, failures = load(first.parent, second.parent)
-    assert documents["x.txt"].text == "one"
-    assert failures == [LoadFailure(str(second), f"duplicate id 'x.txt', first used by {first}")]
+    assert documents["x"].text == "one"
+    (failure,) = failures
+    assert failure.reason == f"duplicate id 'x', first used by {first}:1"
+    assert not failure.ignored
     documents, failures = load(first, first)
     assert len(documents) == len(failures) == 1
+
+
+# Identity
+
+
+def test_files_of_one_name_in_two_folders_are_two_documents(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name / "notes.txt", name)
+    documents, _ = load(tmp_path / "one", tmp_path / "two")
+    assert {i: d.text for i, d in documents.items()} == {
+        "one/notes.txt": "one",
+        "two/notes.txt": "two",
+    }
+    for paths in ([tmp_path / "one"], [tmp_path / "two"], [tmp_path]):
+        for loaded in load_documents(paths, root=tmp_path / "one"):
+            name = loaded.document.text
+            assert loaded.document.id == {"one": "notes.txt", "two": "../two/notes.txt"}[name]
+
+
+def test_a_file_is_the_same_document_however_its_path_is_typed(tmp_path, monkeypatch):
+    path = write(tmp_path / "a/b/x.txt", "text")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "other.txt").symlink_to(path)
+    monkeypatch.chdir(tmp_path / "a")
+    typed = ["b/x.txt", "../a/b/x.txt", path, tmp_path / "link/b/x.txt", tmp_path / "other.txt"]
+    typed += [".", "b", tmp_path / "a", tmp_path / "link", tmp_path / "link/b/../b"]
+    for given in typed:
+        (loaded,) = load_documents([given], root=tmp_path)
+        assert (loaded.document.id, loaded.origin) == ("a/b/x.txt", "a/b/x.txt")
+    documents, failures = load(*map(Path, typed), root=tmp_path)
+    assert list(documents) == ["a/b/x.txt"]
+    assert len(failures) == len(typed) - 1
+    assert all(f.ignored and "the same file" in f.reason for f in failures)
+
+
+def test_a_link_into_a_store_of_blobs_keeps_its_own_name(tmp_path):
+    blob = write(tmp_path / "blobs/0a1b2c", "text")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "x.txt").symlink_to(blob)
+    documents, _ = load(folder)
+    assert list(documents) == ["x.txt"]
+
+
+def test_records_without_ids_are_known_by_what_they_hold(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two", "year": 1}\n')
+    before, _ = load(path)
+    write(path, '{"text": "new"}\n{"text": "two", "year": 1}\n\n{"text": "one"}\n')
+    after, _ = load(path)
+    assert before.items() <= after.items()
+    write(path, '{"text": "two", "year": 1}\n{"text": "two", "year": 2}\n' * 2)
+    documents, failures = load(path)
+    assert len(documents) == 2
+    assert [(f.ignored, f.reason) for f in failures] == [
+        (True, f"the same record as {path}:1"),
+        (True, f"the same record as {path}:2"),
+    ]
+
+
+def test_names_and_texts_come_in_nfc(tmp_path):
+    path = write(tmp_path / "cafe\u0301.txt", "re\u0301sume\u0301")
+    documents, _ = load(path)
+    assert documents == {"café.txt": Document("café.txt", "résumé")}
+
+
+# Walking
+
+
+def test_what_cannot_be_read_in_a_folder_is_named_and_the_rest_is_read(tmp_path, monkeypatch):
+    for name in ("a.txt", "b/c.txt", "m/n.txt", "z/z.txt"):
+        write(tmp_path / name, name)
+    (tmp_path / "d").symlink_to("d")
+    (tmp_path / "e.txt").symlink_to("nowhere.txt")
+    os.mkfifo(tmp_path / "f.txt")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "m":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    documents, failures = load(tmp_path)
+    assert list(documents) == ["a.txt", "b/c.txt", "z/z.txt"]
+    assert {Path(f.source).name: f.origin for f in failures} == {
+        "d": "d",
+        "e.txt": "nowhere.txt",
+        "f.txt": "f.txt",
+        "m": "m",
+    }
+    assert not any(f.ignored for f in failures)
+    assert total_bytes([tmp_path]) > 0
+
+
+def test_a_file_that_vanishes_is_named_and_the_rest_is_read(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", name)
+    found = load_documents([tmp_path])
+    first = next(found)
+    (tmp_path / "b.txt").unlink()
+    rest = list(found)
+    assert first.document.id == "a.txt"
+    assert [type(item) for item in rest] == [LoadFailure, LoadedDocument]
+
+
+# Headings, titles, charsets
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "rest"),
+    [
+        ("# C#\n\nA language.", "C#", "\nA language."),
+        ("# Closed ##\nx", "Closed", "x"),
+        ("# F# and C# #\r\nx", "F# and C#", "x"),
+        ("#hashtag\nx", None, "#hashtag\nx"),
+    ],
+)
+def test_the_first_heading_is_the_title(tmp_path, text, title, rest):
+    documents, _ = load(write(tmp_path / "a.md", text))
+    assert documents["a.md"] == Document("a.md", rest, title)
+
+
+def test_a_long_heading_is_shortened_as_title_and_stays_in_the_text(tmp_path):
+    heading = "word " * 200
+    for text in (f"# {heading}\n\nbody", "# " + "北" * 300 + "\n\nbody"):
+        documents, failures = load(write(tmp_path / "a.md", text))
+        assert not failures
+        assert documents["a.md"].text == text
+        title = documents["a.md"].title
+        assert len(title) <= 101
+        assert title.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("head", "codec", "note"),
+    [
+        ("", "utf-8", None),
+        ("", "utf-8-sig", None),
+        ("", "utf-16", None),
+        ('<meta charset="windows-1251">', "cp1251", None),
+        ("<META http-equiv='Content-Type' content='text/html; charset=koi8-r'>", "koi8-r", None),
+        ('<meta charset="iso-8859-1">', "utf-8", "it is UTF-8"),
+    ],
+)
+def test_html_is_read_in_its_charset(tmp_path, head, codec, note):
+    pytest.importorskip("markitdown", reason="needs the extra 'documents'")
+    page = f"<html><head>{head}</head><body><p>Привет</p></body></html>"
+    (loaded,) = load_documents([write(tmp_path / "a.html", page.encode(codec))])
+    assert loaded.document.text == "Привет"
+    assert (loaded.note is None) if note is None else (note in loaded.note)
+
+
+def test_a_charset_that_is_guessed_is_noted_and_a_wrong_one_refused(tmp_path):
+    pytest.importorskip("markitdown", reason="needs the extra 'documents'")
+    (loaded,) = load_documents([write(tmp_path / "a.html", b"<p>caf\xe9</p>")])
+    assert loaded.document.text == "café"
+    assert "windows-1252" in loaded.note
+    for head, data, reason in [
+        ("utf-8", b"caf\xe9", "not valid UTF-8"),
+        ("klingon", b"x", "'klingon' is not known"),
+    ]:
+        page = f'<meta charset="{head}"><p>'.encode() + data
+        assert reason in only_failure(write(tmp_path / "b.html", page)).reason
+
+
+def test_a_long_html_title_is_shortened_and_stays_in_the_text(tmp_path):
+    pytest.importorskip("markitdown", reason="needs the extra 'documents'")
+    title = "title " * 300
+    page = f"<html><head><title>{title}</title></head><body><p>Body.</p></body></html>"
+    documents, _ = load(write(tmp_path / "a.html", page))
+    assert len(documents["a.html"].title) <= 101
+    assert documents["a.html"].text == f"# {title.strip()}\n\nBody."
 
 
 def test_what_a_folder_happens_to_hold_is_ignored_but_counted(tmp_path):
@@ -295,7 +502,7 @@ def test_a_text_of_absurd_length_is_refused_before_it_fills_the_memory(tmp_path,
     assert "longer than 1 MiB" in only_failure(packed).reason
     lines = b'{"text": "' + big + b'"}\n{"text": "fine"}\n'
     documents, failures = load(write(tmp_path / "c.jsonl", lines))
-    assert list(documents) == ["c.jsonl:2"]
+    assert [d.text for d in documents.values()] == ["fine"]
     assert [f.source for f in failures] == [str(tmp_path / "c.jsonl:1")]
     documents, failures = load(write(tmp_path / "d.csv", b"text\n" + big + b"\nfine\n"))
     assert "fine" in [d.text for d in documents.values()]

@@ -69,6 +69,61 @@ def test_a_count_that_grows_when_text_is_cut_is_still_obeyed():
 
 
 @pytest.mark.parametrize(
+    "unit",
+    ["abcdefghij", "1234567890", "北京上海", "e\u0301", "👩\u200d", "a\n", "# a\n", "x  ", "。"],
+)
+def test_what_is_counted_is_a_small_multiple_of_any_text(unit):
+    text = (unit * 300_000)[:300_000]
+    calls = characters = 0
+
+    def count(piece: str) -> int:
+        nonlocal calls, characters
+        calls, characters = calls + 1, characters + len(piece)
+        return bytes_of(piece)
+
+    parts = split_text(text, 500, count)
+    assert squeezed("".join(parts)) == squeezed(text)
+    assert characters < 8 * len(text)
+    assert calls < 8 * len(parts)
+    filled = sum(map(bytes_of, parts)) / len(parts)
+    assert filled > 0.4 * 500
+
+
+def test_one_letter_with_endless_marks_is_cut_all_the_same():
+    text = "e" + "\u0301" * 50_000
+    parts = split_text(text, 100, bytes_of)
+    assert "".join(parts) == text
+
+
+def test_a_letter_keeps_its_marks():
+    parts = split_text("e\u0301\u0323" * 100, 23, bytes_of)
+    assert all(part.startswith("e") for part in parts)
+
+
+def test_a_heading_stays_with_its_text_and_the_highest_one_is_cut_at():
+    text = "# A\n\n## one\n\na b c d\n\n## two\n\ne f g h\n\n# B\n\ni j k l\n\n## three\n\nm n o p"
+    assert split_text(text, 9, words) == [
+        "# A\n\n## one\n\na b c d",
+        "## two\n\ne f g h",
+        "# B\n\ni j k l",
+        "## three\n\nm n o p",
+    ]
+    underlined = "One\n===\n\na b c d\n\nTwo\n---\n\ne f g h"
+    assert split_text(underlined, 7, words) == ["One\n===\n\na b c d", "Two\n---\n\ne f g h"]
+
+
+def test_what_looks_like_a_heading_in_code_is_none():
+    text = "one two\n\n```\n# a comment\nx = 1\n```\n\nthree four five"
+    parts = split_text(text, 11, words)
+    assert parts == ["one two\n\n```\n# a comment\nx = 1\n```", "three four five"]
+
+
+def test_short_paragraphs_come_together():
+    text = "\n\n".join(f"p{i} a b" for i in range(9))
+    assert [words(part) for part in split_text(text, 10, words)] == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
     ("text", "max_tokens", "message"),
     [("abc", 0, "max_tokens is 0"), ("👩 👩", 3, "alone needs 4 tokens")],
 )

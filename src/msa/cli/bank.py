@@ -319,6 +319,8 @@ def _metadata(text: str | None) -> dict[str, JSON]:
         return {}
     try:
         values = json_module.loads(text)
+    except RecursionError:
+        raise typer.BadParameter("the JSON is nested too deeply", param_hint="--metadata") from None
     except ValueError as error:
         raise typer.BadParameter(f"not valid JSON ({error})", param_hint="--metadata") from None
     if not isinstance(values, dict):

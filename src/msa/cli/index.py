@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
+from os.path import exists
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +28,9 @@ from msa.text.loaders import (
     FieldNames,
     LoadedDocument,
     LoadFailure,
+    common_root,
     load_documents,
+    path_below,
     total_bytes,
 )
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from msa.evaluation.agreement import Agreement
     from msa.memory.bank import MemoryBank
     from msa.memory.distributed.encoding_pool import EncodingPool
+    from msa.memory.store.origins import Origin, Origins
     from msa.memory.store.reports import AddProgress, AddReport
     from msa.types import Document
 
@@ -55,24 +59,53 @@ class _Work:
     precision: str | None
     workers: int | None
     ray: str | None
+    prune: bool
 
 
 class Intake:
     """Documents on their way into a bank, and everything that fell by the wayside.
 
+    Args:
+        paths: files and folders.
+        fields: see `load_documents`.
+        root: the folder that ids start at.
+        old: the origins of a bank that has documents of earlier versions, None for any other.
+
     Attributes:
+        root: as given.
         failed, ignored: what gave no document, and why.
+        notes: (source, what was guessed to read it).
+        gone: documents of the bank that these files gave once and give no more.
+        pruned: whether those were deleted.
         bar: shows the bytes read, from when it is set.
     """
 
-    def __init__(self, paths: Sequence[Path], fields: FieldNames) -> None:
+    def __init__(
+        self, paths: Sequence[Path], fields: FieldNames, root: Path, old: Origins | None = None
+    ) -> None:
         self.total_bytes = total_bytes(paths)
+        self.root = root
         self.failed: list[LoadFailure] = []
         self.ignored: list[LoadFailure] = []
+        self.notes: list[tuple[str, str]] = []
+        self.gone: list[Origin] = []
+        self.pruned = False
         self.bar: output.ProgressBar | None = None
+        self._paths = paths
+        self._old = old
         self._unseen_bytes = 0
-        self._loaded = load_documents(paths, fields=fields, on_bytes=self._read)
+        self._loaded = load_documents(
+            paths,
+            root=root,
+            fields=fields,
+            on_bytes=self._read,
+            held_as=None if old is None else self._held_as,
+        )
         self._waiting: list[LoadedDocument] = []
+        self._ids: set[str] = set()
+        self._files: set[str] = set()
+        self._unrecorded: dict[str, str] = {}  # id -> origin
+        self._old_files: set[tuple[str, str]] = set()  # origin, and the name in ids of its lines
 
     def has_documents(self) -> bool:
         """True if there is at least one; reads no further than that one."""
@@ -84,11 +117,57 @@ class Intake:
         """The documents, read as they are asked for."""
         waiting, self._waiting = self._waiting, []
         for loaded in chain(waiting, self._usable()):
+            self._ids.add(loaded.document.id)
+            self._files.add(loaded.origin)
+            self._unrecorded[loaded.document.id] = loaded.origin
             yield loaded.document
+
+    def record(self, origins: Origins) -> None:
+        """Let the bank know where the documents came from that were read so far."""
+        from msa.memory.store.origins import Origin
+
+        found, self._unrecorded = self._unrecorded, {}
+        origins.record(Origin(*pair) for pair in found.items())
+
+    def find_gone(self, origins: Origins) -> None:
+        """See what the bank has of these files that they did not give, now that all are read.
+
+        What could not be read gives no document, and none of its documents is gone.
+        """
+        for pair in self._old_files:
+            origins.adopt_records(*pair)
+        failed = {failure.origin for failure in self.failed if failure.origin is not None}
+        if any(not name.strip("./") for name in failed):
+            return  # a folder with all of them could not be read
+        below = [origins.below(path_below(self.root, p)) for p in self._paths if exists(p)]
+        self.gone = [
+            origin
+            for origin in dict.fromkeys(chain(*below))
+            if origin.document not in self._ids
+            and failed.isdisjoint([origin.path, *map(str, PurePosixPath(origin.path).parents)])
+        ]
+
+    def why_gone(self, origin: Origin) -> str:
+        """What has become of a document, in a few words."""
+        if origin.path in self._files:
+            return f"not in {origin.path} any more"
+        return f"{origin.path} is not there any more"
+
+    def _held_as(self, path: str, old_id: str, document: Document | None) -> bool:
+        """See `msa.text.loaders.HeldAs`."""
+        from msa.memory.ingest.pipeline import content_hash
+
+        assert self._old is not None
+        if document is None:
+            return self._old.held_as(path, old_id, None)
+        self._old_files.add((path, old_id.rpartition(":")[0]))
+        return self._old.held_as(path, old_id, content_hash(document))
 
     def _usable(self) -> Iterator[LoadedDocument]:
         for loaded in self._loaded:
             if isinstance(loaded, LoadedDocument):
+                if loaded.note is not None:
+                    self.notes.append((loaded.source, loaded.note))
                 yield loaded
             else:
                 (self.ignored if loaded.ignored else self.failed).append(loaded)
@@ -98,6 +177,28 @@ class Intake:
         if self.bar is not None:
             self.bar.advance(self._unseen_bytes)
             self._unseen_bytes = 0
+
+
+@contextlib.contextmanager
+def _intake(
+    paths: Sequence[Path], fields: FieldNames, bank: Path, root: Path | None
+) -> Iterator[Intake]:
+    """The documents of some files, by the root that the bank remembers or that is given."""
+    try:
+        opened = open_bank(bank)
+    except BankNotFoundError:
+        yield Intake(paths, fields, root or common_root(paths))
+        return
+    with opened:
+        origins = opened.catalog.origins
+        known = origins.root()
+        if root is None and known is not None and not Path(known).is_dir():
+            output.print_note(
+                f"Ids in this bank are paths below {known}, which is not there (any more). If its "
+                "files are elsewhere now, say so once: --root DIR"
+            )
+        start = root or (common_root(paths) if known is None else Path(known))
+        yield Intake(paths, fields, start, origins if origins.has_old() else None)
 
 
 def index(
@@ -136,6 +237,23 @@ def index(
             show_default=False,
         ),
     ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune", help="Delete what these files and folders gave once and give no more."
+        ),
+    ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder at which ids of files start; the bank remembers it. [default: what it "
+            "remembers, or the folder that holds PATHS]",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything at all failed.")
     ] = False,
@@ -151,17 +269,18 @@ def index(
 
     Reads txt, md, jsonl, csv and tsv (also .gz), and pdf, html and docx with the extra
     "documents". Long texts are split into linked parts. Run it again after files have changed:
-    unchanged documents cost nothing, changed ones are encoded anew. Exits with 1 if no document
-    could be stored.
+    unchanged documents cost nothing, changed ones are encoded anew, and those that are gone are
+    named, or deleted with --prune. A file is the same document however its path is typed. Exits
+    with 1 if no document could be stored.
 
     With --workers, or --ray and a cluster, windows of documents are encoded by several processes;
     the bank must lie where all of them see it.
     """
-    intake = Intake(paths, FieldNames(id=id_field, text=text_field, title=title_field))
-    work = _Work(
-        bank, model, device, "update" if update else "skip", batch_tokens, precision, workers, ray
-    )
-    report = _add(intake, work)
+    fields = FieldNames(id=id_field, text=text_field, title=title_field)
+    on_duplicate = "update" if update else "skip"
+    work = _Work(bank, model, device, on_duplicate, batch_tokens, precision, workers, ray, prune)
+    with _intake(paths, fields, bank, root) as intake:
+        report = _add(intake, work)
     agreement = _agreement(work) if precision and report and report.added else None
     if json:
         measured = {} if agreement is None else {"agreement": asdict(agreement)}
@@ -176,9 +295,10 @@ def index(
                 f"{output.plural(agreement.documents, 'document')} of the bank)",
                 soft_wrap=True,
             )
-    if report is None or not report.added + report.updated + report.unchanged:
+    stored = report is not None and report.added + report.updated + report.unchanged
+    if not stored and not intake.pruned:
         raise typer.Exit(1)
-    if strict and (report.failed or intake.failed):
+    if strict and _failures(intake, report):
         raise typer.Exit(1)
 
 
@@ -234,25 +354,50 @@ def _add(intake: Intake, work: _Work) -> AddReport | None:
     What is stored when the user interrupts stays.
     """
     if not intake.has_documents():
+        _find_gone_only(intake, work)
         return None
     with (
         open_or_create(work.bank, work.model, work.device, work.precision) as memory,
         _encoding_pool(memory, work) as pool,
-        _progress(intake) as show,
     ):
+        origins = memory.catalog.origins
+        if origins.root() != str(intake.root.resolve()):
+            origins.remember_root(str(intake.root.resolve()))
         try:
-            return memory.add(
-                intake.documents(),
-                on_duplicate=work.on_duplicate,
-                batch_tokens=work.batch_tokens,
-                progress=show,
-                pool=pool,
-            )
+            with _progress(intake, origins) as show:
+                report = memory.add(
+                    intake.documents(),
+                    on_duplicate=work.on_duplicate,
+                    batch_tokens=work.batch_tokens,
+                    progress=show,
+                    pool=pool,
+                )
         except KeyboardInterrupt:
             raise output.Interrupted(
                 f"Interrupted. The bank holds {output.plural(memory.info().num_ids, 'document')}; "
                 "run the same command again to go on."
             ) from None
+        intake.record(origins)
+        _prune(intake, memory, work)
+        return report
+
+
+def _find_gone_only(intake: Intake, work: _Work) -> None:
+    """The files gave nothing: see what a bank that is there has of them."""
+    try:
+        opened = open_bank(work.bank, write=work.prune)
+    except BankNotFoundError:
+        return
+    with opened:
+        _prune(intake, opened, work)
+
+
+def _prune(intake: Intake, memory: MemoryBank, work: _Work) -> None:
+    """Find what is gone, and delete it if that was asked for."""
+    intake.find_gone(memory.catalog.origins)
+    if work.prune and intake.gone:
+        memory.delete(origin.document for origin in intake.gone)
+        intake.pruned = True
 
 
 def _encoding_pool(
@@ -267,11 +412,12 @@ def _encoding_pool(
 
 
 @contextlib.contextmanager
-def _progress(intake: Intake) -> Iterator[Callable[[AddProgress], None]]:
+def _progress(intake: Intake, origins: Origins) -> Iterator[Callable[[AddProgress], None]]:
     with output.progress("Indexing", intake.total_bytes) as bar:
         intake.bar = bar
 
         def show(progress: AddProgress) -> None:
+            intake.record(origins)
             speed = progress.tokens / max(progress.seconds, 1e-9)
             bar.advance(
                 note=f"{output.plural(progress.documents, 'document')}, "
@@ -296,11 +442,15 @@ def _as_json(bank: Path, intake: Intake, report: AddReport | None) -> dict[str, 
         "updated": report.updated if report else 0,
         "failed": len(failed),
         "ignored": len(intake.ignored),
+        "gone": len(intake.gone),
+        "pruned": len(intake.gone) if intake.pruned else 0,
         "parts": report.parts if report else 0,
         "tokens": report.tokens if report else 0,
         "seconds": report.seconds if report else 0.0,
         "failures": [{"source": source, "reason": reason} for source, reason in failed],
         "ignored_files": [{"source": f.source, "reason": f.reason} for f in intake.ignored],
+        "gone_documents": [{"id": o.document, "reason": intake.why_gone(o)} for o in intake.gone],
+        "notes": [{"source": source, "note": note} for source, note in intake.notes],
     }
 
 
@@ -316,12 +466,15 @@ def _print_report(bank: Path, intake: Intake, report: AddReport | None) -> None:
         ("updated", report.updated if report else 0),
         ("failed", len(failed)),
         ("ignored", len(intake.ignored)),
+        ("pruned" if intake.pruned else "gone", len(intake.gone)),
     ):
         counts.add_row(name, output.number(count))
     console.print(counts)
     for title, reasons in (
         ("Failed", failed),
         ("Ignored", [(f.source, f.reason) for f in intake.ignored]),
+        ("Notes", intake.notes),
+        ("Gone", [(origin.document, intake.why_gone(origin)) for origin in intake.gone]),
     ):
         if reasons:
             console.print(f"\n{title}:", style="bold")
@@ -330,8 +483,12 @@ def _print_report(bank: Path, intake: Intake, report: AddReport | None) -> None:
         if len(reasons) > SHOWN_REASONS:
             rest = output.number(len(reasons) - SHOWN_REASONS)
             console.print(f"  and {rest} more; --json lists them all")
-    if report is None:
+    if intake.gone and not intake.pruned:
+        console.print("\nThe bank holds what is gone until you add --prune", soft_wrap=True)
+    if report is None and not intake.pruned:
         output.print_error(f"no document found; {bank} was not touched")
+    elif report is None:
+        return
     elif report.tokens:
         speed = output.number(report.tokens / max(report.seconds, 1e-9))
         console.print(

@@ -115,7 +115,7 @@ def _run(words: list[str], debug: bool) -> int:
         if debug:
             raise
         if isinstance(error, MSAError):
-            output.print_error(str(error))
+            output.print_error("; ".join([str(error), *getattr(error, "__notes__", ())]))
         elif isinstance(error, OSError):
             name = f"{error.filename}: " if error.filename else ""
             output.print_error(f"{name}{error.strerror or error}")

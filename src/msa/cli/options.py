@@ -96,19 +96,36 @@ def register(
 
 
 def metadata_filter(pairs: list[str] | None) -> dict[str, JSON] | None:
-    """Metadata that documents must have; a value is JSON if it can be, otherwise a string."""
+    """Metadata that documents must have, as a filter of `msa.memory.store.filters`.
+
+    A value is text, and JSON if it can be: `year=1910` is met by the number and by the text, since
+    columns of tables are text. Quotes make it text only, braces conditions: `year={"gte": 1910}`.
+    """
     if not pairs:
         return None
-    wanted: dict[str, JSON] = {}
+    wanted: list[dict[str, JSON]] = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
             raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--filter")
-        try:
-            wanted[name] = json.loads(value)
-        except ValueError:
-            wanted[name] = value
-    return wanted
+        wanted.append({name: _condition(value)})
+    together = {name: value for condition in wanted for name, value in condition.items()}
+    return together if len(together) == len(wanted) else {"and": [*wanted]}
+
+
+def _condition(value: str) -> JSON:
+    """What a value on the command line asks of a document's."""
+    try:
+        parsed: JSON = json.loads(value, parse_constant=lambda name: name)
+    except ValueError:
+        return value
+    except RecursionError:
+        raise typer.BadParameter(
+            f"{value[:20]!r}... is nested too deeply", param_hint="--filter"
+        ) from None
+    if isinstance(parsed, str | dict):
+        return value if parsed == value else parsed
+    return {"in": [parsed, value]}
 
 
 def load_model(name: str | None, device: str | None, *, quiet: bool = False) -> Checkpoint:
@@ -172,14 +189,14 @@ class LoadProgress:
 
 
 def stdin_lines() -> Iterator[str]:
-    """Lines of stdin, as they come.
+    """Lines of stdin, as they come; each ends with a line feed, whatever it was typed on.
 
     Raises:
         InputError: they are not text.
     """
     try:
         while line := sys.stdin.readline():
-            yield line
+            yield line.removesuffix("\n").removesuffix("\r") + "\n" * line.endswith("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not valid text ({error}); convert it to UTF-8 first") from None
 

@@ -25,6 +25,7 @@ from msa.memory.store.filters import Filter
 from msa.memory.store.lifetime import Lifetime, NotPickled
 from msa.memory.store.word_index import LexicalQuery
 from msa.model.loading import loadable_name
+from msa.text.normalization import nfc
 from msa.text.prompts import PromptEncoder
 from msa.types import Answer, Event, Hit, whole_number
 
@@ -349,7 +350,7 @@ def _default_options(bank: MemoryBank, given: AskOptions | None) -> AskOptions:
 
 
 def _checked(question: object) -> list[str]:
-    """Questions as a list.
+    """Questions as a list, in NFC.
 
     Raises:
         InputError: one of them is no text, or empty.
@@ -369,7 +370,7 @@ def _checked(question: object) -> list[str]:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name} is not valid Unicode text ({error.reason}).") from error
-    return questions
+    return [nfc(text) for text in questions]
 
 
 def _events(rounds: Interleave, question: str) -> Iterator[Event]:

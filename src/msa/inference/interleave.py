@@ -10,7 +10,7 @@ reading leave the batch and are answered together.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -90,13 +90,14 @@ class _Routed:
     Attributes:
         layers: routing layer -> (number, score) of the documents attended to, best first.
         fused: all candidates, best first.
-        ids: number -> id, of those that were attended to or stand first among the unread ones:
-            these can be named.
+        ids: number -> id, of those that were attended to or stand first among the unread ones.
+        known: numbers of those that were read, or whose text was; the others can be named.
     """
 
     layers: dict[int, list[tuple[int, float]]]
     fused: dict[int, Fused]
     ids: dict[int, str]
+    known: frozenset[int] = frozenset()
 
     def without(self, gone: set[int]) -> _Routed:
         """The same, when some documents are no longer there."""
@@ -245,22 +246,31 @@ class Interleave:
         ]
         found = candidates(reader, self._library, self._options, queries)
         attended = [{i: some[: self._top_k] for i, some in c.layers.items()} for c in found]
-        shown = []
+        shown, known = [], []
         for question, layers, c in zip(active, attended, found, strict=True):
-            unread = [n for n in c.fused if n not in question.read]
+            known.append(self._known(question, c.fused))
+            unread = [n for n in c.fused if n not in known[-1]]
             shown.append(
                 {n for some in layers.values() for n, _ in some}.union(unread[: self._top_k])
             )
         ids = self._library.ids(sorted(set().union(*shown)))
         return [
-            _Routed(layers, c.fused, {n: ids[n] for n in some if n in ids})
-            for layers, c, some in zip(attended, found, shown, strict=True)
+            _Routed(layers, c.fused, {n: ids[n] for n in some if n in ids}, read)
+            for layers, c, some, read in zip(attended, found, shown, known, strict=True)
         ]
+
+    def _known(self, question: _Question, candidates: Iterable[int]) -> frozenset[int]:
+        """What was read for a question, and the candidates that are copies of it."""
+        read = question.read
+        if not read:
+            return frozenset()
+        unread = [number for number in candidates if number not in read]
+        return frozenset(read | self._library.copies(unread, read))
 
     def _grammar(self, question: _Question, routed: _Routed) -> RoundGrammar:
         options, read = self._options, question.read
         return RoundGrammar(
-            {n: self._number(n) for n in routed.ids if n not in read},
+            {n: self._number(n) for n in routed.ids if n not in routed.known},
             self._end_of_read,
             self._end_of_retrieve,
             max_documents=options.max_documents_per_round,
@@ -287,6 +297,8 @@ class Interleave:
         citations: list[Citation] = []
         for number in wrote.numbers if wrote else ():
             document = texts[number].document
+            if any(document.text == citation.text for citation in citations):
+                continue  # a copy of what is read in this very round
             longer = [*documents, (number, document.content)]
             context = self._encoder.context(
                 question.text, [*question.readings, Reading(tuple(longer))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -40,6 +41,10 @@ class QuerySnapshot(Protocol):
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         """Number -> the document, without those that were deleted meanwhile."""
+        ...
+
+    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+        """Those documents among `numbers` that have the text of one of the others."""
         ...
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
@@ -80,6 +85,10 @@ class BankQuerySnapshot:
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         """See `QuerySnapshot.texts`."""
         return self._bank.get_many(numbers)
+
+    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+        """See `QuerySnapshot.copies`."""
+        return self._bank.catalog.copies(numbers, of)
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
         """See `QuerySnapshot.lexical`; documents that came after the view are left out."""
@@ -122,7 +131,7 @@ class SnapshotCache:
                 )
             raise EmptyBankError(
                 f"Bank '{self.bank.path}' holds no documents; add some with "
-                f"'msa index {self.bank.path} FILE...' or MemoryBank.add."
+                f"'msa index FILES... --bank {shlex.quote(str(self.bank.path))}' or MemoryBank.add."
             )
         return BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
 

@@ -320,7 +320,8 @@ class MemoryBank(NotPickled):
         """Encode and store documents; each is durable once a progress call has counted it.
 
         Documents are taken one by one and committed every `commit_tokens`, so an iterator of any
-        length can be given; if it or the process is stopped, what was committed stays, and the same
+        length can be given. If it raises an error, what it gave is stored, and a note on the error
+        says how many; if it or the process is stopped, what was committed stays, and the same
         call with on_duplicate="skip" goes on from there. A document longer than the bank's
         `max_document_tokens` is split into linked parts ("book#1", "book#2", ...), stored together.
 

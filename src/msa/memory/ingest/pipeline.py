@@ -25,6 +25,7 @@ from msa.memory.store.catalog import Catalog, CatalogRow
 from msa.memory.store.records import EncodedBatch, SegmentEntry, WrittenFile
 from msa.memory.store.reports import AddProgress, AddReport
 from msa.memory.store.segments import SegmentWriter
+from msa.text.normalization import nfc_document
 from msa.types import Document
 
 OnDuplicate = Literal["error", "skip", "update"]
@@ -168,6 +169,10 @@ class _Counts:
     tokens: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def stored(self) -> int:
+        return self.added + self.updated
+
 
 def content_hash(document: Document) -> bytes:
     """SHA-256 of what is encoded of a document: its title and text."""
@@ -299,14 +304,15 @@ class IdRegistry:
         if self._on_duplicate == "error":
             raise DuplicateDocumentError(
                 f"document '{printable(document_id)}' {where} with other content; use "
-                "on_duplicate='update' to replace what the bank holds, or 'skip' to keep it "
-                f"({self._stored} documents of this call were stored before)"
+                "on_duplicate='update' (msa bank add --update) to replace what the bank holds, or "
+                f"'skip' to keep it ({self._stored} documents of this call were stored before)"
             )
         if twice:
             raise RejectedError("its id was given twice in this call with different content")
         if self._on_duplicate == "skip":
             raise RejectedError(
-                "the bank holds other content under its id; use on_duplicate='update' to replace it"
+                "the bank holds other content under its id; use on_duplicate='update' (msa index "
+                "without --skip) to replace it"
             )
 
     def claim_parts(self, part_ids: Sequence[str]) -> None:
@@ -440,7 +446,7 @@ class IngestPipeline:
         try:
             self._take_all(documents)
         except Exception:
-            self._finish()  # what was taken before goes into the bank
+            self._finish()  # what is being written goes into the bank
             raise
         counts = self._counts
         return AddReport(
@@ -454,12 +460,7 @@ class IngestPipeline:
         )
 
     def _take_all(self, documents: Iterable[Document]) -> None:
-        for document in documents:
-            if not isinstance(document, Document):
-                raise InputError(
-                    f"add() was given a {type(document).__name__}: expected msa.Document objects, "
-                    "as in bank.add([Document(id='a', text='...')])"
-                )
+        for document in self._from_caller(documents):
             try:
                 self._take(document)
             except DuplicateDocumentError:
@@ -471,6 +472,29 @@ class IngestPipeline:
             ):
                 self._finish(self._pool.capacity - 1)
                 self._begin()
+        self._store_taken()
+
+    def _from_caller(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents in NFC; if the caller fails, what was taken before is stored."""
+        try:
+            for document in documents:
+                if not isinstance(document, Document):
+                    raise InputError(
+                        f"add() was given a {type(document).__name__}: expected msa.Document "
+                        "objects, as in bank.add([Document(id='a', text='...')])"
+                    )
+                yield nfc_document(document)
+        except Exception as error:
+            self._store_taken()
+            counts = self._counts
+            error.add_note(
+                f"{counts.documents} documents were taken before that; this call has stored "
+                f"{counts.stored} of them, and {counts.unchanged} were in the bank already"
+            )
+            raise
+
+    def _store_taken(self) -> None:
+        """Put into the bank all that was taken from the caller."""
         self._begin()
         self._finish()
 

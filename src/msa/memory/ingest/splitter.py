@@ -12,6 +12,8 @@ from msa.types import Document
 
 # Tokens of a split text may join differently at the edges of the template.
 _SPLIT_MARGIN = 4
+# Of a token, on average: a longer text is split without being tokenized as a whole.
+_MOST_CHARACTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ class DocumentSplitter:
         Raises:
             RejectedError: it cannot be cut.
         """
-        tokens = self._encoder.tokens(number, document)
-        if len(tokens) <= self._max_tokens:
-            return (TokenizedDocument(number, document, tokens),)
+        if len(document.text) <= _MOST_CHARACTERS * self._max_tokens:
+            tokens = self._encoder.tokens(number, document)
+            if len(tokens) <= self._max_tokens:
+                return (TokenizedDocument(number, document, tokens),)
         texts = self._split(document, number)
         if len(texts) == 1:  # white space at its ends was what made it too long
             return self.number([replace(document, text=texts[0])], number)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import BankCorruptError, BankError, InputError
-from msa.memory.store import metadata_index, word_index
+from msa.memory.store import metadata_index, origins, word_index
 from msa.memory.store.database import Database, guard
 from msa.memory.store.filters import Filter
 from msa.memory.store.lifetime import NotPickled
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.reports import StoredDocument
+from msa.text.normalization import spellings
 from msa.types import Document, whole_number
 
 CATALOG_FILE = "catalog.sqlite"
@@ -130,6 +131,9 @@ class Catalog(NotPickled):
         folder: the bank's folder.
         read_only: never write, not even to recover.
 
+    Attributes:
+        origins: which files the documents came from.
+
     Raises:
         BankCorruptError: the file is missing or no SQLite database of ours.
         StorageError: it cannot be read.
@@ -143,6 +147,7 @@ class Catalog(NotPickled):
                 "the folder and index again"
             )
         self._db = Database(path, read_only=read_only)
+        self.origins = origins.Origins(self._db, self._side_transaction)
         self._writer = 0
         if not read_only:
             self._writer = self._become_writer()
@@ -175,6 +180,13 @@ class Catalog(NotPickled):
             self._check_writer(db, doing)
             db.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
             metadata_index.follow(db)
+            yield db
+
+    @contextlib.contextmanager
+    def _side_transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """A durable transaction about what no reader loads; the generation stays."""
+        with self._db.transaction(doing) as db:
+            self._check_writer(db, doing)
             yield db
 
     def _become_writer(self) -> int:
@@ -243,8 +255,10 @@ class Catalog(NotPickled):
 
     def delete(self, numbers: Iterable[int]) -> None:
         """Documents cease to exist; their states stay in their segments until `compact`."""
+        wanted = _numbers(numbers)
         with self._transaction("delete documents from") as db:
-            _bury(db, _numbers(numbers))
+            origins.forget(db, wanted)
+            _bury(db, wanted)
 
     def replace_segments(
         self, removed: Sequence[int], added: Sequence[tuple[SegmentEntry, Sequence[int]]]
@@ -305,31 +319,36 @@ class Catalog(NotPickled):
         if not _is_unicode(document_id):
             return Known()
         with self._db.reading() as db:
-            rows = db.execute(
-                "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
-                "ORDER BY part",
-                (document_id,),
-            ).fetchall()
-            if rows:
-                return Known(tuple(r[0] for r in rows), rows[0][1], rows[0][2])
-            part = db.execute(
-                "SELECT source FROM documents WHERE id = ?", (document_id,)
-            ).fetchone()
-        return Known(part_of=part[0] if part else None)
+            for name in spellings(document_id):
+                rows = db.execute(
+                    "SELECT number, content_hash, metadata FROM documents WHERE source = ? "
+                    "ORDER BY part",
+                    (name,),
+                ).fetchall()
+                if rows:
+                    return Known(tuple(r[0] for r in rows), rows[0][1], rows[0][2])
+                query = "SELECT source FROM documents WHERE id = ?"
+                part = db.execute(query, (name,)).fetchone()
+                if part:
+                    return Known(part_of=part[0])
+        return Known()
 
     def by_id(self, document_id: str) -> StoredDocument | None:
         """The document or part with this id."""
         _check_id(document_id)
         if not _is_unicode(document_id):
             return None
-        return next(iter(self._stored("WHERE d.id = ?", (document_id,))), None)
+        found = (self._stored("WHERE d.id = ?", (name,)) for name in spellings(document_id))
+        return next((stored[0] for stored in found if stored), None)
 
     def by_source(self, source: str) -> list[StoredDocument]:
         """The document given under this id, or all its parts in order."""
         _check_id(source)
         if not _is_unicode(source):
             return []
-        return self._stored("WHERE d.source = ? ORDER BY d.part", (source,))
+        query = "WHERE d.source = ? ORDER BY d.part"
+        found = (self._stored(query, (name,)) for name in spellings(source))
+        return next((stored for stored in found if stored), [])
 
     def by_numbers(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
         """Number -> document, for those that exist.
@@ -362,6 +381,23 @@ class Catalog(NotPickled):
                     db.execute(f"SELECT number, id FROM documents WHERE number IN ({marks})", some)
                 )
         return found
+
+    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+        """Those documents among `numbers` whose text one of the others has too."""
+        found: set[int] = set()
+        wanted, others = _numbers(numbers), _numbers(of)
+        with self._db.reading() as db:
+            for start in range(0, len(wanted), _IDS_PER_QUERY):
+                for first in range(0, len(others), _IDS_PER_QUERY):
+                    some = wanted[start : start + _IDS_PER_QUERY]
+                    rest = others[first : first + _IDS_PER_QUERY]
+                    query = (
+                        "SELECT number FROM texts WHERE "
+                        f"number IN ({','.join('?' * len(some))}) AND text IN "
+                        f"(SELECT text FROM texts WHERE number IN ({','.join('?' * len(rest))}))"
+                    )
+                    found.update(row[0] for row in db.execute(query, (*some, *rest)))
+        return found - set(others)
 
     def page(self, limit: int, offset: int) -> list[StoredDocument]:
         """Documents in the order of their numbers; a negative limit means all."""
@@ -493,10 +529,11 @@ def _stored_document(row: Sequence[Any]) -> StoredDocument:
 
 def _change_metadata(db: sqlite3.Connection, source: str, text: str) -> None:
     query = "SELECT number, metadata FROM documents WHERE source = ?"
-    old = db.execute(query, (source,)).fetchall()
-    metadata_index.remove(db, old)
-    metadata_index.add(db, ((number, text) for number, _ in old))
-    db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, source))
+    for name in spellings(source):
+        old = db.execute(query, (name,)).fetchall()
+        metadata_index.remove(db, old)
+        metadata_index.add(db, ((number, text) for number, _ in old))
+        db.execute("UPDATE documents SET metadata = ? WHERE source = ?", (text, name))
 
 
 def _bury(db: sqlite3.Connection, numbers: Iterable[int]) -> None:

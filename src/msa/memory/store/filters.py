@@ -5,7 +5,8 @@ conditions are met. A value is short for `{"eq": value}`; the operators are thos
 The keys "and" and "or" take a list of filters.
 
 Values compare by their JSON types: numbers with numbers (1 equals 1.0), text with text (code point
-by code point), true, false and null with themselves; 1 is not true, and 1910 is not "1910". A list
+by code point, in Unicode's NFC, as are the keys), true, false and null with themselves; 1 is not
+true, and 1910 is not "1910" (`msa --filter year=1910` looks for either). A list
 in the metadata meets a condition when one of its elements, or the list as a whole, does. "ne" and
 "nin" are the opposites of "eq" and "in", so that a document without the key passes them; it meets
 no other condition.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from msa.errors import InputError
+from msa.text.normalization import nfc
 from msa.types import JSON
 
 Filter = Mapping[str, Any] | Callable[[Mapping[str, JSON]], bool]
@@ -58,6 +60,7 @@ def comparable(value: JSON) -> Comparable:
     if isinstance(value, float):
         return value
     if isinstance(value, str):
+        value = nfc(value)
         if len(value) <= MAX_TEXT:
             return "s" + value
         return "h" + hashlib.sha256(value.encode()).hexdigest()
@@ -66,11 +69,13 @@ def comparable(value: JSON) -> Comparable:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that are equal written in the same way."""
+    """Numbers and texts that are equal written in the same way."""
+    if isinstance(value, str):
+        return nfc(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {nfc(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
@@ -79,6 +84,7 @@ def _plain(value: Any) -> Any:
 def fields(metadata: Mapping[str, JSON]) -> Iterator[tuple[str, Comparable]]:
     """What conditions can be met by: (key, value), one for each element of a list too."""
     for key, value in metadata.items():
+        key = nfc(key)
         yield key, comparable(value)
         if isinstance(value, list):
             for element in dict.fromkeys(comparable(v) for v in value):
@@ -250,6 +256,7 @@ def _group(filter: Mapping[str, Any], depth: int) -> Group:
 
 
 def _condition(key: str, operator: str, value: JSON) -> Condition:
+    key = nfc(key)
     if operator not in OPERATORS:
         near = difflib.get_close_matches(operator, OPERATORS, 1)
         raise InputError(

@@ -19,6 +19,9 @@ from msa.memory.store.filters import Filter, check_mapping, fields, parse, text_
 
 _log = logging.getLogger(__name__)
 
+# Of another name than that of the versions before texts were compared in NFC: a table that one of
+# them wrote counts as stale here, and one that is written here as stale there.
+_COUNTER = "fields_nfc"
 _SCHEMA = """CREATE TABLE fields (key TEXT NOT NULL, value NOT NULL, number INTEGER NOT NULL,
     PRIMARY KEY (key, value, number)) WITHOUT ROWID"""
 
@@ -26,7 +29,7 @@ _SCHEMA = """CREATE TABLE fields (key TEXT NOT NULL, value NOT NULL, number INTE
 def is_kept(db: sqlite3.Connection) -> bool:
     """True when the table is there and no transaction has passed it by."""
     counters = dict(db.execute("SELECT name, value FROM counters"))
-    return bool(counters.get("fields") == counters["generation"])
+    return bool(counters.get(_COUNTER) == counters["generation"])
 
 
 def keep(database: Database) -> None:
@@ -47,14 +50,15 @@ def build(database: Database) -> None:
         db.execute(_SCHEMA)
         _insert(db, db.execute("SELECT number, metadata FROM documents"))
         db.execute(
-            "INSERT OR REPLACE INTO counters SELECT 'fields', value FROM counters "
-            "WHERE name = 'generation'"
+            "INSERT OR REPLACE INTO counters SELECT ?, value FROM counters "
+            "WHERE name = 'generation'",
+            (_COUNTER,),
         )
 
 
 def follow(db: sqlite3.Connection) -> None:
     """Raise the counter, in a transaction that raises the generation."""
-    db.execute("UPDATE counters SET value = value + 1 WHERE name = 'fields'")
+    db.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (_COUNTER,))
 
 
 def add(db: sqlite3.Connection, rows: Iterable[tuple[int, str]]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.store.database import Database
 from msa.memory.store.filters import Filter, text_test
+from msa.text.normalization import nfc
 from msa.types import whole_number
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
@@ -292,7 +293,7 @@ class LexicalIndex:
         db.execute("CREATE VIRTUAL TABLE temp.term_counts USING fts5vocab('main', 'words', 'row')")
         self._follow(db)
         asked = [LexicalQuery(q) if isinstance(q, str) else q for q in queries]
-        texts = [text for q in asked for text in (q.question, *q.read)]
+        texts = [nfc(text) for q in asked for text in (q.question, *q.read)]
         terms = iter(self._words.terms(texts))
         matches = []
         for query in asked:
