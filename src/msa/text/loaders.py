@@ -606,13 +606,14 @@ def _parse_json(line: str) -> dict[str, JSON]:
 
 def _table_records(stream: IO[bytes], fields: FieldNames, delimiter: str) -> Records:
     rows = _Rows(stream, delimiter)
-    header: list[str] | None = []
-    while header == []:  # blank lines above the header
-        _, header = rows.next()
-    if header is None:
+    first: list[str] | _BadRecord | None = []
+    while first == []:  # blank lines above the header
+        _, first = rows.next()
+    if first is None:
         raise _BadRecord("the file is empty")
-    if isinstance(header, _BadRecord):
-        raise header
+    if isinstance(first, _BadRecord):
+        raise first
+    header = first
     header[0] = header[0].removeprefix("\ufeff")
     if fields.text not in header:
         raise _BadRecord(

@@ -36,5 +36,7 @@ def nfc_document(document: Document) -> Document:
         "title": document.title,
         "text": document.text,
     }
-    changed = {k: nfc(v) for k, v in given.items() if isinstance(v, str) and nfc(v) is not v}
+    changed: dict[str, Any] = {
+        k: nfc(v) for k, v in given.items() if isinstance(v, str) and nfc(v) is not v
+    }
     return replace(document, **changed) if changed else document
