@@ -192,11 +192,11 @@ class BankMachine(RuleBasedStateMachine):
         for layer in LAYERS if numbers else ():
             chosen = rows.live.nonzero().flatten()
             own = torch.repeat_interleave(rows.numbers[chosen], rows.chunk_counts[chosen])
-            keys, values = view._read(layer, chosen)
+            keys, values = view._content.read(view._rows, layer, chosen)
             assert torch.equal(keys[:, 0, 0], own.float())
             assert torch.equal(values[:, 1, 3], own + 0.25)
             owners = torch.repeat_interleave(rows.numbers, rows.chunk_counts)
-            assert torch.equal(view._keys[layer][: len(owners), 1, 2], owners + 0.5)
+            assert torch.equal(view._indexes[layer].keys.keys[: len(owners), 1, 2], owners + 0.5)
 
     @invariant()
     def all_see_what_the_dictionary_holds(self):

@@ -41,7 +41,6 @@ def uses_of(bank, loaded, engine):
             lambda: bank.add(make_documents(1, "new")),
             lambda: bank.update(make_documents(1)[0]),
             lambda: bank.delete("doc0"),
-            lambda: bank.adopt([], []),
             bank.compact,
             bank.repair,
             bank.verify,

@@ -206,6 +206,12 @@ class DocumentEncoder:
 _STARTING = threading.Lock()
 
 
+def _take_threads(count: int) -> None:
+    """Give this Python thread so many of torch's."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread reads the number at its first use, and keeps it
+
+
 def _threads_that_share(workers: int) -> ThreadPoolExecutor:
     """So many Python threads, each with its part of torch's threads.
 
@@ -216,7 +222,7 @@ def _threads_that_share(workers: int) -> ThreadPoolExecutor:
     with _STARTING:
         before = torch.get_num_threads()
         share = max(1, before // workers)
-        pool = ThreadPoolExecutor(workers, "msa-encode", torch.set_num_threads, (share,))
+        pool = ThreadPoolExecutor(workers, "msa-encode", _take_threads, (share,))
         try:
             for started in [pool.submit(ready.wait) for _ in range(workers)]:
                 started.result()
