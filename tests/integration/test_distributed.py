@@ -29,6 +29,8 @@ from msa.memory.distributed.sharded_bank import ShardedBank
 from msa.memory.loaded.loaded_bank import LoadedBank
 
 ray = pytest.importorskip("ray")
+# Files of Ray's own that it leaves to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 WIDTH = 2 * 16  # KV heads, head dim
 QUESTIONS = ["Which river?", "Whose lamp is it?", "Who wrote the letter?", "Where is the garden?"]
@@ -63,7 +65,8 @@ def same_answers(view, other, zero=False) -> None:
     for layer in LAYERS:
         vectors, mask = queries(layer, 4, zero=zero)
         mine, theirs = (v.route(layer, vectors, mask) for v in (view, other))
-        assert mine.documents.tolist() == theirs.documents.tolist()
+        # scores that are equal but for rounding may be in another order
+        assert mine.documents.sort().values.tolist() == theirs.documents.sort().values.tolist()
         torch.testing.assert_close(mine.scores, theirs.scores, atol=1e-5, rtol=0)
         numbers = [v.rows_to_numbers(mine.documents).tolist() for v in (view, other)]
         assert numbers[0] == numbers[1]
@@ -271,7 +274,7 @@ def test_what_a_worker_cannot_do_is_one_clear_error(model, tiny_tokenizer, tmp_p
     with MemoryBank.create(tmp_path / "bank", broken, tiny_tokenizer) as bank:
         with (
             EncodingPool(bank, 2, timeout=PATIENCE) as pool,
-            pytest.raises(ModelError, match="not finite"),
+            pytest.raises(ModelError, match="infinite or NaN states"),
         ):
             bank.add(make_documents(5), pool=pool)
         assert not len(bank)
@@ -282,20 +285,25 @@ def test_what_a_worker_cannot_do_is_one_clear_error(model, tiny_tokenizer, tmp_p
 # ---- commands
 
 
+def command(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main.main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
 def test_commands_over_workers_and_shards(tmp_path, capsys):
     lines = [{"id": f"d{i}", "text": f"Person {i} lives in town {i}."} for i in range(30)]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     bank = str(tmp_path / "bank")
     where = ["--bank", bank, "--model", "worlds", "--json"]
-    main.main(["index", str(path), *where, "--workers", "2"])
+    assert not command("index", path, *where, "--workers", 2)
     assert json.loads(capsys.readouterr().out)["added"] == 30
-    main.main(["search", "Who lives in town 7?", *where])
+    assert not command("search", "Who lives in town 7?", *where)
     alone = [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()]
-    main.main(["search", "Who lives in town 7?", *where, "--shards", "2"])
+    assert not command("search", "Who lives in town 7?", *where, "--shards", 2)
     assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == alone
-    with pytest.raises(SystemExit):
-        main.main(["search", "Who?", *where, "--shards", "2", "--slack", "0.5"])
+    assert command("search", "Who?", *where, "--shards", 2, "--slack", 0.5) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -45,7 +45,7 @@ def config_of(folder: Path, **changes) -> dict:
     stage = {
         "kind": "questions",
         "steps": 3,
-        "learning_rate": 0.003,
+        "learning_rate": 0.0003,  # Adam's first steps follow the sign of the least gradients
         "warmup_steps": 0,
         "documents": 9,
         "route": 2,

@@ -48,33 +48,38 @@ class EncodingWorker:
         self, folder: Path, manifest: Manifest, parts: tuple[Any, Any], device: str, beside: int
     ) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // beside))
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} is not there: the bank must lie on a file system that all machines "
-                "share, under the same path"
+        self._folder, self._manifest, self._parts, self._device = folder, manifest, parts, device
+        self._made: tuple[DocumentEncoder, SegmentWriter] | None = None
+
+    def _tools(self) -> tuple[DocumentEncoder, SegmentWriter]:
+        """Made at the first window, whose error tells what is wrong with them."""
+        if self._made is None:
+            if not self._folder.is_dir():
+                raise InputError(
+                    f"{self._folder} is not there: the bank must lie on a file system that all "
+                    "machines share, under the same path"
+                )
+            model, tokenizer = self._parts
+            encoder = DocumentEncoder(
+                model.to(self._device).eval(),
+                tokenizer,
+                self._manifest.prompt_template,
+                dtype=self._manifest.torch_dtype,
+                packed=self._manifest.packed,
             )
-        model, tokenizer = parts
-        self._encoder = DocumentEncoder(
-            model.to(device).eval(),
-            tokenizer,
-            manifest.prompt_template,
-            dtype=manifest.torch_dtype,
-            packed=manifest.packed,
-        )
-        # Never the folder of a former life, whose files may be taken over just now.
-        own = folder / f"{FOLDER_PREFIX}{uuid.uuid4().hex[:12]}"
-        own.mkdir()
-        self._writer = SegmentWriter(own, 1)
+            # Never the folder of a former life, whose files may be taken over just now.
+            own = self._folder / f"{FOLDER_PREFIX}{uuid.uuid4().hex[:12]}"
+            own.mkdir()
+            self._made = encoder, SegmentWriter(own, 1)
+        return self._made
 
     def write(
         self, pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
     ) -> list[WrittenFile]:
         """Encode documents, given as (number, tokens), and write them; synced on return."""
-        batches = self._encoder.encode_tokens(pieces, batch_tokens)
-        return [
-            WrittenFile(f"{self._writer.folder.name}/{entry.name}", entry, numbers)
-            for entry, numbers in self._writer.write_all(batches)
-        ]
+        encoder, writer = self._tools()
+        written = writer.write_all(encoder.encode_tokens(pieces, batch_tokens))
+        return [WrittenFile(f"{writer.folder.name}/{e.name}", e, numbers) for e, numbers in written]
 
 
 class EncodingPool:

@@ -78,26 +78,31 @@ class Shard:
         self, path: Path, rank: int, world: int, beside: int, options: dict[str, Any]
     ) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // beside))
-        self._name = f"shard {rank} of {world}"
-        self._bank = MemoryBank.open(path, read_only=True)
-        if options.get("plan") is None:
-            options["plan"] = memory_plan.plan(
-                self._bank,
-                options.get("device", "cpu"),
-                dtype=options.pop("dtype", None),
-                content_dtype=options.get("content_dtype"),
-                shard=(rank, world),
-                memory=memory_plan.available_memory() // beside,
-            )
-        self._loaded = LoadedBank(self._bank, shard=(rank, world), **options)
+        self._path, self._shard, self._beside, self._options = path, (rank, world), beside, options
+        self._loaded: LoadedBank | None = None  # what is wrong with it is told by `load`
         self._views: dict[int, BankSnapshot] = {}
 
     def load(self) -> ShardState:
         """Take up the bank as it is now."""
+        if self._loaded is None:
+            self._loaded = self._opened()
         self._loaded.refresh()
         view = self._loaded.view()
         self._views[view.generation] = view
         return ShardState(view.generation, view.num_rows, view.num_documents)
+
+    def _opened(self) -> LoadedBank:
+        bank, options = MemoryBank.open(self._path, read_only=True), dict(self._options)
+        if options.get("plan") is None:
+            options["plan"] = memory_plan.plan(
+                bank,
+                options.get("device", "cpu"),
+                dtype=options.pop("dtype", None),
+                content_dtype=options.get("content_dtype"),
+                shard=self._shard,
+                memory=memory_plan.available_memory() // self._beside,
+            )
+        return LoadedBank(bank, shard=self._shard, **options)
 
     def release(self, generation: int) -> None:
         """Nobody asks for this state any more."""
@@ -165,7 +170,8 @@ class Shard:
         """
         if generation not in self._views and self.load().generation != generation:
             raise WorkerError(
-                f"{self._name} was restarted and the bank has changed meanwhile; ask again"
+                f"shard {self._shard[0]} of {self._shard[1]} was restarted and the bank has changed "
+                "meanwhile; ask again"
             )
         return self._views[generation]
 
