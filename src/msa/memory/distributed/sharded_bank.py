@@ -170,8 +170,8 @@ class Shard:
         """
         if generation not in self._views and self.load().generation != generation:
             raise WorkerError(
-                f"shard {self._shard[0]} of {self._shard[1]} was restarted and the bank has changed "
-                "meanwhile; ask again"
+                f"shard {self._shard[0]} of {self._shard[1]} was restarted and the bank has "
+                "changed meanwhile; ask again"
             )
         return self._views[generation]
 
