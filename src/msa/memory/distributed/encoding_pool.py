@@ -116,10 +116,11 @@ class EncodingPool:
         if bank.model is None or bank.tokenizer is None:
             raise InputError(f"bank '{bank.path}' was opened without a model; give it its own")
         ray = cluster.connect(address)
-        parts = ray.put((bank.model, bank.tokenizer))
+        # Held here: a worker that is restarted asks for it again.
+        self._parts = ray.put((bank.model, bank.tokenizer))
         device = "cuda" if gpus_per_worker else "cpu"
         beside = cluster.per_node(workers)
-        arguments = (bank.segments_folder, bank.manifest, parts, device, beside)
+        arguments = (bank.segments_folder, bank.manifest, self._parts, device, beside)
         self._workers = cluster.spawn(
             EncodingWorker, workers, gpus_per_worker, [arguments] * workers
         )
