@@ -81,7 +81,7 @@ NOTES = (
         "June. Rehearsals take place in {}. New singers are welcome; please bring a pencil. "
         "The concert of this season is on 20 June.",
         "Where does the Oakfield choir rehearse?",
-        ("St Mark's Hall", "the Old QuerySnapshot"),
+        ("St Mark's Hall", "the Old Library"),
     ),
     (
         "laboratory-equipment",
