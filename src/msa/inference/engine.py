@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -22,7 +21,7 @@ from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.loaded.memory_plan import MemoryPlan
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.filters import Filter
-from msa.memory.store.lifetime import Lifetime, NotPickled
+from msa.memory.store.lifetime import ClosedAtExit, Lifetime, NotPickled
 from msa.memory.store.word_index import LexicalQuery
 from msa.model.loading import loadable_name
 from msa.text.normalization import nfc
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 Questions = list[str] | tuple[str, ...]
 
 
-class MemoryEngine(NotPickled):
+class MemoryEngine(ClosedAtExit, NotPickled):
     """Asks a bank with the model that it was opened with.
 
     Every question sees the bank as it is when the question comes, and that state to its end.
@@ -117,17 +116,6 @@ class MemoryEngine(NotPickled):
         self._life.end()
         if self._own is not None:
             self._own.close()
-
-    def __enter__(self) -> MemoryEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @overload
     def retrieve(

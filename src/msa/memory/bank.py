@@ -7,7 +7,6 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +26,7 @@ from msa.memory.maintenance import Maintenance
 from msa.memory.store.catalog import CATALOG_FILE, Catalog
 from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
 from msa.memory.store.filters import Filter
-from msa.memory.store.lifetime import Lifetime, NotPickled
+from msa.memory.store.lifetime import ClosedAtExit, Lifetime, NotPickled
 from msa.memory.store.manifest import BANK_FILE, Manifest
 from msa.memory.store.records import SegmentEntry, WrittenFile
 from msa.memory.store.reports import (
@@ -61,7 +60,7 @@ _OUR_FILES = {
 _UNFINISHED = f"{BANK_FILE}*{TEMPORARY_SUFFIX}"
 
 
-class MemoryBank(NotPickled):
+class MemoryBank(ClosedAtExit, NotPickled):
     """A memory bank in a folder. Make one with `create` or `open`; close it, or use `with`.
 
     One process may write at a time, any number may read. All methods may be called from several
@@ -253,17 +252,6 @@ class MemoryBank(NotPickled):
                 self.catalog.close()
                 if self._lock is not None:
                     self._lock.release()
-
-    def __enter__(self) -> MemoryBank:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __len__(self) -> int:
         """Number of documents that the model knows, parts of split ones counted each."""

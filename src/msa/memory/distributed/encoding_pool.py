@@ -13,7 +13,6 @@ import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from msa.errors import InputError
 from msa.memory.distributed import cluster
 from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.store.lifetime import ClosedAtExit
 from msa.memory.store.manifest import Manifest
 from msa.memory.store.records import WrittenFile
 from msa.memory.store.segments import SegmentWriter
@@ -82,7 +82,7 @@ class EncodingWorker:
         return [WrittenFile(f"{writer.folder.name}/{e.name}", e, numbers) for e, numbers in written]
 
 
-class EncodingPool:
+class EncodingPool(ClosedAtExit):
     """Workers that encode for one bank; give it to `MemoryBank.add`, and close it.
 
     Example::
@@ -168,14 +168,3 @@ class EncodingPool:
         for folder in self._folder.glob(f"{FOLDER_PREFIX}*"):
             with contextlib.suppress(OSError):  # what is left in it, the next writer removes
                 folder.rmdir()
-
-    def __enter__(self) -> EncodingPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

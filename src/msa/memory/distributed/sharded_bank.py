@@ -28,7 +28,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from msa.memory.loaded import memory_plan
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
 from msa.memory.store.filters import Filter
+from msa.memory.store.lifetime import ClosedAtExit
 from msa.ops.attention import gather_content
 from msa.types import Content, Selection
 
@@ -210,7 +210,7 @@ class _State:
         return self.shards.ask(method, self.generation, *arguments)
 
 
-class ShardedBank(LatestReader["ShardedSnapshot"]):
+class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
     """A bank loaded by several processes together; the interface of `LoadedBank`.
 
     Example::
@@ -273,17 +273,6 @@ class ShardedBank(LatestReader["ShardedSnapshot"]):
         actors, self._shards.actors = self._shards.actors, []
         for actor in actors:
             cluster.connect().kill(actor)
-
-    def __enter__(self) -> ShardedBank:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def num_shards(self) -> int:

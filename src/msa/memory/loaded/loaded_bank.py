@@ -16,7 +16,6 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from msa.memory.search.layer_keys import KeyBuffers, LayerKeys, StoredKeys, map_
 from msa.memory.store.catalog import Snapshot
 from msa.memory.store.document_table import DocumentTable, Partition, RowsBuilder, SegmentSlice
 from msa.memory.store.filters import Filter
-from msa.memory.store.lifetime import Lifetime, NotPickled
+from msa.memory.store.lifetime import ClosedAtExit, Lifetime, NotPickled
 from msa.memory.store.mapped_pages import release_heap
 from msa.memory.store.records import SegmentEntry
 from msa.memory.store.segments import Segment, SegmentMissingError
@@ -183,7 +182,7 @@ class BankSnapshot(NotPickled):
         return self._rows.numbers[rows.clamp(min=0)].masked_fill(rows < 0, -1)
 
 
-class LoadedBank(LatestReader[BankSnapshot]):
+class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
@@ -298,17 +297,6 @@ class LoadedBank(LatestReader[BankSnapshot]):
                 _content=self._new_content(),
                 _rows=DocumentTable.none(len(self.bank.manifest.routing_layers)),
             )
-
-    def __enter__(self) -> LoadedBank:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check(self) -> None:
         self._life.check()

@@ -7,7 +7,8 @@ them refuses in one line that says what to do instead.
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 from msa.errors import BankError
 
@@ -28,6 +29,27 @@ class NotPickled:
             f"process {os.getpid()}; give the other process the bank's folder, and open it there "
             "with MemoryBank.open(folder, read_only=True)"
         )
+
+
+class ClosedAtExit:
+    """Base of what `with` closes at the end of its block."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Give up what is held; calling it twice does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Lifetime:
