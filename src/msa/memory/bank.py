@@ -20,6 +20,7 @@ from msa.memory.ingest.pipeline import (
     LocalPool,
     OnDuplicate,
     SegmentPool,
+    Submit,
     Written,
 )
 from msa.memory.maintenance import Maintenance
@@ -345,11 +346,26 @@ class MemoryBank(ClosedAtExit, NotPickled):
     ) -> AddReport:
         encoder = self._encoder("add documents")
         with contextlib.ExitStack() as stack:
+            submit: Submit
             if pool is None:
-                pool = stack.enter_context(contextlib.closing(LocalPool(encoder, self._writer)))
+                local = stack.enter_context(contextlib.closing(LocalPool(encoder, self._writer)))
+                submit, capacity = local.submit, local.capacity
+            else:
+                submit, capacity = self._adopting(pool), pool.capacity
             limit = self.manifest.max_document_tokens
-            pipeline = IngestPipeline(self.catalog, encoder, pool, self._take_over, limit, options)
+            pipeline = IngestPipeline(self.catalog, encoder, submit, capacity, limit, options)
             return pipeline.run(documents)
+
+    def _adopting(self, pool: SegmentPool) -> Submit:
+        """Windows that workers encode; their files are taken over when they are waited for."""
+
+        def submit(
+            pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
+        ) -> Callable[[], Written]:
+            files = pool.submit(pieces, batch_tokens)
+            return lambda: self._take_over(files())
+
+        return submit
 
     def _take_over(self, files: Sequence[WrittenFile]) -> Written:
         """Move segments that workers wrote to the next numbers.

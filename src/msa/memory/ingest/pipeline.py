@@ -356,8 +356,13 @@ class WriteBatch:
         return [piece for p in self.pending for piece in p.pieces]
 
 
+Submit = Callable[[Sequence[tuple[int, Sequence[int]]], int], Callable[[], Written]]
+"""Begins to encode and write documents, given as (number, tokens), in batches of so many tokens;
+the result waits for their segments."""
+
+
 class SegmentPool(Protocol):
-    """Encodes windows of documents and writes their segments, somewhere."""
+    """Workers that encode windows of documents and write their segments into files of their own."""
 
     @property
     def capacity(self) -> int:
@@ -366,12 +371,8 @@ class SegmentPool(Protocol):
 
     def submit(
         self, pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
-    ) -> Callable[[], Written | Sequence[WrittenFile]]:
-        """Begin with documents, given as (number, tokens); the result waits for their segments."""
-        ...
-
-    def close(self) -> None:
-        """Stop; windows on their way are dropped."""
+    ) -> Callable[[], Sequence[WrittenFile]]:
+        """Begin with documents, given as (number, tokens); the result waits for their files."""
         ...
 
 
@@ -388,7 +389,7 @@ class LocalPool:
     def submit(
         self, pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
     ) -> Callable[[], Written]:
-        """See `SegmentPool.submit`."""
+        """See `Submit`."""
         batches = self._encoder.encode_tokens(pieces, batch_tokens)
         return self._pool.submit(self._writer.write_all, self._until_stopped(batches)).result
 
@@ -399,7 +400,7 @@ class LocalPool:
             yield batch
 
     def close(self) -> None:
-        """See `SegmentPool.close`."""
+        """Stop; a window on its way is dropped."""
         self._stopped.set()
         self._pool.shutdown()
 
@@ -410,8 +411,8 @@ class IngestPipeline:
     Args:
         catalog: of the bank.
         encoder: counts the tokens.
-        pool: encodes and writes; closed by the caller.
-        take_over: moves a file that a worker wrote to its place.
+        submit: has a window encoded and written.
+        capacity: windows that are best on their way at once.
         max_document_tokens: longer documents are split.
         options: how to add.
     """
@@ -420,21 +421,19 @@ class IngestPipeline:
         self,
         catalog: Catalog,
         encoder: DocumentEncoder,
-        pool: SegmentPool,
-        take_over: Callable[[Sequence[WrittenFile]], Written],
+        submit: Submit,
+        capacity: int,
         max_document_tokens: int,
         options: AddOptions,
     ) -> None:
         self._catalog = catalog
-        self._pool = pool
-        self._take_over = take_over
+        self._submit, self._capacity = submit, capacity
         self._cutter = DocumentSplitter(encoder, max_document_tokens)
         self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
         self._register = IdRegistry(catalog, options.on_duplicate)
         self._window = WriteBatch()
-        self._running: deque[tuple[WriteBatch, Callable[[], Written | Sequence[WrittenFile]]]]
-        self._running = deque()
+        self._running: deque[tuple[WriteBatch, Callable[[], Written]]] = deque()
         self._counts = _Counts()
         self._start = time.perf_counter()
 
@@ -470,7 +469,7 @@ class IngestPipeline:
                 self._window.num_tokens >= self._options.commit_tokens
                 or self._window.documents >= COMMIT_DOCUMENTS
             ):
-                self._finish(self._pool.capacity - 1)
+                self._finish(self._capacity - 1)
                 self._begin()
         self._store_taken()
 
@@ -539,7 +538,7 @@ class IngestPipeline:
         window, self._window = self._window, WriteBatch()
         if window.pending:
             pieces = [(p.number, p.tokens) for p in window.pieces]
-            self._running.append((window, self._pool.submit(pieces, self._options.batch_tokens)))
+            self._running.append((window, self._submit(pieces, self._options.batch_tokens)))
         elif window.documents:
             self._running.append((window, list))
 
@@ -549,11 +548,9 @@ class IngestPipeline:
             window, result = self._running.popleft()
             self._settle(window, result())
 
-    def _settle(self, window: WriteBatch, found: Written | Sequence[WrittenFile]) -> None:
+    def _settle(self, window: WriteBatch, written: Written) -> None:
         """Commit what was written, durably; then say so."""
         pending = window.pending
-        files = [file for file in found if isinstance(file, WrittenFile)]
-        written = self._take_over(files) if files else [w for w in found if isinstance(w, tuple)]
         if pending:
             # If this fails, the files stay until a writer opens the bank: only the catalog, read
             # again, can tell for sure whether a commit that reported an error is on disk.
