@@ -59,10 +59,10 @@ def together(*tasks) -> None:
     start, errors = threading.Barrier(len(tasks)), []
 
     def run(task) -> None:
-        start.wait()
         try:
+            start.wait()
             task()
-        except Exception as error:
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(task,)) for task in tasks]

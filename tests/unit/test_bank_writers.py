@@ -13,40 +13,19 @@ import numpy
 import pytest
 
 from bank_tools import folder_state, ids_of, make_document, make_documents
+from lost_documents import together
 from msa.errors import BankError, BankLockedError, InputError, StorageError
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.store.catalog import Catalog
 from msa.memory.store.durable_files import publish, write_file
 
-
-def run_together(*tasks):
-    """Run functions in threads that start at the same time; the first error is raised."""
-    errors = []
-    start = threading.Barrier(len(tasks))
-
-    def run(task):
-        try:
-            start.wait()
-            task()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 # ---- threads of one process
 
 
 def test_threads_that_add_take_turns(bank):
     tasks = [lambda i=i: bank.add(make_documents(4, f"t{i}-")) for i in range(6)]
-    run_together(*tasks)
+    together(*tasks)
     assert sorted(ids_of(bank)) == sorted(f"t{i}-{j}" for i in range(6) for j in range(4))
     report = bank.verify()
     assert report.ok, report.problems
@@ -57,7 +36,7 @@ def test_threads_that_add_take_turns(bank):
 def test_what_one_thread_deletes_while_another_compacts_stays_deleted(bank, trial):
     for i in range(4):
         bank.add(make_documents(3, f"t{i}-"))
-    run_together(bank.compact, *(lambda i=i: bank.delete(f"t{i}-{trial}") for i in range(4)))
+    together(bank.compact, *(lambda i=i: bank.delete(f"t{i}-{trial}") for i in range(4)))
     assert sorted(ids_of(bank)) == sorted(
         f"t{i}-{j}" for i in range(4) for j in range(3) if j != trial
     )
