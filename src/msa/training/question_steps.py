@@ -283,11 +283,11 @@ class _Step:
         rng = self.rng
         if len(gold) == 1:
             kind = rng.random()
-            if kind < 0.2:
+            if kind < 0.4:
                 return [gold]
-            if kind < 0.75:
+            if kind < 0.8:
                 return [self._mixed(gold[0], self._wrong(row, 1))]
-            if kind < 0.88:
+            if kind < 0.9:
                 return [self._mixed(gold[0], self._wrong(row, 2))]
             wrong = self._wrong(row, 3)
             if len(wrong) < 3:
