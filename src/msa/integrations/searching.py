@@ -78,7 +78,7 @@ class ServedBank:
             raise ServiceRequestError(f"{self._url}: {_reason(error)}") from error
         except (URLError, TimeoutError, ValueError) as error:
             raise ServiceRequestError(f"{self._url}: {error}") from error
-        return [_hit(item) for item in found["hits"]]
+        return [_hit(item) for item in found["data"]]
 
 
 def _reason(error: HTTPError) -> str:

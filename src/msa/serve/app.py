@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 import msa
 from msa.serve import health, native
 from msa.serve.errors import ErrorBody, add_handlers
+from msa.serve.mcp_server import serve_mcp
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 
@@ -25,7 +26,7 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 """The routes, in the order in which they are looked up."""
 
-PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()
+PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (serve_mcp,)
 """What has a life of its own beside the service: entered before it is loaded, left when it has
 been closed. May add routes and mounts to the app when it is called."""
 
