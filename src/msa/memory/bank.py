@@ -280,7 +280,9 @@ class MemoryBank(ClosedAtExit, NotPickled):
             self.catalog.check_writer()
             yield
 
-    def _encoder(self, doing: str) -> DocumentEncoder:
+    def _encoder(
+        self, doing: str, before_batch: Callable[[], None] | None = None
+    ) -> DocumentEncoder:
         if self.model is None or self.tokenizer is None:
             raise BankError(
                 f"bank '{self.path}' was opened without a model; give MemoryBank.open the model "
@@ -292,6 +294,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
             self.template,
             dtype=self.manifest.torch_dtype,
             packed=self.manifest.packed,
+            before_batch=before_batch,
         )
 
     # ---- writing
@@ -305,6 +308,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
         commit_tokens: int = COMMIT_TOKENS,
         progress: Callable[[AddProgress], None] | None = None,
         pool: SegmentPool | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> AddReport:
         """Encode and store documents; each is durable once a progress call has counted it.
 
@@ -324,6 +328,9 @@ class MemoryBank(ClosedAtExit, NotPickled):
             progress: called after every commit.
             pool: workers that encode, such as `msa.memory.distributed.encoding_pool.EncodingPool`;
                 by default this process does.
+            before_batch: called before every batch that this process encodes, by the thread that
+                does: it may wait to leave the processor to others, and what it raises stops the
+                call, as an error of the iterator does.
 
         Raises:
             DuplicateDocumentError: on_duplicate is "error", and an id is in the bank or came before
@@ -339,12 +346,16 @@ class MemoryBank(ClosedAtExit, NotPickled):
                 "objects, as in bank.add([Document(id='a', text='...')])"
             )
         with self._writing("add documents"):
-            return self._add(documents, options, pool)
+            return self._add(documents, options, pool, before_batch)
 
     def _add(
-        self, documents: Iterable[Document], options: AddOptions, pool: SegmentPool | None = None
+        self,
+        documents: Iterable[Document],
+        options: AddOptions,
+        pool: SegmentPool | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> AddReport:
-        encoder = self._encoder("add documents")
+        encoder = self._encoder("add documents", before_batch)
         with contextlib.ExitStack() as stack:
             submit: Submit
             if pool is None:
@@ -546,14 +557,24 @@ class MemoryBank(ClosedAtExit, NotPickled):
         """
         return self.catalog.ids(numbers)
 
-    def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
+    def documents(
+        self, limit: int | None = None, offset: int = 0, *, after: int = 0
+    ) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
 
+        Args:
+            limit: documents at most; all by default.
+            offset: documents to leave out.
+            after: only documents with a higher number, so that pages stay in step with a bank
+                that changes.
+
         Raises:
-            InputError: a limit or offset that is no whole number from 0.
+            InputError: a limit, offset or number that is no whole number from 0.
         """
         most = -1 if limit is None else whole_number(limit, "limit", 0)
-        return self.catalog.page(most, whole_number(offset, "offset", 0))
+        return self.catalog.page(
+            most, whole_number(offset, "offset", 0), whole_number(after, "after", 0)
+        )
 
     # ---- lexical search
 
