@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,9 @@ from msa.memory.ingest.pipeline import (
     SegmentPool,
     Submit,
     Written,
+    metadata_text,
 )
+from msa.memory.ingest.splitter import RejectedError
 from msa.memory.maintenance import Maintenance
 from msa.memory.store.catalog import CATALOG_FILE, Catalog
 from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
@@ -43,7 +45,7 @@ from msa.memory.store.word_index import LexicalIndex, LexicalQuery
 from msa.memory.store.writer_lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
-from msa.types import Document, whole_number
+from msa.types import JSON, Document, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -424,6 +426,27 @@ class MemoryBank(ClosedAtExit, NotPickled):
             report = self._add([document], AddOptions("update"))
         if report.failed:
             raise InputError(f"document '{report.failed[0][0]}': {report.failed[0][1]}")
+
+    def set_metadata(self, metadata: Mapping[str, Mapping[str, JSON]]) -> None:
+        """Give documents other metadata; in one commit. Texts and numbers stay as they are.
+
+        Args:
+            metadata: id, as given to `add`, -> all of the document's metadata from now on.
+
+        Raises:
+            DocumentNotFoundError: the bank does not hold one of them.
+            InputError: an id names a part of a split document; or a value is no JSON.
+        """
+        with self._writing("change metadata"):
+            changes = []
+            for document_id, values in metadata.items():
+                self._known_numbers(document_id)
+                try:
+                    changes.append((document_id, metadata_text(values)))
+                except RejectedError as reason:
+                    raise InputError(f"document '{document_id}': {reason}") from None
+            if changes:
+                self.catalog.commit([], [], metadata=changes)
 
     def delete(self, ids: str | Iterable[str]) -> int:
         """Delete documents, with all their parts; in one commit, all or none.
