@@ -198,7 +198,9 @@ async def put_document(
         bank = served.bank
         with service.jobs.desk(served.name).turn():
             _check_conditions(bank, document.id, if_match, if_none_match)
-            report = bank.add([document], on_duplicate="update", before_batch=_taking_turns(service))
+            report = bank.add(
+                [document], on_duplicate="update", before_batch=_taking_turns(service)
+            )
             if report.failed:
                 raise invalid(f"The document cannot be stored: {report.failed[0][1]}.", "text")
             outcome: Outcome = (
@@ -301,9 +303,7 @@ async def get(
 
 
 @router.delete("/documents/{document_id:path}", response_model=DeleteBody)
-async def delete(
-    bank: str, document_id: str, service: ServiceDep, caller: CallerDep
-) -> DeleteBody:
+async def delete(bank: str, document_id: str, service: ServiceDep, caller: CallerDep) -> DeleteBody:
     """Delete a document; its text is erased at once. 404 if there is none (any more)."""
     served = service.registry.get(bank, caller, WRITE)
     result = await delete_documents(service, served, [document_id])

@@ -114,9 +114,7 @@ async def add_lines(
     service.jobs.check_room()
     got = await receive_body(request, service.jobs.store, service.settings, "documents.jsonl")
     files = [JobFile(0, got.name, got.stored, None, {}, got.size)]
-    job = await service.jobs.submit(
-        served.name, "index", caller, files, on_duplicate=on_duplicate
-    )
+    job = await service.jobs.submit(served.name, "index", caller, files, on_duplicate=on_duplicate)
     return await _accepted(service, job, wait_s, response)
 
 

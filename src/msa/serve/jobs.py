@@ -114,20 +114,14 @@ class Jobs:
     Its methods may be called from several threads. Those that are coroutines do not block.
 
     Args:
-        store: the state folder.
+        settings: where the state lies, and how many jobs may wait.
         registry: the banks.
         turns: who has the processor.
-        max_waiting: jobs that may wait.
-
-    Attributes:
-        store: as given.
     """
 
-    def __init__(
-        self, store: JobStore, registry: BankRegistry, turns: Turns, max_waiting: int
-    ) -> None:
-        self.store = store
-        self._registry, self._turns, self._max_waiting = registry, turns, max_waiting
+    def __init__(self, settings: ServeSettings, registry: BankRegistry, turns: Turns) -> None:
+        self._settings, self._registry, self._turns = settings, registry, turns
+        self._store: JobStore | None = None
         self._desks: dict[str, Desk] = {}
         self._changed = threading.Condition()
         self._watchers: set[_Watcher] = set()
@@ -137,38 +131,48 @@ class Jobs:
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="msa-jobs", daemon=True)
 
-    @classmethod
-    def open(cls, settings: ServeSettings, registry: BankRegistry, turns: Turns) -> Jobs:
-        """The jobs of a service, as they were left.
+    @property
+    def store(self) -> JobStore:
+        """The state folder.
+
+        Raises:
+            ServiceError: 503 before `start`.
+        """
+        if self._store is None:
+            raise unavailable("loading", "The model and the banks are being loaded.")
+        return self._store
+
+    async def start(self) -> None:
+        """Open the state folder, when the banks are open, and go on with what was left.
 
         Raises:
             BankLockedError: another service uses the state folder.
             StorageError: it cannot be written.
         """
-        return cls(JobStore(state_folder(settings)), registry, turns, settings.max_encode_jobs)
+        await asyncio.to_thread(self._start)
 
-    def start(self) -> None:
-        """Go on with what is there.
+    def _start(self) -> None:
+        """Open, and let the thread begin.
 
         A job that was interrupted may have stored more than it has noted: it has the first turn at
         its bank, before any client can change what it is about to look at again.
         """
+        self._store = JobStore(state_folder(self._settings))
         first = self._first()
         if first is not None and first.status == "running" and first.kind not in MAINTENANCE:
             self._running, self._ticket = first, self.desk(first.bank).ticket()
         self._thread.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Stop at the next batch; what was committed stays, and the rest is done after a start."""
         with self._changed:
-            if self._stopping:
-                return
             self._stopping = True
             self._changed.notify_all()
         self._tell_watchers()
         if self._thread.ident is not None:
-            self._thread.join()
-        self.store.close()
+            await asyncio.to_thread(self._thread.join)
+        if self._store is not None:
+            self._store.close()
 
     def desk(self, bank: str) -> Desk:
         """Where those who write to a bank wait for their turn."""
@@ -185,7 +189,7 @@ class Jobs:
         """
         if self._stopping:
             raise unavailable("draining", "The service is stopping.")
-        if len(self.store.unfinished()) > self._max_waiting:
+        if len(self.store.unfinished()) > self._settings.max_encode_jobs:
             raise too_many("queue_full", "Too many jobs are waiting.", RETRY_SECONDS)
 
     async def submit(
@@ -218,9 +222,7 @@ class Jobs:
             self._changed.notify_all()
         return job
 
-    async def index_paths(
-        self, bank: str, paths: Sequence[Path], principal: Principal
-    ) -> dict[str, Any]:
+    async def index_paths(self, bank: str, paths: Sequence[Path], principal: Principal) -> JobBody:
         """Index files and folders of this machine; unchanged documents cost nothing.
 
         Raises:
@@ -230,19 +232,8 @@ class Jobs:
         given = [str(path.resolve()) for path in paths]
         for waiting in self.store.unfinished():
             if waiting.bank == bank and waiting.options.get("paths") == given:
-                return self.describe(waiting).model_dump()  # asked for before a restart
-        return self.describe(await self.submit(bank, "index", principal, paths=given)).model_dump()
-
-    async def submit_maintenance(
-        self, kind: str, served: ServedBank, principal: Principal
-    ) -> dict[str, Any]:
-        """Compact or verify a bank.
-
-        Raises:
-            ServiceError: see `check_room`.
-        """
-        assert kind in MAINTENANCE
-        return self.describe(await self.submit(served.name, kind, principal)).model_dump()
+                return self.describe(waiting)  # asked for before a restart
+        return self.describe(await self.submit(bank, "index", principal, paths=given))
 
     # ---- looking at it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -58,15 +58,15 @@ async def receive_form(request: Request, store: JobStore, settings: ServeSetting
     """The files and fields of a multipart request; the files are on disk, durably.
 
     Raises:
-        ServiceError: 400 for what is no such request, 408 for one that stands still, 413 for one
-            that is too large, 507 if the disk is full. Nothing of it is kept then.
+        ServiceError: 400 for what is no such request, 413 for a file that is too large.
+        StorageError: the disk refused. In every case nothing is kept.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise invalid("The body has to be multipart/form-data with a boundary.", "file")
     reader = _FormReader(store, boundary, settings.max_file_bytes)
-    return await _receive(request, settings, reader.feed, reader.finish, reader.discard)
+    return await _receive(request, reader.feed, reader.finish, reader.discard)
 
 
 async def receive_body(
@@ -83,51 +83,31 @@ async def receive_body(
         part.close()
         return part.upload
 
-    return await _receive(request, settings, part.write, finish, part.discard)
+    return await _receive(request, part.write, finish, part.discard)
 
 
 async def _receive(
     request: Request,
-    settings: ServeSettings,
     feed: Callable[[bytes], None],
     finish: Callable[[], T],
     discard: Callable[[], None],
 ) -> T:
-    """Feed the pieces of a body to a reader that writes to disk, in worker threads."""
+    """Feed the pieces of a body to a reader that writes to disk, in worker threads.
+
+    How large the body may be, and how slow, is seen to by `msa.serve.gate`.
+    """
     try:
-        async for piece in _pieces(request, settings):
-            with storage_errors("keep an upload"):
-                await run_in_threadpool(feed, piece)
         with storage_errors("keep an upload"):
+            async for piece in request.stream():
+                await run_in_threadpool(feed, piece)
             return await run_in_threadpool(finish)
+    except ClientDisconnect:
+        await run_in_threadpool(discard)
+        message = "The client went away before all was sent."
+        raise ServiceError(CLIENT_GONE, None, "client_gone", message) from None
     except BaseException:
         await asyncio.shield(run_in_threadpool(discard))
         raise
-
-
-async def _pieces(request: Request, settings: ServeSettings) -> AsyncIterator[bytes]:
-    """The body, in pieces that come in time and are not too many."""
-    most = settings.max_upload_bytes
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 20 and int(length) > most:
-        raise _too_large(f"The request has {length} bytes; {most} are allowed.")
-    count = 0
-    stream = request.stream()
-    while True:
-        try:
-            piece = await asyncio.wait_for(anext(stream), settings.body_seconds)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            message = f"Nothing of the body came for {settings.body_seconds:g} seconds."
-            raise ServiceError(408, None, "body_timeout", message) from None
-        except ClientDisconnect:
-            message = "The client went away before all was sent."
-            raise ServiceError(CLIENT_GONE, None, "client_gone", message) from None
-        count += len(piece)
-        if count > most:
-            raise _too_large(f"The request has more than {most} bytes.")
-        yield piece
 
 
 def clean_name(name: str) -> str:
@@ -141,7 +121,9 @@ def clean_name(name: str) -> str:
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in clean):
         raise invalid("The file name holds control characters.", "file")
     if not clean or len(clean) > MAX_NAME:
-        raise invalid(f"The file name has {len(clean)} characters; expected 1 to {MAX_NAME}.", "file")
+        raise invalid(
+            f"The file name has {len(clean)} characters; expected 1 to {MAX_NAME}.", "file"
+        )
     return clean
 
 
@@ -297,7 +279,7 @@ class _FormReader:
         if self._file is not None:
             self._file.write(data[start:end])
         elif self._field is not None:
-            name, value = self._field
+            _, value = self._field
             value.extend(data[start:end])
             if len(value) > MAX_FIELD_BYTES:
                 raise _too_large(f"The field has more than {MAX_FIELD_BYTES} bytes.")

@@ -16,7 +16,8 @@ def bank_filter(given: Any, param: str = "filters") -> dict[str, Any]:
     """The filter of a bank for a comparison, or for several that are joined by "and" or "or".
 
     Args:
-        given: `{"type": "eq", "key": "year", "value": 1910}`, or `{"type": "and", "filters": [...]}`.
+        given: such as `{"type": "eq", "key": "year", "value": 1910}`, or
+            `{"type": "and", "filters": [...]}`.
         param: name of the field, for the message.
 
     Raises:

@@ -456,12 +456,12 @@ def _last_error(status: FileStatus, reason: str | None) -> LastError | None:
     if reason is None:
         return LastError(code="server_error", message="The job failed before it came to this file.")
     unsupported = reason.startswith("file type") or "needs the extra" in reason
-    return LastError(
-        code="unsupported_file" if unsupported else "invalid_file", message=reason
-    )
+    return LastError(code="unsupported_file" if unsupported else "invalid_file", message=reason)
 
 
-def _list(served: ServedBank, files: Sequence[Attachment], query: _ListQuery) -> VectorStoreFileList:
+def _list(
+    served: ServedBank, files: Sequence[Attachment], query: _ListQuery
+) -> VectorStoreFileList:
     wanted = [f for f in files if query.filter in (None, _STATUS[f.status])]
     page, has_more = page_of(
         wanted,

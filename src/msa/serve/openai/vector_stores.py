@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from itertools import chain
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from msa.errors import EmptyBankError
 from msa.serve.banks import ServedBank
-from msa.serve.errors import ServiceError, invalid
+from msa.serve.errors import invalid
 from msa.serve.job_store import Attachment
-from msa.serve.keys import ADMIN, WRITE, Principal
+from msa.serve.keys import ADMIN, WRITE
 from msa.serve.openai.file_ids import cited_file
 from msa.serve.openai.files import Order, page_of
 from msa.serve.openai.filters import bank_filter
@@ -41,7 +42,7 @@ Metadata = Annotated[
 
 
 class VectorStore(BaseModel):
-    """A bank, as OpenAI's clients know it. `file_counts` is of files that came through /v1/files."""
+    """A bank, as OpenAI's clients know it; `file_counts` has the files put into it over /v1."""
 
     id: str
     object: Literal["vector_store"] = "vector_store"
@@ -196,9 +197,7 @@ async def update(
     if given.name not in (None, served.name):
         raise invalid("A vector store keeps its name.", "name", "unsupported_parameter")
     if given.metadata is not None:
-        await asyncio.to_thread(
-            service.jobs.store.set_store_metadata, served.name, given.metadata
-        )
+        await asyncio.to_thread(service.jobs.store.set_store_metadata, served.name, given.metadata)
     return await asyncio.to_thread(_object, service, served)
 
 
@@ -214,41 +213,31 @@ async def delete(
 
 @router.post("/{vector_store_id}/search")
 async def search(
-    vector_store_id: str, given: SearchInput, service: ServiceDep, caller: CallerDep
+    vector_store_id: str,
+    given: SearchInput,
+    request: Request,
+    service: ServiceDep,
+    caller: CallerDep,
 ) -> SearchPage:
     """The documents that the model routes to for a query, or for several."""
     served = service.registry.get(vector_store_id, caller)
     queries = [given.query] if isinstance(given.query, str) else given.query
     conditions = None if given.filters is None else bank_filter(given.filters)
+    try:
+        results = await service.asking.searches(
+            served, queries, given.max_num_results, conditions, caller, client=request
+        )
+    except EmptyBankError:
+        results = []
     found: dict[int, Hit] = {}
-    for query in queries:
-        for hit in await _hits(service, served, query, given.max_num_results, conditions, caller):
-            known = found.get(hit.number)
-            if known is None or known.score < hit.score:
-                found[hit.number] = hit
+    for hit in chain.from_iterable(results):
+        known = found.get(hit.number)
+        if known is None or known.score < hit.score:
+            found[hit.number] = hit
     least = 0.0 if given.ranking_options is None else given.ranking_options.score_threshold
     best = sorted(found.values(), key=lambda hit: (-hit.score, hit.number))
     kept = [hit for hit in best if hit.score >= least][: given.max_num_results]
     return SearchPage(search_query=queries, data=[_result(served.name, hit) for hit in kept])
-
-
-async def _hits(
-    service: Service,
-    served: ServedBank,
-    query: str,
-    top_k: int,
-    conditions: dict[str, Any] | None,
-    caller: Principal,
-) -> list[Hit]:
-    """What a query finds; nothing in an empty bank."""
-    try:
-        return await service.asking.search(served, query, top_k, conditions, caller)
-    except EmptyBankError:
-        return []
-    except ServiceError as error:
-        if error.code == "empty_bank":
-            return []
-        raise
 
 
 def _result(bank: str, hit: Hit) -> SearchResult:
@@ -287,4 +276,3 @@ def _refuse(value: object, param: str) -> None:
     """
     if value is not None:
         raise invalid(f"{param} is not supported here.", param, "unsupported_parameter")
-
