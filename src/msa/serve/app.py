@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 
 import msa
-from msa.serve import health, native
+from msa.serve import documents, health, job_routes, native, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.mcp_server import serve_mcp
+from msa.serve.openai import files, vector_store_files, vector_stores
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     native.router,
+    documents.router,
+    job_routes.router,
+    permalinks.router,
+    files.router,
+    vector_stores.router,
+    vector_store_files.router,
 )
 """The routes, in the order in which they are looked up."""
 

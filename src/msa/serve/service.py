@@ -11,6 +11,7 @@ from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry
 from msa.serve.errors import ServiceError, log_failure
 from msa.serve.fairness import Turns
+from msa.serve.jobs import Jobs
 from msa.serve.keys import ADMIN, Keys, Principal, principal
 from msa.serve.metrics import Metrics
 from msa.serve.settings import ServeSettings
@@ -25,7 +26,7 @@ class Service:
     """Everything behind the app; `app.state.service`.
 
     Attributes:
-        settings, keys, metrics, registry, asking, turns: its parts.
+        settings, keys, metrics, registry, asking, turns, jobs: its parts.
         checkpoint: the model with what belongs to it, once it is loaded.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
@@ -38,6 +39,7 @@ class Service:
         self.turns = Turns(settings.encode_share)
         self.registry = BankRegistry(settings)
         self.asking = AskService(settings, self.metrics, self.turns)
+        self.jobs = Jobs(settings, self.registry, self.turns)
         self.checkpoint = checkpoint
         self.state: State = "loading"
         self.failure: Exception | None = None
@@ -48,6 +50,7 @@ class Service:
             await asyncio.to_thread(self._load)
             assert self.checkpoint is not None
             self.asking.open(self.checkpoint.model)
+            await self.jobs.start()
         except Exception as error:
             self.failure, self.state = error, "failed"
             log_failure(error)
@@ -69,6 +72,7 @@ class Service:
 
     async def close(self) -> None:
         """Stop everything and close the banks."""
+        await self.jobs.stop()
         await self.asking.close()
         await asyncio.to_thread(self.registry.close)
 
@@ -80,6 +84,7 @@ class Service:
         """
         served = self.registry.get(name, principal, ADMIN)
         self.registry.check_removable(served)
+        await asyncio.to_thread(self.jobs.forget_bank, name)
         gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
         await self.asking.fail(lambda ask: ask.served is served, gone)
         await self.asking.call(lambda: self.registry.remove(name, principal))
