@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -58,11 +57,7 @@ def using(settings, checkpoint):
         work: Callable[[Any], Awaitable[Any]], holder: Principal = OWNER, mode: str = "auto"
     ) -> Any:
         async def run() -> Any:
-            service = Service(settings, checkpoint)
-            async with contextlib.AsyncExitStack() as stack:
-                stack.push_async_callback(service.close)
-                await service.load()
-                assert service.failure is None
+            async with Service.running(settings, checkpoint) as service:
                 server = local(service, holder, "https://msa.example.org")
                 async with mcp.Client(server, mode=mode) as client:
                     return await work(client)

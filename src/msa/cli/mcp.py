@@ -74,14 +74,6 @@ async def _serve(settings: ServeSettings, checkpoint: Checkpoint, write: bool) -
     from msa.serve.mcp_server import local
     from msa.serve.service import Service
 
-    scopes = {READ, WRITE} if write else {READ}
-    service = Service(settings, checkpoint, read_only=not write)
-    await service.load()
-    try:
-        if service.failure is not None:
-            raise service.failure
-        holder = Principal("stdio", frozenset(scopes), ("*",))
+    holder = Principal("stdio", frozenset({READ, WRITE} if write else {READ}), ("*",))
+    async with Service.running(settings, checkpoint, read_only=not write) as service:
         await local(service, holder, settings.public_url).run_stdio_async()
-    finally:
-        await service.drain()
-        await service.close()

@@ -29,7 +29,8 @@ from msa.memory.store.reports import StoredDocument
 from msa.serve.documents import delete_documents, put_document
 from msa.serve.errors import ServiceError, invalid, service_error, unavailable
 from msa.serve.keys import READ, WRITE, Principal, principal
-from msa.serve.permalinks import permalink, stored_document
+from msa.serve.links import base_url, permalink
+from msa.serve.permalinks import stored_document
 from msa.types import JSON, Answer, Citation, Document, Event, Hit
 
 if TYPE_CHECKING:
@@ -508,7 +509,8 @@ class Endpoint:
             self._service.registry.get(bank, holder, READ)
         elif not holder.allows(READ):
             raise ServiceError(403, None, "bank_forbidden", "This key lacks the scope 'read'.")
-        return Caller(holder, partial(permalink, request), bank)
+        base = base_url(self._service.settings, request)
+        return Caller(holder, partial(permalink, base), bank)
 
 
 def serve_mcp(app: FastAPI) -> contextlib.AbstractAsyncContextManager[None]:
@@ -532,6 +534,5 @@ def local(service: Service, holder: Principal, base: str | None = None) -> MCPSe
             resources.
     """
 
-    url = f"{base}/d/{{}}/{{}}" if base else "msa://{}/{}"
-    caller = Caller(holder, url.format)
+    caller = Caller(holder, partial(permalink, base) if base else "msa://{}/{}".format)
     return build(service, lambda context: caller, write=holder.allows(WRITE))
