@@ -72,5 +72,7 @@ def test_a_served_bank_says_what_address_it_expects():
 
 def test_a_service_that_is_not_there_is_named():
     bank = ServedBank("http://127.0.0.1:9", "notes", timeout=2)
-    with pytest.raises(ServiceRequestError, match=r"127\.0\.0\.1:9/api/banks/notes/search: .*refused"):
+    with pytest.raises(
+        ServiceRequestError, match=r"127\.0\.0\.1:9/api/banks/notes/search: .*refused"
+    ):
         bank.retrieve(QUESTION)

@@ -134,9 +134,7 @@ def test_ask_gives_the_engines_answer_and_tells_each_round_on_the_way(using, mod
 
 def test_a_filter_holds_for_what_is_read(using):
     async def work(client: Any) -> None:
-        answer = await call(
-            client, "ask", question=QUESTION, bank="people", filter={"user": "b"}
-        )
+        answer = await call(client, "ask", question=QUESTION, bank="people", filter={"user": "b"})
         assert {c["document"] for c in answer["citations"]} <= {"bob"}
         assert all(turn["routed"] <= 1 for turn in answer["rounds"])
 
@@ -235,7 +233,7 @@ def test_a_failure_of_ours_tells_nothing_of_itself(using, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("secret text of a document")
 
-    monkeypatch.setattr("msa.serve.mcp_server.stored_document", broken)
+    monkeypatch.setattr("msa.serve.mcp_tools.stored_document", broken)
 
     async def work(client: Any) -> None:
         message = await refusal(client, "fetch", id="people/1")

@@ -34,6 +34,4 @@ class MSARetriever(BaseRetriever):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
         hits = self.searcher.retrieve(query, top_k=self.top_k, filter=self.filter)
-        return [
-            Document(id=hit.id, page_content=hit.text, metadata=described(hit)) for hit in hits
-        ]
+        return [Document(id=hit.id, page_content=hit.text, metadata=described(hit)) for hit in hits]
