@@ -51,7 +51,7 @@ _SUITS_AT_NEED: dict[Kind, set[Kind | None]] = {
     "she": {"thing"},
     "group": {"he", "she", "person", "place", "thing"},
 }
-_REFERRING = {"this", "that", "these", "those", "else", "other", "another", "happened"}
+_REFERRING = {"this", "these", "those", "else", "other", "another", "happened"}
 _OPENING = re.compile(
     r"^\W*(?:(?:and|but|so|or|also|then|ok|okay)\b\W*)*(?:(?:what|how) about\b)?\W*", re.IGNORECASE
 )
@@ -77,7 +77,8 @@ _FUNCTION_WORDS = (
     | set(
         "a an the this that these those there then and or but so not no yes i you we me us my your "
         "our any some other another else more most many much ever also only just than too very all "
-        "both each if because while s t don didn doesn please tell ok okay thanks".split()
+        "both each if because while s t don didn doesn please tell ok okay thanks thank hi hello "
+        "hey".split()
     )
 )
 """Words that name nothing."""
@@ -169,7 +170,8 @@ class _Conversation:
             if i == 0 and asked in _ANSWER_KINDS and name == text.strip(" .,"):
                 self._put_first(name, _ANSWER_KINDS[asked])
             elif self._known(name) is None:
-                self._mentions.append(_Mention(name, None, asked=False))
+                person = i == 0 and asked in ("who", "whom")
+                self._mentions.append(_Mention(name, "person" if person else None, asked=person))
 
     def complete(self, question: str) -> str:
         """The question, whole."""
@@ -248,7 +250,7 @@ class _Conversation:
 
     def _with_subject(self, question: str, words: list[str]) -> str:
         """The question with what is mostly spoken of, where it says "the band", "that", "else"."""
-        spoken_of = max(self._mentions, key=lambda m: m.count, default=None)
+        spoken_of = max(reversed(self._mentions), key=lambda m: m.count, default=None)
         if spoken_of is None or not self._refers_back(words):
             return question
         body = question.rstrip(" ?!.")
@@ -260,9 +262,9 @@ class _Conversation:
 
     def _refers_back(self, words: list[str]) -> bool:
         """Whether a question without names is about what was said."""
-        if set(words) & _REFERRING:
+        if set(words) & _REFERRING or words[-1] == "that":
             return True
-        following = {b for a, b in itertools.pairwise(words) if a == "the"}
+        following = {b for a, b in itertools.pairwise(words) if a in ("the", "that")}
         return bool(following & (self._said | _CLASS_NOUNS))
 
     def _from_fragment(self, question: str) -> str:
@@ -286,7 +288,7 @@ class _Conversation:
         new_name = next(names(rest, first=True), None)
         if words[0] in _PREPOSITIONS:
             same = re.search(rf"\b{words[0]} (?:the )?(?=[A-Z])", before)
-            old = next(names(before[same.end() :]), None) if same else None
+            old = next(names(before[same.end() :], first=True), None) if same else None
             if same and old:
                 return before[: same.start()] + rest + before[same.end() + len(old) :] + "?"
             return f"{before} {rest}?"
