@@ -9,9 +9,10 @@ Usage: python tools/conformance.py [docs/serving.md]; without a file, prints the
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from msa.serve.settings import ServeSettings
 BEGIN = "<!-- written by tools/conformance.py -->"
 END = "<!-- end of what tools/conformance.py writes -->"
 HEAD = (
-    "| endpoint | taken | refused by name (400 `unsupported_parameter`) | beside OpenAI's |\n"
-    "|---|---|---|---|\n"
+    "| endpoint | taken | at these values only | refused by name | beside OpenAI's |\n"
+    "|---|---|---|---|---|\n"
 )
 _PLACEHOLDER = re.compile(r"{[^}]*}")
 
@@ -101,18 +102,28 @@ def theirs(endpoint: Endpoint) -> set[str]:
     return set(kind.__required_keys__ | kind.__optional_keys__) - in_path
 
 
-def ours(schema: dict[str, Any], operation: dict[str, Any]) -> set[str]:
-    """The parameters that an operation takes: of its query and of its body."""
-    names = {p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"}
+def ours(schema: dict[str, Any], operation: dict[str, Any]) -> dict[str, list[Any] | None]:
+    """The parameters that an operation takes, of its query and of its body.
+
+    Returns:
+        Name -> the only values that it may have beside null; None where it may have others.
+    """
+    names: dict[str, list[Any] | None] = {
+        p["name"]: None for p in operation.get("parameters", ()) if p["in"] == "query"
+    }
     for content in operation.get("requestBody", {}).get("content", {}).values():
-        names |= set(_properties(schema, content["schema"]))
+        names.update(_properties(schema, content["schema"]))
     return names
 
 
-def _properties(schema: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
+def _properties(
+    schema: dict[str, Any], body: dict[str, Any]
+) -> Iterator[tuple[str, list[Any] | None]]:
     if "$ref" in body:
         body = schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]
-    yield from body.get("properties", {})
+    for name, field in body.get("properties", {}).items():
+        values = field.get("enum", [])
+        yield name, [value for value in values if value is not None] if None in values else None
     for part in (*body.get("anyOf", ()), *body.get("allOf", ()), *body.get("oneOf", ())):
         yield from _properties(schema, part)
 
@@ -129,14 +140,25 @@ def rows() -> Iterator[str]:
         method, path = endpoint.call.split()
         operation = served.get((method, _PLACEHOLDER.sub("{}", path)))
         if operation is None:
-            yield f"| `{endpoint.call}` | not served: 404 | | |\n"
+            yield f"| `{endpoint.call}` | not served: 404 | | | |\n"
             continue
         given, taken = theirs(endpoint), ours(schema, operation)
-        cells = (_names(given & taken) or "yes", _names(given - taken), _names(taken - given))
+        bound = {name: values for name, values in taken.items() if values is not None}
+        cells = (
+            _names((given & taken.keys()) - bound.keys()) or "yes",
+            ", ".join(_with_values(name, bound[name]) for name in sorted(given & bound.keys())),
+            _names(given - taken.keys()),
+            _names(taken.keys() - given - bound.keys()),
+        )
         yield f"| `{endpoint.call}` | {' | '.join(cells)} |\n"
 
 
-def _names(names: set[str]) -> str:
+def _with_values(name: str, values: list[Any]) -> str:
+    shown = ", ".join(f"`{json.dumps(value)}`" for value in values) or "null"
+    return f"`{name}` ({shown})"
+
+
+def _names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 

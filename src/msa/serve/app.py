@@ -16,7 +16,7 @@ from msa.serve import documents, health, job_routes, native, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
 from msa.serve.mcp_server import serve_mcp
-from msa.serve.openai import files, vector_store_files, vector_stores
+from msa.serve.openai import chat, files, models, responses, vector_store_files, vector_stores
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -30,6 +30,10 @@ ROUTERS: tuple[APIRouter, ...] = (
     documents.router,
     job_routes.router,
     permalinks.router,
+    chat.router,
+    responses.router,
+    models.router,
+    models.absent,
     files.router,
     vector_stores.router,
     vector_store_files.router,
