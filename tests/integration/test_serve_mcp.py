@@ -33,6 +33,7 @@ from msa.serve.settings import ServeSettings  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("auto", "legacy")
 QUESTION = "Where was Ada born?"
+PATIENCE = 600  # seconds, for a busy machine
 KEYS = {
     "owner": "read,write *",
     "reader": "read *",
@@ -59,7 +60,7 @@ class Served(NamedTuple):
 @contextlib.asynccontextmanager
 async def _client(url: str, key: str | None, mode: str) -> AsyncIterator[Any]:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+    async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE) as http:
         transport = streamable_http_client(url, http_client=http)
         async with mcp.Client(transport, mode=mode) as client:
             yield client
@@ -87,7 +88,8 @@ def settings(tmp_path, checkpoint) -> ServeSettings:
     )
     keys.write_text("".join(lines))
     banks = {name: tmp_path / name for name in DOCUMENTS}
-    return ServeSettings(banks=banks, api_key_file=keys, port=0)
+    seconds = {"queue_seconds": PATIENCE, "ask_seconds": PATIENCE}
+    return ServeSettings(banks=banks, api_key_file=keys, port=0, **seconds)
 
 
 @pytest.fixture
@@ -227,10 +229,10 @@ class TestAClientThatGoes:
                     await client.call_tool("ask", arguments, progress_callback=progress)
 
             asking = asyncio.create_task(ask())
-            await asyncio.wait_for(begun.wait(), 60)
+            await asyncio.wait_for(begun.wait(), PATIENCE)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 while served.service.asking.admission.inside:
                     await asyncio.sleep(0.02)
             assert "routing" in pushed

@@ -46,7 +46,7 @@ def settings(tmp_path, checkpoint) -> ServeSettings:
         folders[name] = tmp_path / name
         with MemoryBank.create(tmp_path / name, checkpoint) as bank:
             bank.add(documents)
-    return ServeSettings(banks=folders)
+    return ServeSettings(banks=folders, queue_seconds=600, ask_seconds=600)  # a busy machine
 
 
 @pytest.fixture

@@ -236,9 +236,7 @@ class Tools:
             str | None, Field(description="Name of the bank; needed where there are several.")
         ] = None,
     ) -> AddResult:
-        """Remember a text; it is there for the next question. The same text twice changes
-        nothing.
-        """
+        """Remember a text for the next question; the same text twice changes nothing."""
         with _told():
             caller = self._caller(context)
             served = self._bank(caller, bank, WRITE)
