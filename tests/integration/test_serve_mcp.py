@@ -33,6 +33,7 @@ from msa.serve.settings import ServeSettings  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("auto", "legacy")
 QUESTION = "Where was Ada born?"
+MSA = "from msa.cli.main import main; main()"
 PATIENCE = 600  # seconds, for a busy machine
 KEYS = {
     "owner": "read,write *",
@@ -258,8 +259,7 @@ def command(settings, model_folder):
         banks = [f"--bank={name}={folder}" for name, folder in settings.banks.items()]
         return mcp.StdioServerParameters(
             command=sys.executable,
-            args=["-c", "from msa.cli.main import main; main()", "mcp", *banks]
-            + ["--model", str(model_folder), *words],
+            args=["-c", MSA, "mcp", *banks, f"--model={model_folder}", *words],
             env={
                 name: value
                 for name, value in os.environ.items()

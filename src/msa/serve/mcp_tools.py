@@ -25,7 +25,7 @@ from msa.serve.documents import delete_documents, put_document
 from msa.serve.errors import ServiceError, invalid, service_error
 from msa.serve.keys import READ, WRITE, Principal
 from msa.serve.permalinks import stored_document
-from msa.types import JSON, Answer, Citation, Document, Event, Hit
+from msa.types import JSON, Answer, Citation, Document, Event
 
 if TYPE_CHECKING:
     from msa.serve.banks import ServedBank
@@ -161,13 +161,7 @@ class Tools:
         """Search the memory for passages on a query; returns their ids, titles and urls."""
         with _told():
             caller = self._caller(context)
-            found = [
-                [_found(caller, served.name, hit.number, hit.title, hit.id) for hit in hits]
-                for served, hits in [
-                    (served, await self._hits(caller, served, query))
-                    for served in self._banks(caller)
-                ]
-            ]
+            found = [await self._hits(caller, served, query) for served in self._banks(caller)]
             return SearchResults(results=_in_turns(found)[:FOUND])
 
     async def fetch(self, id: str, context: Context) -> Fetched:
@@ -240,7 +234,7 @@ class Tools:
         with _told():
             caller = self._caller(context)
             served = self._bank(caller, bank, WRITE)
-            name = id or f"note-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            name = f"note-{_digest(text)}" if id is None else id
             document = Document(name, text, title=title, metadata=metadata or {})
             put = await put_document(self._service, served, document)
             passages = [
@@ -310,15 +304,15 @@ class Tools:
         if name is not None and caller.bank not in (None, name):
             message = f"This address has one bank, {caller.bank!r}; leave `bank` out."
             raise invalid(message, "bank")
-        return self._service.registry.get(name or names[0], caller.principal, scope)
+        wanted = names[0] if name is None else name
+        return self._service.registry.get(wanted, caller.principal, scope)
 
-    async def _hits(self, caller: Caller, served: ServedBank, query: str) -> list[Hit]:
+    async def _hits(self, caller: Caller, served: ServedBank, query: str) -> list[Found]:
         """What one bank finds; nothing if it holds nothing."""
         if not len(served.bank):
             return []
-        asking = self._service.asking
-        hits: list[Hit] = await asking.search(served, query, FOUND, None, caller.principal)
-        return hits
+        hits = await self._service.asking.search(served, query, FOUND, None, caller.principal)
+        return [_found(caller, served.name, hit.number, hit.title, hit.id) for hit in hits]
 
     async def _stored(
         self, caller: Caller, id: str, scope: str = READ
@@ -335,6 +329,11 @@ class Tools:
             )
         served = self._bank(caller, name, scope)
         return served, await anyio.to_thread.run_sync(stored_document, served, int(number))
+
+
+def _digest(text: str) -> str:
+    """The same for the same text, even for one that is no valid Unicode: the bank says so."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 async def _reported(context: Context, bank: str, events: AsyncIterator[Event]) -> Answer:
