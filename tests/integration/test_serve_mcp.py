@@ -1,4 +1,4 @@
-"""MCP over HTTP and over stdio, by the official client: keys, addresses, and a client that goes."""
+"""MCP over HTTP and over stdio, by the official client; and how retrievers reach a served bank."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from msa import Document, MemoryBank
 from msa.cli import main
 from msa.inference.options import AskOptions
+from msa.integrations.searching import ServedBank, ServiceRequestError
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptTemplate
 
@@ -100,7 +101,7 @@ def serving(settings, checkpoint):
     def serving(work: Callable[[Served], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             app = create_app(settings, checkpoint)
-            config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+            config = uvicorn.Config(app, port=0, ws="none", log_config=None)
             server = uvicorn.Server(config)
             listening = asyncio.create_task(server.serve())
             try:
@@ -240,6 +241,19 @@ class TestAClientThatGoes:
             assert "answer" not in pushed
 
         serving(work)
+
+
+def test_retrievers_find_in_a_served_bank_what_its_engine_finds(serving):
+    async def work(served: Served) -> None:
+        bank = ServedBank(served.url, "people", api_key="reader")
+        found = await asyncio.to_thread(bank.retrieve, QUESTION, 2)
+        (engine,) = (one.engine for one in served.service.registry.all() if one.name == "people")
+        assert found == engine.retrieve(QUESTION, top_k=2)
+        stranger = ServedBank(served.url, "people", api_key="nobody")
+        with pytest.raises(ServiceRequestError, match=r"401, This API key is not valid\."):
+            await asyncio.to_thread(stranger.retrieve, QUESTION)
+
+    serving(work)
 
 
 @pytest.fixture
