@@ -51,7 +51,9 @@ def serve(
     banks_folder: Annotated[
         Path | None,
         _option(
-            "Where banks are made over the API; all in it are served.", "BANKS_FOLDER", metavar="DIR"
+            "Where banks are made over the API; all in it are served.",
+            "BANKS_FOLDER",
+            metavar="DIR",
         ),
     ] = None,
     model: Annotated[
@@ -179,9 +181,9 @@ def _run(settings: ServeSettings, paths: list[Path]) -> None:
     load = partial(load_model, settings.model, settings.device, quiet=True)
     listening = _listen(settings.host, settings.port)
     try:
+        log_to_stderr()
         app = create_app(settings, load)
         service: Service = app.state.service
-        log_to_stderr()
         output.print_note(f"Serving at {_address(listening)}; loading the model")
         _server(app, service).run(sockets=[listening])
     finally:
@@ -240,4 +242,3 @@ def _server(app: Any, service: Service) -> uvicorn.Server:
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     return Server(config)
-

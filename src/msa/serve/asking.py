@@ -136,6 +136,7 @@ class _Call(Waiting):
         self._function = function
 
     def begin(self) -> Any:
+        """Call the function."""
         return self._function()
 
 
@@ -296,7 +297,7 @@ class AskService:
         with self._admit(principal):
             try:
                 return await while_connected(client, together())
-            except* MSAError as errors:
+            except ExceptionGroup as errors:
                 raise _first(errors) from None
 
     async def search(
@@ -330,9 +331,16 @@ class AskService:
             return found
 
     async def call(self, function: Callable[[], Result]) -> Result:
-        """What a function gives that is called between two steps of the model."""
+        """What a function gives that is called between two steps of the model.
+
+        Raises:
+            ServiceError: the model's thread has ended; or the function's error, as clients are
+                told of it.
+        """
         call = _Call("", function)
         with self._changed:
+            if self._closing:
+                raise _draining()
             self._urgent.append(call)
             self._changed.notify_all()
         result: Result = await call.begun
@@ -401,6 +409,12 @@ class AskService:
             with self._turns.asking():
                 while self._begin() | self._step():
                     pass
+        with self._changed:
+            left = [*self._urgent, *(w for lane in self._lanes.values() for w in lane)]
+        for waiting in left:
+            waiting.tell(waiting.set_begun, None, _draining())
+        for ask in [*self._running.values()]:
+            self._end(ask, _draining())
 
     def _has_work(self) -> bool:
         """Waits for work; False when there will be no more."""
@@ -543,11 +557,11 @@ async def _last(ask: Ask) -> Answer:
     raise AssertionError("a question ends with its answer or an error")
 
 
-def _first(errors: BaseExceptionGroup[MSAError]) -> MSAError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    """The first error in a group of groups."""
+    error: Exception = errors
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, MSAError)
     return error
 
 

@@ -36,6 +36,7 @@ class Gate:
             self._origins.add(f"{parts.scheme}://{parts.netloc}".lower())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Gate`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -35,7 +35,7 @@ class Service:
 
     Attributes:
         settings, keys, metrics, registry, asking, turns, jobs: its parts.
-        checkpoint: the model with what belongs to it, once it is loaded.
+        checkpoint: the model, once it is loaded.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
 
