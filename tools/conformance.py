@@ -47,9 +47,12 @@ ENDPOINTS = (
     Endpoint("GET /v1/models"),
     Endpoint("GET /v1/models/{model}"),
     Endpoint(
-        "POST /v1/chat/completions", "chat.completion_create_params.CompletionCreateParamsBase"
+        "POST /v1/chat/completions",
+        "chat.completion_create_params.CompletionCreateParamsNonStreaming",
     ),
-    Endpoint("POST /v1/responses", "responses.response_create_params.ResponseCreateParamsBase"),
+    Endpoint(
+        "POST /v1/responses", "responses.response_create_params.ResponseCreateParamsNonStreaming"
+    ),
     Endpoint("GET /v1/responses/{response_id}"),
     Endpoint("DELETE /v1/responses/{response_id}"),
     Endpoint("POST /v1/files", "file_create_params.FileCreateParams"),
@@ -86,7 +89,7 @@ ENDPOINTS = (
         "GET /v1/vector_stores/{id}/file_batches/{batch_id}/files",
         "vector_stores.file_batch_list_files_params.FileBatchListFilesParams",
     ),
-    Endpoint("POST /v1/completions", "completion_create_params.CompletionCreateParamsBase"),
+    Endpoint("POST /v1/completions", "completion_create_params.CompletionCreateParamsNonStreaming"),
     Endpoint("POST /v1/embeddings", "embedding_create_params.EmbeddingCreateParams"),
     Endpoint("POST /v1/batches", "batch_create_params.BatchCreateParams"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,11 @@ def conformance():
     pytest.importorskip("openai", reason="the table is made from the client's types")
     spec = importlib.util.spec_from_file_location("conformance", ROOT / "tools" / "conformance.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setitem(sys.modules, "conformance", module)  # its dataclass looks itself up
     spec.loader.exec_module(module)
-    return module
+    yield module
+    monkeypatch.undo()
 
 
 def names_of_settings() -> set[str]:

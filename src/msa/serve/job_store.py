@@ -199,7 +199,7 @@ class JobStore:
         self.uploads = folder / "uploads"
         with storage_errors(f"make the state folder '{folder}'"):
             self.uploads.mkdir(parents=True, exist_ok=True)
-        self._owned = FileLock(folder / "lock")
+        self._owned = FileLock(folder / "lock", thread_local=False)
         try:
             self._owned.acquire(timeout=0)
         except Timeout:

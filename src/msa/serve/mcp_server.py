@@ -67,7 +67,9 @@ def build(service: Service, caller: Callable[[Context], Caller], *, write: bool)
 
 def _http_caller(context: Context) -> Caller:
     """The caller of a request, as `Endpoint` found it."""
-    caller: Caller = context.request_context.request.state.caller
+    request = context.request_context.request
+    assert request is not None
+    caller: Caller = request.state.caller
     return caller
 
 

@@ -302,7 +302,7 @@ class Tools:
             listed = ", ".join(names) or "none"
             raise invalid(f"Name a bank with `bank`; there are: {listed}.", "bank")
         if name is not None and caller.bank not in (None, name):
-            message = f"This address has one bank, {caller.bank!r}; leave `bank` out."
+            message = f"This address has the bank {caller.bank!r} and no other."
             raise invalid(message, "bank")
         wanted = names[0] if name is None else name
         return self._service.registry.get(wanted, caller.principal, scope)

@@ -80,4 +80,4 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 absent = APIRouter(prefix="/v1", dependencies=[Depends(principal)], include_in_schema=False)
 """What clients of OpenAI may look for, and what to do in its place."""
 for _path, _message in _ABSENT.items():
-    absent.add_api_route(_path, _absence(_message), methods=_METHODS)  # type: ignore[arg-type]
+    absent.add_api_route(_path, _absence(_message), methods=_METHODS, response_model=None)  # type: ignore[arg-type]
