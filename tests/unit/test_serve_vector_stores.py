@@ -118,7 +118,11 @@ def test_files_that_cannot_be_used_are_refused_by_name(client):
 
 def test_a_vector_store_is_a_bank(client, store):
     assert store.metadata == {"of": "tests"}
-    assert (store.status, store.file_counts.completed, store.file_counts.total) == ("completed", 2, 2)
+    assert (store.status, store.file_counts.completed, store.file_counts.total) == (
+        "completed",
+        2,
+        2,
+    )
     assert store.usage_bytes > 0
     listed = [s.id for s in client.vector_stores.list(limit=1, order="asc")]
     assert set(listed) == {"notes", store.id}
@@ -350,7 +354,12 @@ def test_filters_that_are_none_are_refused_by_name(filters, param):
 
 def test_ids_say_which_file_a_document_came_from():
     file = f"file-{'0a' * 12}"
-    for document_id in (f"{file}/a.txt", f"{file}/a.txt#2", f"{file}/a.txt/r1", f"{file}/a.txt/r1#3"):
+    for document_id in (
+        f"{file}/a.txt",
+        f"{file}/a.txt#2",
+        f"{file}/a.txt/r1",
+        f"{file}/a.txt/r1#3",
+    ):
         cited = cited_file("notes", document_id, 7)
         assert (cited.file_id, cited.filename) == (file, "a.txt")
     own = cited_file("my-notes", "a/b.txt", 7)

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from msa.errors import EmptyBankError
 from msa.serve.banks import ServedBank
-from msa.serve.errors import invalid
+from msa.serve.errors import ServiceError, invalid
 from msa.serve.job_store import Attachment
 from msa.serve.keys import ADMIN, WRITE
 from msa.serve.openai.file_ids import cited_file
@@ -227,8 +226,10 @@ async def search(
         results = await service.asking.searches(
             served, queries, given.max_num_results, conditions, caller, client=request
         )
-    except EmptyBankError:
-        results = []
+    except ServiceError as error:
+        if error.code != "empty_bank":
+            raise
+        results = []  # nothing there, or nothing that passes the filter
     found: dict[int, Hit] = {}
     for hit in chain.from_iterable(results):
         known = found.get(hit.number)
