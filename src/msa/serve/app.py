@@ -15,6 +15,7 @@ import msa
 from msa.serve import health, native
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
+from msa.serve.openai import chat, models, responses
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     native.router,
+    models.router,
+    chat.router,
+    responses.router,
+    models.absent,
 )
 """The routes, in the order in which they are looked up."""
 

@@ -262,6 +262,4 @@ def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
 
 def _usage(answer: Answer) -> ChatUsage:
     prompt, written = answer.usage.prompt_tokens, answer.usage.generated_tokens
-    return ChatUsage(
-        prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written
-    )
+    return ChatUsage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)

@@ -15,27 +15,34 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from msa.serve.openai.english import (
+    AUXILIARIES,
+    FUNCTION_WORDS,
+    PREPOSITIONS,
+    QUESTION_WORDS,
+    WORD,
+    names,
+    set_of,
+    words_of,
+)
 
 Kind = Literal["he", "she", "person", "place", "group", "thing"]
 
 MAX_TURNS = 40
 """Earlier turns that are looked at, the latest ones."""
 MAX_CHARACTERS = 2000
-"""What is read of each earlier turn."""
-MAX_WORDS = 12
-"""Words of the longest name that is put into a question."""
+"""What is read of each earlier turn; a longer question stays as it is."""
 _TITLE = 8  # words of a turn that only names what is to be spoken of
 _FRAGMENT = 5  # words of a question that may be the rest of a question
-
-_WORD = re.compile(r"[^\W_]+(?:['’.&-][^\W_]+)*")
 _PRONOUNS: dict[str, Kind] = {
-    **dict.fromkeys("he him his himself".split(), "he"),
-    **dict.fromkeys("she her hers herself".split(), "she"),
-    **dict.fromkeys("they them their theirs themselves".split(), "group"),
-    **dict.fromkeys("it its itself".split(), "thing"),
+    **dict.fromkeys(set_of("he him his himself"), "he"),
+    **dict.fromkeys(set_of("she her hers herself"), "she"),
+    **dict.fromkeys(set_of("they them their theirs themselves"), "group"),
+    **dict.fromkeys(set_of("it its itself"), "thing"),
     "there": "place",
 }
 _POSSESSIVES = {"his", "her", "hers", "their", "theirs", "its"}
@@ -51,47 +58,25 @@ _SUITS_AT_NEED: dict[Kind, set[Kind | None]] = {
     "she": {"thing"},
     "group": {"he", "she", "person", "place", "thing"},
 }
+_ANSWER_KINDS: dict[str, Kind] = {
+    "who": "person",
+    "whom": "person",
+    "where": "place",
+    "what": "thing",
+    "which": "thing",
+}
 _REFERRING = {"this", "these", "those", "else", "other", "another", "happened"}
+_CLASS_NOUNS = set_of(
+    "band group team company club film movie album song single book novel series show game party "
+    "country city town village school university river island ship artist author singer"
+)
+"""The N may be called by name: "the band INXS"."""
 _OPENING = re.compile(
     r"^\W*(?:(?:and|but|so|or|also|then|ok|okay)\b\W*)*(?:(?:what|how) about\b)?\W*", re.IGNORECASE
 )
+_WHO_DID = re.compile(r"\W*who (?!is\b|was\b|are\b|were\b|else\b)")
 _YEAR = re.compile(r"\b[12]\d{3}\b")
 _NUMBER = re.compile(r"\b\d+\b")
-_ANSWER_KINDS: dict[str, Kind] = {
-    "who": "person", "whom": "person", "where": "place", "what": "thing", "which": "thing"
-}
-_QUESTION_WORDS = {"who", "whom", "whose", "what", "which", "when", "where", "why", "how"}
-_AUXILIARIES = set(
-    "is are was were am be been do does did has have had can could will would shall should may "
-    "might must isn't aren't wasn't weren't don't doesn't didn't hasn't haven't hadn't".split()
-)
-_PREPOSITIONS = set(
-    "in on at of for from to with by about during after before since until under over between "
-    "against into as near".split()
-)
-_FUNCTION_WORDS = (
-    set(_PRONOUNS)
-    | _QUESTION_WORDS
-    | _AUXILIARIES
-    | _PREPOSITIONS
-    | set(
-        "a an the this that these those there then and or but so not no yes i you we me us my your "
-        "our any some other another else more most many much ever also only just than too very all "
-        "both each if because while s t don didn doesn please tell ok okay thanks thank hi hello "
-        "hey".split()
-    )
-)
-"""Words that name nothing."""
-_NO_NAMES = set(
-    "january february march april june july august september october november december monday "
-    "tuesday wednesday thursday friday saturday sunday".split()
-)
-_JOINERS = set("of the and de la le van von der den du da di del al bin ibn for & 'n'".split())
-_CLASS_NOUNS = set(
-    "band group team company club film movie album song single book novel series show game party "
-    "country city town village school university river island ship artist author singer".split()
-)
-"""The N may be called by name: "the band INXS"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +137,7 @@ class _Conversation:
     def ask(self, question: str) -> None:
         """Take in a question of the user's."""
         whole = self.complete(question)
-        self._said.update(_words(question))
+        self._said.update(words_of(question))
         title = _title(question)
         if not title:
             self._question = whole
@@ -161,25 +146,34 @@ class _Conversation:
 
     def answer(self, text: str) -> None:
         """Take in an answer; one that is only a name is what is spoken of from now on."""
-        self._said.update(_words(text))
-        asked = next((word for word in _words(self._question) if word in _QUESTION_WORDS), "")
+        self._said.update(words_of(text))
         question = self._question.casefold()
-        for i, name in enumerate(names(text, first=True)):
-            if name.casefold() in question:
-                continue
-            if i == 0 and asked in _ANSWER_KINDS and name == text.strip(" .,"):
+        asked = next((word for word in words_of(question) if word in QUESTION_WORDS), "")
+        only = next(names(text, first=True), None) == text.strip(" .,")
+        new = [n for n in names(text, first=only) if n.casefold() not in question]
+        if new and _WHO_DID.match(question):
+            self._mark_things(question)
+        for i, name in enumerate(new):
+            person = i == 0 and asked in ("who", "whom")
+            if only and asked in _ANSWER_KINDS:
                 self._put_first(name, _ANSWER_KINDS[asked])
             elif self._known(name) is None:
-                person = i == 0 and asked in ("who", "whom")
                 self._mentions.append(_Mention(name, "person" if person else None, asked=person))
+
+    def _mark_things(self, question: str) -> None:
+        """What somebody did something to is, unless known better, no person."""
+        for mention in self._mentions:
+            if mention.kind is None and mention.name.casefold() in question:
+                mention.kind = "thing"
 
     def complete(self, question: str) -> str:
         """The question, whole."""
-        if not self._question and not self._mentions:
+        known = self._question or self._mentions
+        if not known or len(question) > MAX_CHARACTERS:
             return question
         whole = self._from_fragment(question) or question
-        words = _words(whole)
-        if not set(words) & _FUNCTION_WORDS:
+        words = words_of(whole)
+        if not set(words) & FUNCTION_WORDS:
             return question
         replaced = self._without_pronoun(whole)
         if replaced != whole:
@@ -225,7 +219,7 @@ class _Conversation:
 
     def _without_pronoun(self, question: str) -> str:
         """The question with a name in place of its first pronoun that means nothing in it."""
-        for found in _WORD.finditer(question):
+        for found in WORD.finditer(question):
             word = re.sub(r"['’]s$", "", found.group().casefold())
             before, behind = question[: found.start()], question[found.end() :]
             kind = _PRONOUNS.get(word)
@@ -274,19 +268,19 @@ class _Conversation:
             Empty if it is no such rest of a question.
         """
         rest = _OPENING.sub("", question).strip(" ?!.")
-        words = _words(rest)
+        words = words_of(rest)
         if not self._question or not words or len(words) > _FRAGMENT:
             return ""
         before = self._question.rstrip(" ?!.")
-        if words[0] in _QUESTION_WORDS and len(words) == 1:
+        if words[0] in QUESTION_WORDS and len(words) == 1:
             return _asked_again(before, rest) + "?"
-        if set(words) & (_AUXILIARIES | _QUESTION_WORDS):
+        if set(words) & (AUXILIARIES | QUESTION_WORDS):
             return ""
         for pattern in (_YEAR, _NUMBER):
             if pattern.search(before) and (new := pattern.search(rest)):
                 return pattern.sub(new.group(), before, count=1) + "?"
         new_name = next(names(rest, first=True), None)
-        if words[0] in _PREPOSITIONS:
+        if words[0] in PREPOSITIONS:
             same = re.search(rf"\b{words[0]} (?:the )?(?=[A-Z])", before)
             old = next(names(before[same.end() :], first=True), None) if same else None
             if same and old:
@@ -298,62 +292,15 @@ class _Conversation:
         return ""
 
 
-def names(text: str, *, first: bool = False) -> Iterator[str]:
-    """Names in a text, in the order in which they stand: runs of capitalized words.
-
-    Args:
-        text: of any length.
-        first: a capitalized word that begins a sentence, with none behind it, is a name too.
-    """
-    run: list[re.Match[str]] = []
-    for word in _WORD.finditer(text):
-        gap = text[run[-1].end() : word.start()] if run else ""
-        if run and not (gap in (" ", " & ") or (gap == ". " and len(run[-1].group()) == 1)):
-            yield from _name(run, text, first)
-            run = []
-        if word.group()[0].isupper() or (run and word.group() in _JOINERS):
-            run.append(word)
-        elif run:
-            yield from _name(run, text, first)
-            run = []
-    yield from _name(run, text, first)
-
-
-def _name(run: list[re.Match[str]], text: str, first: bool) -> Iterator[str]:
-    """The name that a run of words is, if it is one."""
-    words = [found.group().casefold() for found in run]
-    start, end = 0, len(run)
-    while end and words[end - 1] in _JOINERS:
-        end -= 1
-    while start < end and words[start] in _FUNCTION_WORDS - {"the"}:
-        start += 1
-    words = words[start:end]
-    if len(words) > MAX_WORDS or set(words) <= _FUNCTION_WORDS | _NO_NAMES:
-        return
-    begin = run[start].start()
-    if len(words) == 1 and not first and not start and _begins_sentence(text, begin):
-        return
-    yield re.sub(r"['’]s?$", "", text[begin : run[end - 1].end()])
-
-
-def _begins_sentence(text: str, position: int) -> bool:
-    before = text[max(0, position - 8) : position].rstrip(" \"'“‘([")
-    return not before or before[-1] in ".!?:\n"
-
-
 def _title(text: str) -> str:
     """The text without brackets if it is only a name: "The Birth of a Nation"; else empty."""
     text = re.sub(r"\s*\([^()]*\)", "", text).strip(" .")
-    words = _WORD.findall(text)
-    folded = set(_words(text))
-    if not words or len(words) > _TITLE or folded & (_AUXILIARIES | _QUESTION_WORDS):
+    words = WORD.findall(text)
+    folded = set(words_of(text))
+    if not words or len(words) > _TITLE or folded & (AUXILIARIES | QUESTION_WORDS):
         return ""
-    named = [word for word in words if word.casefold() not in _FUNCTION_WORDS]
+    named = [word for word in words if word.casefold() not in FUNCTION_WORDS]
     return text if named and words[0][0].isupper() and all(w[0].isupper() for w in named) else ""
-
-
-def _words(text: str) -> list[str]:
-    return [word.casefold() for word in _WORD.findall(text)]
 
 
 def _means_nothing(word: str, before: str, behind: str) -> bool:
@@ -371,15 +318,15 @@ def _means_nothing(word: str, before: str, behind: str) -> bool:
 def _owns(behind: str) -> bool:
     """Whether what follows "her" is hers."""
     following = re.match(r"\s+([^\W\d_]+)", behind)
-    return following is not None and following.group(1).casefold() not in _FUNCTION_WORDS
+    return following is not None and following.group(1).casefold() not in FUNCTION_WORDS
 
 
 def _asked_again(before: str, word: str) -> str:
     """A question with another question word: "When did they part", "Why" - "Why did they part"."""
     begin, _, rest = before.partition(" ")
     word = word.capitalize()
-    if begin.casefold() in ("when", "where", "why", "how") and _words(rest)[:1] != []:
+    if begin.casefold() in ("when", "where", "why", "how") and words_of(rest)[:1] != []:
         return f"{word} {rest}"
-    if begin.casefold() in _AUXILIARIES:
+    if begin.casefold() in AUXILIARIES:
         return f"{word} {begin.lower()} {rest}"
     return f"{before}, and {word.lower()}"

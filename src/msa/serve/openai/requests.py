@@ -96,7 +96,10 @@ def _text(content: Any) -> Any:
 
 _PART_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+    "properties": {
+        "type": {"enum": ["text", "input_text", "output_text"]},
+        "text": {"type": "string"},
+    },
     "required": ["type", "text"],
 }
 Text = Annotated[
@@ -240,9 +243,7 @@ def whole_question(turns: Sequence[tuple[Role, str]], param: str, standalone: bo
     return complete_question(question, earlier)
 
 
-def ask_changes(
-    body: Sampling, max_new_tokens: int | None, **more: JsonValue
-) -> dict[str, Any]:
+def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -> dict[str, Any]:
     """What a request changes of the bank's `AskOptions`."""
     asked = {
         **more,
@@ -252,4 +253,3 @@ def ask_changes(
         "max_new_tokens": max_new_tokens,
     }
     return {name: value for name, value in asked.items() if value is not None}
-

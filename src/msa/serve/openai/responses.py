@@ -354,9 +354,7 @@ class _Response:
         content = self._resource.output[-1]["content"][0]
         content["text"] += piece
         place = {"item_id": self._message, "content_index": 0}
-        delta = self._item_event(
-            "response.output_text.delta", **place, delta=piece, logprobs=[]
-        )
+        delta = self._item_event("response.output_text.delta", **place, delta=piece, logprobs=[])
         return [*begin, delta]
 
     def _message_begins(self) -> list[str]:
