@@ -12,10 +12,17 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import msa
-from msa.serve import health, native
+from msa.serve import documents, health, job_routes, native, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
-from msa.serve.openai import chat, models, responses
+from msa.serve.openai import (
+    chat,
+    files,
+    models,
+    responses,
+    vector_store_files,
+    vector_stores,
+)
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -26,6 +33,12 @@ if TYPE_CHECKING:
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     native.router,
+    documents.router,
+    job_routes.router,
+    permalinks.router,
+    files.router,
+    vector_stores.router,
+    vector_store_files.router,
     models.router,
     chat.router,
     responses.router,
