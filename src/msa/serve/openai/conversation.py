@@ -139,7 +139,7 @@ class _Conversation:
         whole = self.complete(question)
         self._said.update(words_of(question))
         title = _title(question)
-        if not title:
+        if set(words_of(whole)) & (AUXILIARIES | QUESTION_WORDS):
             self._question = whole
         for name in reversed([title] if title else list(names(whole))):
             self._put_first(name)
