@@ -219,13 +219,17 @@ class _Conversation:
 
     def _without_pronoun(self, question: str) -> str:
         """The question with a name in place of its first pronoun that means nothing in it."""
+        tried: set[Kind] = set()
         for found in WORD.finditer(question):
             word = re.sub(r"['’]s$", "", found.group().casefold())
             before, behind = question[: found.start()], question[found.end() :]
             kind = _PRONOUNS.get(word)
-            if kind is None or _means_nothing(word, before, behind):
+            if kind is None or kind in tried or _means_nothing(word, before, behind):
                 continue
-            mention = None if list(names(before)) else self._antecedent(kind)
+            if next(names(before), None) is not None:
+                break  # it may mean that
+            tried.add(kind)
+            mention = self._antecedent(kind)
             if mention is None:
                 continue
             name = f"in {mention.name}" if kind == "place" else mention.name
@@ -306,12 +310,12 @@ def _title(text: str) -> str:
 def _means_nothing(word: str, before: str, behind: str) -> bool:
     """True for the "it" of "Is it true that", "What time is it?", and the "there" of "is there"."""
     if word == "there":
-        return re.search(r"\b(?:is|are|was|were|been|be)\s+$", before, re.IGNORECASE) is not None
+        return re.search(r"\b(?:is|are|was|were|been|be) $", before[-8:], re.IGNORECASE) is not None
     if word != "it":
         return False
     return bool(
-        re.match(r"\s+(?:true|possible|correct|raining|take|cost)\b.*\b(?:that|to)\b", behind)
-        or re.search(r"\b(?:time|day|date|year) (?:is|was) $", before)
+        re.match(r"\s+(?:true|possible|correct|raining|take|cost)\b.*\b(?:that|to)\b", behind[:80])
+        or re.search(r"\b(?:time|day|date|year) (?:is|was) $", before[-12:])
     )
 
 

@@ -245,11 +245,10 @@ def whole_question(turns: Sequence[tuple[Role, str]], param: str, standalone: bo
 
 def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -> dict[str, Any]:
     """What a request changes of the bank's `AskOptions`."""
-    asked = {
-        **more,
-        **body.msa.model_dump(include=_OPTIONS),
+    sampling = {
         "temperature": body.temperature,
         "top_p": body.top_p,
         "max_new_tokens": max_new_tokens,
     }
-    return {name: value for name, value in asked.items() if value is not None}
+    asked = [more, sampling, body.msa.model_dump(include=_OPTIONS)]  # a later one counts
+    return {name: value for some in asked for name, value in some.items() if value is not None}

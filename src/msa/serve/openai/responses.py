@@ -191,7 +191,10 @@ async def create_response(
             on_error=response.failure,
             on_end=ask.stop,
         )
-    return await while_connected(request, response.whole(ask))
+    try:
+        return await while_connected(request, response.whole(ask))
+    finally:
+        ask.stop()
 
 
 def _tool(body: ResponseRequest, bank: str) -> FileSearch:
