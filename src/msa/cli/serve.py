@@ -35,7 +35,9 @@ def serve(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATHS]...", help="Files and folders to index into the first bank meanwhile."
+            metavar="[PATHS]...",
+            exists=True,
+            help="Files and folders to index into the first bank meanwhile.",
         ),
     ] = None,
     bank: Annotated[
@@ -51,7 +53,9 @@ def serve(
     banks_folder: Annotated[
         Path | None,
         _option(
-            "Where banks are made over the API; all in it are served.", "BANKS_FOLDER", metavar="DIR"
+            "Where banks are made over the API; all in it are served.",
+            "BANKS_FOLDER",
+            metavar="DIR",
         ),
     ] = None,
     model: Annotated[
@@ -144,6 +148,8 @@ def serve(
         ) from None
     settings = ServeSettings.load(banks=bank or None, **given)
     _check_banks(settings)
+    if paths and not settings.banks:
+        raise ConfigError(f"{paths[0]} is to be indexed into which bank? give --bank DIR")
     _run(settings, paths or [])
 
 
@@ -179,9 +185,9 @@ def _run(settings: ServeSettings, paths: list[Path]) -> None:
     load = partial(load_model, settings.model, settings.device, quiet=True)
     listening = _listen(settings.host, settings.port)
     try:
-        app = create_app(settings, load)
-        service: Service = app.state.service
         log_to_stderr()
+        app = create_app(settings, load, paths)
+        service: Service = app.state.service
         output.print_note(f"Serving at {_address(listening)}; loading the model")
         _server(app, service).run(sockets=[listening])
     finally:
@@ -240,4 +246,3 @@ def _server(app: Any, service: Service) -> uvicorn.Server:
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     return Server(config)
-
