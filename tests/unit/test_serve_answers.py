@@ -61,6 +61,13 @@ class Ask:
         self.is_stopped.set()
 
     async def events(self):
+        try:
+            async for event in self._events():
+                yield event
+        finally:
+            self.stop()
+
+    async def _events(self):
         for found, read in zip(ROUNDS, (ADA, BOB, None), strict=True):
             yield Event("routing", found.index, Round(found.index, found.routed, (), found.ranked))
             if read is not None:
