@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import math
 import time
 
 import pytest
 
+import conversation
 from msa.serve.openai.conversation import MAX_CHARACTERS, Turn, complete_question
 from msa.serve.openai.english import names
 
@@ -145,3 +149,48 @@ def test_long_texts_take_no_long_time(text):
     assert whole(earlier, long) == long
     whole(earlier, "When was he born there?" + " he" * (MAX_CHARACTERS // 3 - 20))
     assert time.process_time() - start < 5
+
+
+# ---- the benchmark
+
+ROWS = [
+    {
+        "question": "When did they part?",
+        "history": ["INXS", "History", "Who founded them?", "Andrew Farriss"],
+        "rewrite": "When did INXS part?",
+    },
+    {"question": "Who is Bob?", "history": ["INXS", "History"], "rewrite": "Who is Bob?"},
+]
+
+
+def test_the_benchmark_counts_what_was_added_and_what_is_foreign():
+    last, joined, made = (
+        conversation.scores(ROWS, conversation.METHODS[name])
+        for name in ("last question only", "all turns joined", "made whole")
+    )
+    assert (last["found"], last["foreign"], last["same_words"]) == (0.0, None, 0.5)
+    assert (made["found"], made["foreign"], made["f1"]) == (1.0, 0.0, 1.0)
+    assert (joined["found"], joined["recall"]) == (1.0, 1.0)
+    assert joined["foreign"] == pytest.approx(6 / 7)  # all but INXS of the first row
+    assert made["bleu"] == pytest.approx(1.0)
+
+
+def test_bleu_counts_runs_of_words_and_punishes_short_texts():
+    text = "the cat sat on the mat".split()
+    assert conversation.bleu([(text, text)]) == pytest.approx(1.0)
+    assert conversation.bleu([(text[::-1], text)]) == 0.0
+    assert conversation.bleu([(text[:5], text)]) == pytest.approx(math.exp(1 - 6 / 5))
+
+
+def test_the_benchmark_measures_the_second_half_and_writes_a_page(tmp_path, monkeypatch):
+    text = "\n".join(map(json.dumps, [ROWS[1], ROWS[1], *ROWS]))
+    (tmp_path / conversation.FILE).write_bytes(gzip.compress(text.encode()))
+    words = ["conversation.py", "--questions", str(tmp_path), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    conversation.main()
+    results = json.loads((tmp_path / "conversation.json").read_text())
+    assert results["questions"] == 2
+    assert [row["count"] for row in results["rows"]] == [2, 2, 2, 1, 1, 1, 1, 1, 1]
+    page = (tmp_path / "conversation.md").read_text()
+    assert "| all | made whole | 2 | 1.000 |" in page
+    assert "| When did they part? | When did INXS part? |" in page

@@ -54,8 +54,8 @@ _SUITS: dict[Kind, set[Kind | None]] = {
     "place": {"place"},
 }
 _SUITS_AT_NEED: dict[Kind, set[Kind | None]] = {
-    "he": {"thing"},
-    "she": {"thing"},
+    "he": {"thing", "group"},
+    "she": {"thing", "group"},
     "group": {"he", "she", "person", "place", "thing"},
 }
 _ANSWER_KINDS: dict[str, Kind] = {
@@ -74,7 +74,7 @@ _CLASS_NOUNS = set_of(
 _OPENING = re.compile(
     r"^\W*(?:(?:and|but|so|or|also|then|ok|okay)\b\W*)*(?:(?:what|how) about\b)?\W*", re.IGNORECASE
 )
-_WHO_DID = re.compile(r"\W*who (?!is\b|was\b|are\b|were\b|else\b)")
+_WHO_DID = re.compile(rf"\W*who (?!(?:else|{'|'.join(AUXILIARIES)})\b)")
 _YEAR = re.compile(r"\b[12]\d{3}\b")
 _NUMBER = re.compile(r"\b\d+\b")
 
@@ -101,12 +101,14 @@ class _Mention:
         kind: None until the conversation shows it.
         asked: named in a question, or as the answer to one: what the conversation is about.
         count: how often it was spoken of.
+        turn: in which it was so the last time.
     """
 
     name: str
     kind: Kind | None
     asked: bool
     count: int = 0
+    turn: int = 0
 
 
 def complete_question(question: str, earlier: Sequence[Turn]) -> str:
@@ -133,19 +135,23 @@ class _Conversation:
         self._mentions: list[_Mention] = []
         self._question = ""
         self._said: set[str] = set()  # words of all turns
+        self._turn = 0
 
     def ask(self, question: str) -> None:
         """Take in a question of the user's."""
+        self._turn += 1
         whole = self.complete(question)
         self._said.update(words_of(question))
         title = _title(question)
         if set(words_of(whole)) & (AUXILIARIES | QUESTION_WORDS):
             self._question = whole
         for name in reversed([title] if title else list(names(whole))):
-            self._put_first(name)
+            place = re.search(rf"\b(?:in|at) (?:the )?{re.escape(name)}", whole)
+            self._put_first(name, "place" if place else None)
 
     def answer(self, text: str) -> None:
         """Take in an answer; one that is only a name is what is spoken of from now on."""
+        self._turn += 1
         self._said.update(words_of(text))
         question = self._question.casefold()
         asked = next((word for word in words_of(question) if word in QUESTION_WORDS), "")
@@ -190,7 +196,8 @@ class _Conversation:
             known = _Mention(name, kind, asked=True)
         else:
             self._mentions.remove(known)
-        known.asked, known.kind, known.count = True, known.kind or kind, known.count + 1
+        known.asked, known.kind = True, known.kind or kind
+        known.count, known.turn = known.count + 1, self._turn
         self._mentions.insert(0, known)
 
     def _known(self, name: str) -> _Mention | None:
@@ -207,6 +214,7 @@ class _Conversation:
         asked = [mention for mention in self._mentions if mention.asked]
         others = [mention for mention in self._mentions if not mention.asked]
         found = [m for m in asked if m.kind in _SUITS[kind]]
+        found.sort(key=lambda m: (-m.turn, m.kind != kind))
         found += [m for m in asked if m.kind in _SUITS_AT_NEED.get(kind, ())]
         found += [m for m in others if m.kind in _SUITS[kind]]
         if not found:
@@ -243,7 +251,8 @@ class _Conversation:
         for name in names(question):
             known = None if " " in name else self._known(name)
             if known is not None and " " in known.name:
-                return question.replace(name, known.name, 1)
+                pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+                return re.sub(pattern, lambda _: known.name, question, count=1)  # noqa: B023
         return question
 
     def _with_subject(self, question: str, words: list[str]) -> str:
