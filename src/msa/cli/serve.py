@@ -35,7 +35,9 @@ def serve(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATHS]...", help="Files and folders to index into the first bank meanwhile."
+            metavar="[PATHS]...",
+            exists=True,
+            help="Files and folders to index into the first bank meanwhile.",
         ),
     ] = None,
     bank: Annotated[
@@ -146,6 +148,8 @@ def serve(
         ) from None
     settings = ServeSettings.load(banks=bank or None, **given)
     _check_banks(settings)
+    if paths and not settings.banks:
+        raise ConfigError(f"{paths[0]} is to be indexed into which bank? give --bank DIR")
     _run(settings, paths or [])
 
 
@@ -182,7 +186,7 @@ def _run(settings: ServeSettings, paths: list[Path]) -> None:
     listening = _listen(settings.host, settings.port)
     try:
         log_to_stderr()
-        app = create_app(settings, load)
+        app = create_app(settings, load, paths)
         service: Service = app.state.service
         output.print_note(f"Serving at {_address(listening)}; loading the model")
         _server(app, service).run(sockets=[listening])
