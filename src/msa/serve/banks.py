@@ -1,0 +1,201 @@
+"""The banks that are served: each opened for writing by this process, and loaded for asking."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msa.errors import BankError, BankNotFoundError
+from msa.inference.engine import MemoryEngine
+from msa.memory.bank import MemoryBank
+from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.store.manifest import BANK_FILE
+from msa.serve.errors import ServiceError, conflict, invalid, unavailable
+from msa.serve.keys import ADMIN, READ, Principal
+from msa.serve.settings import BANK_NAME, ServeSettings
+
+if TYPE_CHECKING:
+    from msa.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedBank:
+    """A bank with its name.
+
+    Attributes:
+        name: in addresses and models' names.
+        bank: open for writing.
+        engine: asks it.
+        memory: the bank as it is loaded.
+        created_at: seconds since 1970.
+        removable: whether it was made over the API, and may be removed over it.
+    """
+
+    name: str
+    bank: MemoryBank
+    engine: MemoryEngine
+    memory: LoadedBank
+    created_at: int
+    removable: bool
+
+    def close(self) -> None:
+        """Give up the memory, then the bank; waits for a thread that is writing."""
+        self.engine.close()
+        self.memory.close()
+        self.bank.close()
+
+
+class BankRegistry:
+    """The banks of a service, by name. Its methods may be called from several threads."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self._banks: dict[str, ServedBank] = {}
+        self._checkpoint: Checkpoint | None = None
+        self._changing = threading.Lock()
+        self.loaded = False
+
+    def open_all(self, checkpoint: Checkpoint) -> None:
+        """Open the banks of the settings; one whose folder is not there is made.
+
+        Raises:
+            BankError: one of them cannot be opened; those before it are closed again.
+        """
+        self._checkpoint = checkpoint
+        try:
+            for name, folder in self._folders():
+                self._banks[name] = self._open(name, folder)
+        except BaseException:
+            self.close()
+            raise
+        self.loaded = True
+
+    def close(self) -> None:
+        """Close all banks."""
+        self.loaded = False
+        banks, self._banks = self._banks, {}
+        for served in banks.values():
+            served.close()
+
+    def all(self) -> list[ServedBank]:
+        """Every bank, for the service itself; never for clients."""
+        return [served for _, served in sorted(self._banks.items())]
+
+    def names(self, principal: Principal) -> list[str]:
+        """Names of the banks that somebody may read."""
+        return [s.name for s in self.all() if principal.allows(READ, s.name)]
+
+    def get(self, name: str, principal: Principal, scope: str = READ) -> ServedBank:
+        """A bank, for somebody who wants to do something with it.
+
+        Args:
+            name: of the bank.
+            principal: who asks.
+            scope: one of `msa.serve.keys.SCOPES`.
+
+        Raises:
+            ServiceError: 503 while the banks are loaded; 404 if there is none, or none that this
+                key may know of; 403 if the key lacks the scope.
+        """
+        self._check_loaded()
+        served = self._banks.get(name)
+        if served is None or not principal.knows(name):
+            raise ServiceError(404, None, "bank_not_found", "There is no such bank.")
+        if not principal.allows(scope, name):
+            message = f"This key may not do this: it lacks the scope '{scope}'."
+            raise ServiceError(403, None, "bank_forbidden", message)
+        return served
+
+    def create(self, name: str, principal: Principal) -> ServedBank:
+        """A new, empty bank in the folder for those; blocks until it is on disk.
+
+        Raises:
+            ServiceError: 403 without the scope `admin` for this name, or without such a folder; 400
+                for what is no name; 409 if there is a bank of this name.
+        """
+        self._check_loaded()
+        if not BANK_NAME.fullmatch(name):
+            raise invalid(
+                "The name of a bank has letters, digits, '.', '_' and '-', 64 at most.", "name"
+            )
+        if not principal.allows(ADMIN, name):
+            message = "This key may not make a bank of this name: that takes the scope 'admin'."
+            raise ServiceError(403, None, "bank_forbidden", message)
+        folder = self._settings.banks_folder
+        if folder is None:
+            message = "This service makes no banks; it has to be started with --banks-folder DIR."
+            raise ServiceError(403, None, "bank_creation_off", message)
+        with self._changing:
+            if name in self._banks or (folder / name).exists():
+                raise conflict("bank_exists", "There is a bank of this name.", "name")
+            served = self._banks[name] = self._open(name, folder / name)
+        return served
+
+    def remove(self, name: str, principal: Principal) -> None:
+        """Close a bank that was made over the API and delete it with all its documents.
+
+        Nobody may be asking it: see `Service.remove_bank`.
+
+        Raises:
+            ServiceError: see `get`; 403 for a bank that the service was started with.
+        """
+        served = self.get(name, principal, ADMIN)
+        self.check_removable(served)
+        with self._changing:
+            if self._banks.pop(name, None) is None:
+                raise ServiceError(404, None, "bank_not_found", "There is no such bank.")
+        served.close()
+        shutil.rmtree(served.bank.path)
+
+    @staticmethod
+    def check_removable(served: ServedBank) -> None:
+        """Refuse to remove what the service was started with.
+
+        Raises:
+            ServiceError: 403.
+        """
+        if not served.removable:
+            message = "The service was started with this bank; only made banks can be removed."
+            raise ServiceError(403, None, "bank_forbidden", message)
+
+    def _check_loaded(self) -> None:
+        if not self.loaded:
+            raise unavailable("loading", "The model and the banks are being loaded.")
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        """Name and folder of every bank there is to serve."""
+        yield from self._settings.banks.items()
+        parent = self._settings.banks_folder
+        if parent is None:
+            return
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in sorted(parent.iterdir()):
+            if (path / BANK_FILE).is_file() and BANK_NAME.fullmatch(path.name):
+                if path.name in self._settings.banks:
+                    raise BankError(
+                        f"two banks are named '{path.name}': --bank {path.name}=... and the one in "
+                        f"{parent}; give the first another name: --bank NAME=DIR"
+                    )
+                yield path.name, path
+
+    def _open(self, name: str, folder: Path) -> ServedBank:
+        assert self._checkpoint is not None
+        try:
+            bank = MemoryBank.open(folder, self._checkpoint)
+        except BankNotFoundError:
+            bank = MemoryBank.create(folder, self._checkpoint)
+        try:
+            model = self._checkpoint.model
+            memory = LoadedBank(bank, model.device, content_dtype=model.dtype)
+            created = int(datetime.fromisoformat(bank.manifest.created).timestamp())
+            removable = name not in self._settings.banks
+            engine = MemoryEngine(bank, memory=memory)
+        except BaseException:
+            bank.close()
+            raise
+        return ServedBank(name, bank, engine, memory, created, removable)

@@ -1,0 +1,96 @@
+"""What a service consists of, and its life: loading, serving, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from fastapi import Depends, Request
+
+from msa.serve.asking import AskService
+from msa.serve.banks import BankRegistry
+from msa.serve.errors import ServiceError, log_failure
+from msa.serve.fairness import Turns
+from msa.serve.keys import ADMIN, Keys, Principal, principal
+from msa.serve.metrics import Metrics
+from msa.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from msa.model.checkpoint import Checkpoint
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+
+class Service:
+    """Everything behind the app; `app.state.service`.
+
+    Attributes:
+        settings, keys, metrics, registry, asking, turns: its parts.
+        checkpoint: the model with what belongs to it, once it is loaded.
+        state: "loading", "ready", "draining" or "failed".
+        failure: why loading failed.
+    """
+
+    def __init__(self, settings: ServeSettings, checkpoint: Checkpoint | None = None) -> None:
+        self.settings = settings
+        self.keys = Keys.load(settings.api_key_file)
+        self.metrics = Metrics()
+        self.turns = Turns(settings.encode_share)
+        self.registry = BankRegistry(settings)
+        self.asking = AskService(settings, self.metrics, self.turns)
+        self.checkpoint = checkpoint
+        self.state: State = "loading"
+        self.failure: Exception | None = None
+
+    async def load(self) -> None:
+        """Load the model and the banks; afterwards the state is "ready", or "failed"."""
+        try:
+            await asyncio.to_thread(self._load)
+            assert self.checkpoint is not None
+            self.asking.open(self.checkpoint.model)
+        except Exception as error:
+            self.failure, self.state = error, "failed"
+            log_failure(error)
+            return
+        if self.state == "loading":
+            self.state = "ready"
+
+    def _load(self) -> None:
+        if self.checkpoint is None:
+            from msa.cli.options import load_model
+
+            self.checkpoint = load_model(self.settings.model, self.settings.device, quiet=True)
+        self.registry.open_all(self.checkpoint)
+
+    async def drain(self) -> None:
+        """Take no new work, and end what runs; within the settings' seconds."""
+        self.state = "draining"
+        await self.asking.drain(self.settings.shutdown_seconds)
+
+    async def close(self) -> None:
+        """Stop everything and close the banks."""
+        await self.asking.close()
+        await asyncio.to_thread(self.registry.close)
+
+    async def remove_bank(self, name: str, principal: Principal) -> None:
+        """Delete a bank with all its documents; questions to it end with an error.
+
+        Raises:
+            ServiceError: see `BankRegistry.remove`.
+        """
+        served = self.registry.get(name, principal, ADMIN)
+        self.registry.check_removable(served)
+        gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
+        await self.asking.fail(lambda ask: ask.served is served, gone)
+        await self.asking.call(lambda: self.registry.remove(name, principal))
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request; a FastAPI dependency."""
+    return cast(Service, request.app.state.service)
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]
+"""Type of a parameter of a route that wants the service."""
+CallerDep = Annotated[Principal, Depends(principal)]
+"""Type of a parameter of a route that wants to know who asks; refuses strangers with 401."""
