@@ -16,6 +16,10 @@ class InputError(MSAError, ValueError):
     """A value, text or file that was given cannot be used as it is."""
 
 
+class QuestionTooLongError(InputError):
+    """A question leaves no position for its answer; the message says how many it needs."""
+
+
 class ConfigError(MSAError, ValueError):
     """A configuration is inconsistent, incomplete or of an unknown format."""
 

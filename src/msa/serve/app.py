@@ -9,10 +9,13 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import msa
 from msa.serve import health, native
 from msa.serve.errors import ErrorBody, add_handlers
+from msa.serve.gate import Gate
+from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 
@@ -30,12 +33,14 @@ PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()
 been closed. May add routes and mounts to the app when it is called."""
 
 
-def create_app(settings: ServeSettings, checkpoint: Checkpoint | None = None) -> FastAPI:
+def create_app(
+    settings: ServeSettings, checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None
+) -> FastAPI:
     """The app of one service; `app.state.service` is there at once, loaded once it runs.
 
     Args:
         settings: how it runs.
-        checkpoint: the model, if it is loaded already.
+        checkpoint: see `Service`.
 
     Raises:
         ConfigError: the key file cannot be used.
@@ -51,8 +56,8 @@ def create_app(settings: ServeSettings, checkpoint: Checkpoint | None = None) ->
             try:
                 yield
             finally:
-                await service.drain()
                 await loading
+                await service.drain()
                 await service.close()
 
     app = FastAPI(
@@ -69,4 +74,20 @@ def create_app(settings: ServeSettings, checkpoint: Checkpoint | None = None) ->
     for router in ROUTERS:
         app.include_router(router)
     parts = [part(app) for part in PARTS]
+    _add_middleware(app, service)
     return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """The outermost comes last."""
+    settings = service.settings
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After", "Location", "ETag"],
+        )
+    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(RequestLog, metrics=service.metrics)

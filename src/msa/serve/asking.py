@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
@@ -36,10 +37,10 @@ class Waiting:
 
     Args:
         lane: those of one lane are begun in order, lanes take turns.
-        begin: what the model's thread does; its errors are `begun`'s.
 
     Attributes:
-        begun: set once `begin` has returned.
+        begun: what `begin` gave, or its error.
+        cancelled: nobody waits for it any more.
     """
 
     def __init__(self, lane: str) -> None:
@@ -74,6 +75,8 @@ class Ask(Waiting):
         super().__init__(lane)
         self.served = served
         self.deadline = deadline
+        self.arrived = time.monotonic()
+        self.pieces = 0  # of the answer, so far; the model's thread counts
         self.request: Request | None = None
         self.make: Callable[[], Request] | None = None
         self._service = service
@@ -87,7 +90,7 @@ class Ask(Waiting):
         self.request = self.make()
         self._service.join(self, self.request)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """What happens, as it happens; the last event holds the answer.
 
         When the iterator is closed, or the task that reads it is cancelled, the model stops.
@@ -152,6 +155,7 @@ class AskService:
         self.admission = Admission(
             settings.max_rows, settings.max_waiting, settings.max_waiting_per_key
         )
+        metrics.queue_depth.set_function(lambda: self.admission.inside)
         self._scheduler: Scheduler | None = None
         self._model: MSAForCausalLM | None = None
         self._thread: threading.Thread | None = None
@@ -239,11 +243,12 @@ class AskService:
 
     async def events(
         self, served: ServedBank, question: str, **options: Any
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """The events of a question; arguments and errors as of `start`."""
         ask = await self.start(served, question, **options)
-        async for event in ask.events():
-            yield event
+        async with contextlib.aclosing(ask.events()) as events:
+            async for event in events:
+                yield event
 
     async def answer(
         self,
@@ -255,7 +260,10 @@ class AskService:
     ) -> Answer:
         """The answer to one question; arguments and errors as of `start`."""
         ask = await self.start(served, question, client=client, **options)
-        return await while_connected(client, _last(ask))
+        try:
+            return await while_connected(client, _last(ask))
+        finally:
+            ask.stop()
 
     async def answers(
         self,
@@ -275,7 +283,10 @@ class AskService:
             async with slots:
                 ask = self._new(served, question, filter, changes, principal.name, deadline_s)
                 await self._begun(ask, None)
-                return await _last(ask)
+                try:
+                    return await _last(ask)
+                finally:
+                    ask.stop()
 
         async def together() -> list[Answer]:
             async with asyncio.TaskGroup() as group:
@@ -334,7 +345,11 @@ class AskService:
             raise _draining()
         if self._scheduler is None:
             raise unavailable("loading", "The model and the banks are being loaded.")
-        return self.admission.admit(principal)
+        try:
+            return self.admission.admit(principal)
+        except ServiceError as error:
+            self._metrics.rejected.labels(error.code).inc()
+            raise
 
     def _new(
         self,
@@ -361,8 +376,6 @@ class AskService:
         except TimeoutError:
             message = "The question waited too long for the model."
             raise too_many("queue_timeout", message, self._settings.queue_seconds) from None
-        except MSAError as error:
-            raise service_error(error) from error
         finally:
             if not waiting.begun.done() or waiting.begun.cancelled() or waiting.begun.exception():
                 waiting.cancelled = True
@@ -386,7 +399,7 @@ class AskService:
     def _run(self) -> None:
         while self._has_work():
             with self._turns.asking():
-                while self._begin() or self._step():
+                while self._begin() | self._step():
                     pass
 
     def _has_work(self) -> bool:
@@ -411,18 +424,20 @@ class AskService:
             return first
 
     def _begin(self) -> bool:
-        """Begin with one that waits; False if none does."""
-        waiting = self._next()
-        if waiting is None:
-            return False
-        if waiting.cancelled:
-            return True
-        try:
-            result, error = waiting.begin(), None
-        except Exception as failure:
-            result, error = None, service_error(failure)
-        waiting.tell(waiting.set_begun, result, error)
-        return True
+        """Begin with all questions that have room, and one other thing; False if none waits."""
+        began = False
+        while (waiting := self._next()) is not None:
+            began = True
+            if waiting.cancelled:
+                continue
+            try:
+                result, error = waiting.begin(), None
+            except Exception as failure:
+                result, error = None, service_error(failure)
+            waiting.tell(waiting.set_begun, result, error)
+            if not isinstance(waiting, Ask):
+                break
+        return began
 
     def _step(self) -> bool:
         """One step of those that run; False if none does."""
@@ -437,15 +452,24 @@ class AskService:
             return True
         for request, event in happened:
             ask = self._running.get(request)
-            if ask is None:
-                continue
-            if isinstance(event, MSAError):
-                self._end(ask, service_error(event))
-            else:
-                ask.tell(ask.push, event)
-                if event.kind == "answer":
-                    del self._running[request]
+            if ask is not None:
+                self._deliver(ask, event)
         return True
+
+    def _deliver(self, ask: Ask, event: Event | MSAError) -> None:
+        """Hand an event over, and count it."""
+        if isinstance(event, MSAError):
+            self._end(ask, service_error(event))
+            return
+        seconds = time.monotonic() - ask.arrived
+        if event.kind == "token":
+            self._metrics.token(seconds if ask.pieces == 0 else None)
+            ask.pieces += 1
+        elif event.kind == "answer":
+            assert ask.request is not None
+            del self._running[ask.request]
+            self._metrics.answered(event.data, ask.pieces, seconds)
+        ask.tell(ask.push, event)
 
     def _drop_ended(self) -> None:
         """Take out what was stopped, or ran out of time."""
@@ -461,6 +485,7 @@ class AskService:
         if ask.request is not None and self._running.pop(ask.request, None) is not None:
             assert self._scheduler is not None
             self._scheduler.remove(ask.request)
+            self._metrics.asks_ended.labels("stopped" if error is None else "failed").inc()
         if error is not None:
             ask.cancelled = True  # it may still wait
             ask.tell(ask.set_begun, None, error)
@@ -470,6 +495,7 @@ class AskService:
         """The step itself failed: end all, with a new scheduler for those to come."""
         assert self._model is not None
         running, self._running = self._running, {}
+        self._metrics.asks_ended.labels("failed").inc(len(running))
         self._scheduler = Scheduler(self._model, max_rows=self._settings.max_rows)
         for ask in running.values():
             ask.tell(ask.push, error)

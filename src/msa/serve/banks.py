@@ -29,7 +29,7 @@ class ServedBank:
 
     Attributes:
         name: in addresses and models' names.
-        bank: open for writing.
+        bank: open for writing, unless the registry is read-only.
         engine: asks it.
         memory: the bank as it is loaded.
         created_at: seconds since 1970.
@@ -51,10 +51,16 @@ class ServedBank:
 
 
 class BankRegistry:
-    """The banks of a service, by name. Its methods may be called from several threads."""
+    """The banks of a service, by name. Its methods may be called from several threads.
 
-    def __init__(self, settings: ServeSettings) -> None:
+    Args:
+        settings: which banks.
+        read_only: open them for reading only, beside another process that writes.
+    """
+
+    def __init__(self, settings: ServeSettings, *, read_only: bool = False) -> None:
         self._settings = settings
+        self._read_only = read_only
         self._banks: dict[str, ServedBank] = {}
         self._checkpoint: Checkpoint | None = None
         self._changing = threading.Lock()
@@ -186,8 +192,10 @@ class BankRegistry:
     def _open(self, name: str, folder: Path) -> ServedBank:
         assert self._checkpoint is not None
         try:
-            bank = MemoryBank.open(folder, self._checkpoint)
+            bank = MemoryBank.open(folder, self._checkpoint, read_only=self._read_only)
         except BankNotFoundError:
+            if self._read_only or (folder.exists() and any(folder.iterdir())):
+                raise
             bank = MemoryBank.create(folder, self._checkpoint)
         try:
             model = self._checkpoint.model
@@ -199,3 +207,8 @@ class BankRegistry:
             bank.close()
             raise
         return ServedBank(name, bank, engine, memory, created, removable)
+
+
+def shown_model(name: str) -> str:
+    """The name of a model for clients: of a folder of this machine only the last part."""
+    return Path(name).name if Path(name).is_absolute() else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.encoders import jsonable_encoder
@@ -22,6 +22,7 @@ from msa.errors import (
     EmptyBankError,
     InputError,
     MSAError,
+    QuestionTooLongError,
     StorageError,
 )
 
@@ -136,6 +137,8 @@ def service_error(error: BaseException) -> ServiceError:
         return invalid(message, code="empty_bank")
     if isinstance(error, DuplicateDocumentError):
         return conflict("duplicate_document", str(error))
+    if isinstance(error, QuestionTooLongError):
+        return invalid(str(error), code="question_too_long")
     if isinstance(error, InputError | ConfigError):
         return invalid(str(error))
     if isinstance(error, DocumentNotFoundError):
@@ -162,18 +165,13 @@ def log_failure(error: BaseException) -> None:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let every error of the app have the one shape."""
-    for kind in (ServiceError, MSAError, HTTPException, RequestValidationError, Exception):
+    """Let every error that routes raise have the one shape; `RequestLog` does so for others."""
+    for kind in (ServiceError, MSAError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _handle)
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
     return service_error(error).response()
-
-
-def refuse_unknown_route() -> NoReturn:
-    """404 for a path that is not served."""
-    raise ServiceError(404, None, "unknown_url", "There is nothing at this address.")
 
 
 def _type_of(status: int) -> str:

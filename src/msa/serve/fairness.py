@@ -7,19 +7,22 @@ import threading
 import time
 from collections.abc import Iterator
 
+LONGEST_WAIT = 10.0
+"""Seconds that a piece of index work waits at most, however long the one before took."""
+
 
 class Turns:
     """Lets index work wait while questions run; shared by all threads of a service.
 
     Args:
-        share: part of the time, above 0, that a thread with index work gets at least.
+        share: part of the time, above 0, that index work gets at least.
     """
 
     def __init__(self, share: float = 0.2) -> None:
         self._share = share
         self._running = 0
+        self._began: float | None = None  # when a piece of index work was last let through
         self._quiet = threading.Condition()
-        self._mine = threading.local()
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
@@ -36,16 +39,16 @@ class Turns:
     def encode(self) -> float:
         """Called by a thread before each piece of index work; waits for questions that run.
 
-        It waits no longer than the piece before took, times what keeps the thread's share: four
-        times as long for a fifth of the time.
+        It waits no longer than the piece before took, times what keeps the share: four times as
+        long for a fifth of the time.
 
         Returns:
             Seconds waited.
         """
         started = time.monotonic()
-        worked = started - getattr(self._mine, "began", started)
-        longest = worked * (1 / self._share - 1)
         with self._quiet:
+            worked = started - (started if self._began is None else self._began)
+            longest = min(worked * (1 / self._share - 1), LONGEST_WAIT)
             self._quiet.wait_for(lambda: not self._running, timeout=longest)
-        self._mine.began = time.monotonic()
-        return self._mine.began - started
+            self._began = time.monotonic()
+            return self._began - started

@@ -13,7 +13,7 @@ import fnmatch
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,17 +129,14 @@ class Keys:
 
 
 def principal(request: HTTPConnection) -> Principal:
-    """Who makes this request; a FastAPI dependency, and a function for any other code.
-
-    A key comes as `Authorization: Bearer KEY`. Browsers, which cannot be told to send that, may
-    give it as the password of Basic authentication, to read only.
+    """Who makes this request; a FastAPI dependency.
 
     Raises:
-        ServiceError: 401.
+        ServiceError: 401; for browsers with the header that makes them ask for a key.
     """
     keys: Keys = request.app.state.service.keys
     try:
-        found = keys.find(_given_key(request))
+        found = principal_of(keys, request.headers, request.scope.get("method", ""))
     except ServiceError as error:
         if "text/html" in request.headers.get("accept", ""):
             error.headers = {"WWW-Authenticate": 'Basic realm="msa", charset="UTF-8"'}
@@ -148,11 +145,23 @@ def principal(request: HTTPConnection) -> Principal:
     return found
 
 
-def _given_key(request: HTTPConnection) -> str | None:
-    scheme, _, rest = request.headers.get("authorization", "").partition(" ")
+def principal_of(keys: Keys, headers: Mapping[str, str], method: str = "POST") -> Principal:
+    """Who makes a request with these headers, whose names are in lower case.
+
+    A key comes as `Authorization: Bearer KEY`. Browsers, which cannot be told to send that, may
+    give it as the password of Basic authentication, to read only.
+
+    Raises:
+        ServiceError: 401.
+    """
+    return keys.find(_given_key(headers.get("authorization", ""), method))
+
+
+def _given_key(authorization: str, method: str) -> str | None:
+    scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip() or None
-    if scheme.lower() == "basic" and request.scope.get("method") in ("GET", "HEAD"):
+    if scheme.lower() == "basic" and method in ("GET", "HEAD"):
         try:
             return base64.b64decode(rest, validate=True).decode().partition(":")[2] or None
         except (binascii.Error, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from types import TracebackType
 from typing import Self
@@ -28,7 +29,6 @@ class Admission:
             one crowd, for which only the first counts.
 
     Attributes:
-        rejected: requests refused so far, by code.
         seconds_each: how long a request takes, as seen lately.
     """
 
@@ -37,7 +37,6 @@ class Admission:
         self._most_per_key = running + waiting_per_key
         self._running = running
         self._inside: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
         self.seconds_each = 1.0
 
     @property
@@ -66,7 +65,6 @@ class Admission:
         self.seconds_each += 0.1 * (seconds - self.seconds_each)
 
     def _refusal(self, code: str, message: str) -> ServiceError:
-        self.rejected[code] += 1
         waiting = max(1, self.inside - self._running)
         return too_many(code, message, waiting * self.seconds_each / self._running)
 
@@ -77,11 +75,12 @@ class Ticket:
     def __init__(self, admission: Admission, name: str) -> None:
         self._admission: Admission | None = admission
         self._name = name
+        self._entered = time.monotonic()
 
-    def leave(self, seconds: float = 0.0) -> None:
-        """Give the place back, after so long; the second time does nothing."""
+    def leave(self) -> None:
+        """Give the place back; the second time does nothing."""
         if self._admission is not None:
-            self._admission.leave(self._name, seconds)
+            self._admission.leave(self._name, time.monotonic() - self._entered)
             self._admission = None
 
     def __enter__(self) -> Self:

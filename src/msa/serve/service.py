@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
@@ -24,29 +26,69 @@ State = Literal["loading", "ready", "draining", "failed"]
 class Service:
     """Everything behind the app; `app.state.service`.
 
+    Args:
+        settings: how it runs.
+        checkpoint: the model with what belongs to it, or a function that loads it; by default the
+            one that the settings name is loaded.
+        read_only: open the banks for reading only.
+
     Attributes:
         settings, keys, metrics, registry, asking, turns: its parts.
-        checkpoint: the model with what belongs to it, once it is loaded.
+        checkpoint: the model, once it is loaded.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
+
+    Raises:
+        ConfigError: the key file cannot be used.
     """
 
-    def __init__(self, settings: ServeSettings, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self.settings = settings
         self.keys = Keys.load(settings.api_key_file)
         self.metrics = Metrics()
         self.turns = Turns(settings.encode_share)
-        self.registry = BankRegistry(settings)
+        self.registry = BankRegistry(settings, read_only=read_only)
+        self.metrics.watch_banks(self.registry.all)
         self.asking = AskService(settings, self.metrics, self.turns)
-        self.checkpoint = checkpoint
+        self.checkpoint: Checkpoint | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None
+        self._given = checkpoint
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(
+        cls,
+        settings: ServeSettings,
+        checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None,
+        *,
+        read_only: bool = False,
+    ) -> AsyncIterator[Service]:
+        """A service without an app, loaded when the block begins and closed at its end.
+
+        Raises:
+            MSAError: it cannot be loaded.
+        """
+        service = cls(settings, checkpoint, read_only=read_only)
+        try:
+            await service.load()
+            if service.failure is not None:
+                raise service.failure
+            yield service
+        finally:
+            await service.drain()
+            await service.close()
 
     async def load(self) -> None:
         """Load the model and the banks; afterwards the state is "ready", or "failed"."""
         try:
-            await asyncio.to_thread(self._load)
-            assert self.checkpoint is not None
+            self.checkpoint = await asyncio.to_thread(self._load)
             self.asking.open(self.checkpoint.model)
         except Exception as error:
             self.failure, self.state = error, "failed"
@@ -55,16 +97,20 @@ class Service:
         if self.state == "loading":
             self.state = "ready"
 
-    def _load(self) -> None:
-        if self.checkpoint is None:
-            from msa.cli.options import load_model
+    def _load(self) -> Checkpoint:
+        if self._given is None:
+            from msa.model.loading import load
 
-            self.checkpoint = load_model(self.settings.model, self.settings.device, quiet=True)
-        self.registry.open_all(self.checkpoint)
+            checkpoint = load(self.settings.model, device=self.settings.device or "cpu")
+        else:
+            checkpoint = self._given() if callable(self._given) else self._given
+        self.registry.open_all(checkpoint)
+        return checkpoint
 
     async def drain(self) -> None:
         """Take no new work, and end what runs; within the settings' seconds."""
-        self.state = "draining"
+        if self.state != "failed":
+            self.state = "draining"
         await self.asking.drain(self.settings.shutdown_seconds)
 
     async def close(self) -> None:
