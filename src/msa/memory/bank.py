@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,9 @@ from msa.memory.ingest.pipeline import (
     SegmentPool,
     Submit,
     Written,
+    metadata_text,
 )
+from msa.memory.ingest.splitter import RejectedError
 from msa.memory.maintenance import Maintenance
 from msa.memory.store.catalog import CATALOG_FILE, Catalog
 from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
@@ -43,7 +45,7 @@ from msa.memory.store.word_index import LexicalIndex, LexicalQuery
 from msa.memory.store.writer_lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
-from msa.types import Document, whole_number
+from msa.types import JSON, Document, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -280,7 +282,9 @@ class MemoryBank(ClosedAtExit, NotPickled):
             self.catalog.check_writer()
             yield
 
-    def _encoder(self, doing: str) -> DocumentEncoder:
+    def _encoder(
+        self, doing: str, before_batch: Callable[[], None] | None = None
+    ) -> DocumentEncoder:
         if self.model is None or self.tokenizer is None:
             raise BankError(
                 f"bank '{self.path}' was opened without a model; give MemoryBank.open the model "
@@ -292,6 +296,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
             self.template,
             dtype=self.manifest.torch_dtype,
             packed=self.manifest.packed,
+            before_batch=before_batch,
         )
 
     # ---- writing
@@ -305,6 +310,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
         commit_tokens: int = COMMIT_TOKENS,
         progress: Callable[[AddProgress], None] | None = None,
         pool: SegmentPool | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> AddReport:
         """Encode and store documents; each is durable once a progress call has counted it.
 
@@ -324,6 +330,9 @@ class MemoryBank(ClosedAtExit, NotPickled):
             progress: called after every commit.
             pool: workers that encode, such as `msa.memory.distributed.encoding_pool.EncodingPool`;
                 by default this process does.
+            before_batch: called before every batch that this process encodes, by the thread that
+                does: it may wait to leave the processor to others, and what it raises stops the
+                call, as an error of the iterator does.
 
         Raises:
             DuplicateDocumentError: on_duplicate is "error", and an id is in the bank or came before
@@ -339,12 +348,16 @@ class MemoryBank(ClosedAtExit, NotPickled):
                 "objects, as in bank.add([Document(id='a', text='...')])"
             )
         with self._writing("add documents"):
-            return self._add(documents, options, pool)
+            return self._add(documents, options, pool, before_batch)
 
     def _add(
-        self, documents: Iterable[Document], options: AddOptions, pool: SegmentPool | None = None
+        self,
+        documents: Iterable[Document],
+        options: AddOptions,
+        pool: SegmentPool | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> AddReport:
-        encoder = self._encoder("add documents")
+        encoder = self._encoder("add documents", before_batch)
         with contextlib.ExitStack() as stack:
             submit: Submit
             if pool is None:
@@ -413,6 +426,27 @@ class MemoryBank(ClosedAtExit, NotPickled):
             report = self._add([document], AddOptions("update"))
         if report.failed:
             raise InputError(f"document '{report.failed[0][0]}': {report.failed[0][1]}")
+
+    def set_metadata(self, metadata: Mapping[str, Mapping[str, JSON]]) -> None:
+        """Give documents other metadata; in one commit. Texts and numbers stay as they are.
+
+        Args:
+            metadata: id, as given to `add`, -> all of the document's metadata from now on.
+
+        Raises:
+            DocumentNotFoundError: the bank does not hold one of them.
+            InputError: an id names a part of a split document; or a value is no JSON.
+        """
+        with self._writing("change metadata"):
+            changes = []
+            for document_id, values in metadata.items():
+                self._known_numbers(document_id)
+                try:
+                    changes.append((document_id, metadata_text(values)))
+                except RejectedError as reason:
+                    raise InputError(f"document '{document_id}': {reason}") from None
+            if changes:
+                self.catalog.commit([], [], metadata=changes)
 
     def delete(self, ids: str | Iterable[str]) -> int:
         """Delete documents, with all their parts; in one commit, all or none.
@@ -546,14 +580,24 @@ class MemoryBank(ClosedAtExit, NotPickled):
         """
         return self.catalog.ids(numbers)
 
-    def documents(self, limit: int | None = None, offset: int = 0) -> list[StoredDocument]:
+    def documents(
+        self, limit: int | None = None, offset: int = 0, *, after: int = 0
+    ) -> list[StoredDocument]:
         """Documents in the order in which they were added, parts of split ones each.
 
+        Args:
+            limit: documents at most; all by default.
+            offset: documents to leave out.
+            after: only documents with a higher number, so that pages stay in step with a bank
+                that changes.
+
         Raises:
-            InputError: a limit or offset that is no whole number from 0.
+            InputError: a limit, offset or number that is no whole number from 0.
         """
         most = -1 if limit is None else whole_number(limit, "limit", 0)
-        return self.catalog.page(most, whole_number(offset, "offset", 0))
+        return self.catalog.page(
+            most, whole_number(offset, "offset", 0), whole_number(after, "after", 0)
+        )
 
     # ---- lexical search
 

@@ -12,9 +12,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import msa
-from msa.serve import health, native
+from msa.serve import documents, health, job_routes, native, page, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
+from msa.serve.openai import files, vector_store_files, vector_stores
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     native.router,
+    documents.router,
+    job_routes.router,
+    permalinks.router,
+    files.router,
+    vector_stores.router,
+    vector_store_files.router,
+    page.router,
 )
 """The routes, in the order in which they are looked up."""
 

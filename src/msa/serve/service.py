@@ -13,6 +13,7 @@ from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry
 from msa.serve.errors import ServiceError, log_failure
 from msa.serve.fairness import Turns
+from msa.serve.jobs import Jobs
 from msa.serve.keys import ADMIN, Keys, Principal, principal
 from msa.serve.metrics import Metrics
 from msa.serve.settings import ServeSettings
@@ -33,7 +34,7 @@ class Service:
         read_only: open the banks for reading only.
 
     Attributes:
-        settings, keys, metrics, registry, asking, turns: its parts.
+        settings, keys, metrics, registry, asking, turns, jobs: its parts.
         checkpoint: the model, once it is loaded.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
@@ -56,6 +57,7 @@ class Service:
         self.registry = BankRegistry(settings, read_only=read_only)
         self.metrics.watch_banks(self.registry.all)
         self.asking = AskService(settings, self.metrics, self.turns)
+        self.jobs = Jobs(settings, self.registry, self.turns)
         self.checkpoint: Checkpoint | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None
@@ -90,6 +92,7 @@ class Service:
         try:
             self.checkpoint = await asyncio.to_thread(self._load)
             self.asking.open(self.checkpoint.model)
+            await self.jobs.start()
         except Exception as error:
             self.failure, self.state = error, "failed"
             log_failure(error)
@@ -115,6 +118,7 @@ class Service:
 
     async def close(self) -> None:
         """Stop everything and close the banks."""
+        await self.jobs.stop()
         await self.asking.close()
         await asyncio.to_thread(self.registry.close)
 
@@ -126,6 +130,7 @@ class Service:
         """
         served = self.registry.get(name, principal, ADMIN)
         self.registry.check_removable(served)
+        await asyncio.to_thread(self.jobs.forget_bank, name)
         gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
         await self.asking.fail(lambda ask: ask.served is served, gone)
         await self.asking.call(lambda: self.registry.remove(name, principal))

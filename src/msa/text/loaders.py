@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 CONVERTED_SUFFIXES = frozenset({".pdf", ".html", ".htm", ".docx"})
 COMPRESSIBLE_SUFFIXES = TEXT_SUFFIXES | MARKDOWN_SUFFIXES | JSONL_SUFFIXES | set(TABLE_SUFFIXES)
+
+MAX_UNPACKED_BYTES = 256 * 2**20
+"""What the parts of a DOCX file, which is a zip archive, may hold together when unpacked."""
 
 INSTALL_DOCUMENTS = "pip install 'msa-memory[documents]'"
 """What to type for PDF, HTML and DOCX."""
@@ -120,6 +124,7 @@ def load_documents(
     fields: FieldNames | None = None,
     on_bytes: Callable[[int], None] | None = None,
     held_as: HeldAs | None = None,
+    max_unpacked_bytes: int | None = None,
 ) -> Iterator[LoadedDocument | LoadFailure]:
     """Documents of files and folders, in a fixed order, read as they are asked for.
 
@@ -136,6 +141,8 @@ def load_documents(
         on_bytes: called with the number of bytes read from disk since the last call; they add up
             to `total_bytes(paths)` if all files can be read.
         held_as: see `HeldAs`; nothing by default.
+        max_unpacked_bytes: of a `.gz` file, what lies beyond is a failure; no bound by default,
+            for files that one made oneself.
 
     Yields:
         A `LoadedDocument` or `LoadFailure` for every record; of two documents with the same id,
@@ -157,7 +164,7 @@ def load_documents(
                     on_bytes(_size(found.path))
                 continue
             files[found.id] = found.name
-            for loaded in _load_file(found, fields, on_bytes, held_as):
+            for loaded in _load_file(found, fields, on_bytes, held_as, max_unpacked_bytes):
                 if isinstance(loaded, LoadedDocument):
                     first = seen.setdefault(loaded.document.id, loaded.source)
                     if first is not loaded.source:
@@ -303,13 +310,25 @@ def _suffixes(path: Path) -> tuple[str, bool]:
 
 def _known(file: _File, *, given: bool) -> _File | LoadFailure:
     """The file, or why its type is not read."""
-    suffix, compressed = _suffixes(file.path)
+    reason = why_not_read(file.path)
+    return file if reason is None else LoadFailure(file.name, reason, ignored=not given)
+
+
+def why_not_read(path: str | Path) -> str | None:
+    """Why a file of this name is not read, in a few words; None if its type is read."""
+    suffix, compressed = _suffixes(Path(path))
     known = COMPRESSIBLE_SUFFIXES if compressed else COMPRESSIBLE_SUFFIXES | CONVERTED_SUFFIXES
     if suffix in known:
-        return file
-    shown = (suffix + ".gz" if compressed else suffix) or "(none)"
+        return None
+    shown = type_suffix(path) or "(none)"
     types = "txt, md, jsonl, csv, tsv (also .gz), pdf, html, docx"
-    return LoadFailure(file.name, f"file type {shown} is not one of {types}", ignored=not given)
+    return f"file type {shown} is not one of {types}"
+
+
+def type_suffix(path: str | Path) -> str:
+    """By what the type of a file is told: ".md", ".jsonl.gz"; in lower case, empty for none."""
+    suffix, compressed = _suffixes(Path(path))
+    return suffix + ".gz" if compressed else suffix
 
 
 # What is in them
@@ -320,13 +339,15 @@ def _load_file(
     fields: FieldNames,
     on_bytes: Callable[[int], None] | None,
     held_as: HeldAs | None,
+    max_unpacked_bytes: int | None,
 ) -> Iterator[LoadedDocument | LoadFailure]:
     """Everything in one file; errors of the whole file become one failure."""
     suffix, compressed = _suffixes(file.path)
     reported = 0
     try:
         with file.path.open("rb") as raw:
-            stream = cast("IO[bytes]", gzip.GzipFile(fileobj=raw) if compressed else raw)
+            unpacked = _Unpacked(raw, max_unpacked_bytes) if compressed else raw
+            stream = cast("IO[bytes]", unpacked)
             for loaded in _load_stream(file, stream, suffix, fields, held_as):
                 if on_bytes is not None:
                     position = raw.tell()
@@ -342,6 +363,31 @@ def _load_file(
         yield LoadFailure(file.name, _os_reason(error), origin=file.id)
     if on_bytes is not None:
         on_bytes(max(0, _size(file.path) - reported))
+
+
+class _Unpacked(gzip.GzipFile):
+    """What a gzip file holds, up to so many bytes: a small file can unpack to any length."""
+
+    def __init__(self, packed: IO[bytes], limit: int | None) -> None:
+        super().__init__(fileobj=packed)
+        self._limit = self._left = limit
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        if self._left is not None and self._limit is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise _BadRecord(_unpacks_to_more_than(self._limit))
+        return data
+
+
+def _unpacks_to_more_than(limit: int) -> str:
+    return f"it unpacks to more than {limit / 2**20:,.0f} MiB; cut it into several files"
 
 
 def _load_stream(
@@ -516,6 +562,8 @@ def _convert(path: Path) -> tuple[str | None, str, str | None]:
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
         raise _BadRecord(_too_long())
     kind = path.suffix[1:].upper()
+    if kind == "DOCX":
+        _check_archive(path)
     missing = f"{kind} needs the extra 'documents'; install it: {INSTALL_DOCUMENTS}"
     try:
         from markitdown import (
@@ -554,6 +602,17 @@ def _convert(path: Path) -> tuple[str | None, str, str | None]:
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise _BadRecord(f"this {kind} file cannot be converted: {first}") from None
     return result.title or None, result.text_content, note
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that unpacks to more than fits; what is none, its reader refuses."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        return
+    if size > MAX_UNPACKED_BYTES:
+        raise _BadRecord(_unpacks_to_more_than(MAX_UNPACKED_BYTES))
 
 
 # Records

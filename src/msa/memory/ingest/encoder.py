@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -75,6 +75,8 @@ class DocumentEncoder:
         template: text format; the released one by default.
         dtype: of the states; the model's by default.
         packed: precision of the content when it is to be packed ("int8", "fp8", "int4").
+        before_batch: called before every batch, by each thread that encodes; it may wait, and what
+            it raises ends the encoding.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class DocumentEncoder:
         *,
         dtype: torch.dtype | None = None,
         packed: str | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
+        self._before_batch = before_batch
         self.packed = packed
         self.prompts = PromptEncoder(tokenizer, template)
         self.dtype = dtype or model.dtype
@@ -174,6 +178,8 @@ class DocumentEncoder:
 
     @torch.no_grad()
     def _encode_batch(self, batch: Sequence[Tokens]) -> EncodedBatch:
+        if self._before_batch is not None:
+            self._before_batch()
         longest = len(batch[-1][1])
         input_ids = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for _, ids in batch])
         lengths = torch.tensor([len(ids) for _, ids in batch])

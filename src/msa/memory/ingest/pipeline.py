@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -26,7 +26,7 @@ from msa.memory.store.records import EncodedBatch, SegmentEntry, WrittenFile
 from msa.memory.store.reports import AddProgress, AddReport
 from msa.memory.store.segments import SegmentWriter
 from msa.text.normalization import nfc_document
-from msa.types import Document
+from msa.types import JSON, Document
 
 OnDuplicate = Literal["error", "skip", "update"]
 Written = list[tuple[SegmentEntry, tuple[int, ...]]]
@@ -216,9 +216,17 @@ def check_document(document: Document) -> str:
             f"its text has {len(document.text)} characters; at most {MAX_TEXT_CHARACTERS} are "
             "allowed; give it in several documents"
         )
+    return metadata_text(document.metadata)
+
+
+def metadata_text(metadata: Mapping[str, JSON]) -> str:
+    """Metadata as the JSON text that is stored.
+
+    Raises:
+        RejectedError: it holds what is no JSON.
+    """
     try:
-        metadata = dict(document.metadata)
-        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        text = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise RejectedError(f"its metadata cannot be written as JSON: {error}") from None

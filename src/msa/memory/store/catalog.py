@@ -399,12 +399,20 @@ class Catalog(NotPickled):
                     found.update(row[0] for row in db.execute(query, (*some, *rest)))
         return found - set(others)
 
-    def page(self, limit: int, offset: int) -> list[StoredDocument]:
-        """Documents in the order of their numbers; a negative limit means all."""
-        values = [
-            min(whole_number(v, n), _LARGEST) for n, v in (("limit", limit), ("offset", offset))
-        ]
-        return self._stored("ORDER BY d.number LIMIT ? OFFSET ?", values)
+    def page(self, limit: int, offset: int, after: int = 0) -> list[StoredDocument]:
+        """Documents behind a number in the order of their numbers; a negative limit means all."""
+        given = (("after", after), ("limit", limit), ("offset", offset))
+        values = [min(whole_number(value, name), _LARGEST) for name, value in given]
+        return self._stored("WHERE d.number > ? ORDER BY d.number LIMIT ? OFFSET ?", values)
+
+    def sources(self, prefix: str) -> list[str]:
+        """Ids as given to `add`, of those documents whose id begins so; sorted."""
+        if not _is_unicode(prefix):
+            return []
+        query = "SELECT DISTINCT source FROM documents WHERE source >= ? AND source < ? ORDER BY 1"
+        with self._db.reading() as db:
+            found = db.execute(query, (prefix, prefix + chr(0x10FFFF)))
+            return [row[0] for row in found]
 
     def _stored(self, where: str, values: Sequence[object]) -> list[StoredDocument]:
         with self._db.reading() as db:

@@ -11,12 +11,13 @@
  * @typedef {{question: string, text: string, citations: Citation[], rounds: Round[],
  *   usage: {prompt_tokens: number, generated_tokens: number, routing_seconds: number,
  *   total_seconds: number}, stopped: string}} Answer
- * @typedef {{id: string, number: number, title: string | null, text: string,
+ * @typedef {{id: string, number: number, title: string | null, text?: string, snippet?: string,
  *   metadata: Record<string, any>, num_tokens?: number, part_of?: string | null,
- *   part?: number, num_parts?: number, score?: number}} StoredDocument
+ *   part?: number, num_parts?: number, score?: number}} StoredDocument a document of a list; what
+ *   is found by meaning has its text and a score, what is listed a snippet
  * @typedef {{file: string, status: string, reason?: string | null}} JobFile
- * @typedef {{id: string, status: string, done: number, total: number | null, tokens: number,
- *   files?: JobFile[], failed: JobFile[], skipped: JobFile[], eta_s: number | null}} Job
+ * @typedef {{id: string, status: string, done: number, total: number, tokens: number,
+ *   files: JobFile[], eta_s: number | null, message: string | null}} Job
  */
 
 /** An answer of the service that is an error. */
@@ -57,8 +58,23 @@ export const address = (path) => new URL(path, document.baseURI.split("#")[0]).h
 /** @param {string} name @param {string} [rest] */
 const ofBank = (name, rest = "") => `api/banks/${encodeURIComponent(name)}${rest}`;
 
-/** @param {string} bank @param {number} number @returns {string} where a document stays */
-export const permalink = (bank, number) => address(`d/${encodeURIComponent(bank)}/${number}`);
+/**
+ * @param {string} bank
+ * @param {number} number
+ * @param {[number, number] | null} [span] marked there
+ * @returns {string} where a document stays
+ */
+export function permalink(bank, number, span) {
+  const marked = span ? `?span=${span[0]}-${span[1]}#answer` : "";
+  return address(`d/${encodeURIComponent(bank)}/${number}${marked}`);
+}
+
+/**
+ * @param {string} bank
+ * @param {number} number
+ * @returns {Promise<StoredDocument & {text: string}>} with its whole text
+ */
+export const passage = (bank, number) => json(`d/${encodeURIComponent(bank)}/${number}`);
 
 /** @returns {Record<string, string>} */
 function headers() {
@@ -127,7 +143,7 @@ export const bankInfo = (bank) => json(ofBank(bank));
 export async function* ask(bank, body, signal) {
   const response = await request(ofBank(bank, "/ask"), {
     method: "POST",
-    body: { ...body, stream: true },
+    body: { ...body, trace: true, stream: true },
     accept: "text/event-stream",
     signal,
   });
@@ -148,12 +164,13 @@ export const search = async (bank, query, filter) =>
 
 /**
  * @param {string} bank
- * @param {{after?: string | number | null, filter?: object, limit?: number}} options
- * @returns {Promise<{data: StoredDocument[], has_more: boolean, next: string | number | null}>}
+ * @param {{after?: number | null, filter?: object, words?: string}} options
+ * @returns {Promise<{data: StoredDocument[], has_more: boolean, next: number | null}>}
  */
-export function documents(bank, { after = null, filter, limit = 50 }) {
-  const query = new URLSearchParams({ limit: String(limit) });
+export function documents(bank, { after = null, filter, words }) {
+  const query = new URLSearchParams({ limit: "50" });
   if (after !== null) query.set("after", String(after));
+  if (words) query.set("q", words);
   if (filter) query.set("filter", JSON.stringify(filter));
   return json(ofBank(bank, `/documents?${query}`));
 }

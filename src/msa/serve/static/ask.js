@@ -158,7 +158,7 @@ class Card {
     const now = this.stage && `${this.stage} ${seconds(this.elapsed)}`;
     this.part(".stages").replaceChildren(
       ...done.map((text) => make("span", {}, text)),
-      now ? make("span", { class: "now" }, now) : "",
+      ...(now ? [make("span", { class: "now" }, now)] : []),
     );
   }
 

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { $, make, number, parseFilter, plural, show, size, toast } from "./dom.js";
-import { openPassage } from "./passage.js";
+import { openNumber } from "./passage.js";
 
 /** @typedef {import("./api.js").StoredDocument} StoredDocument */
 
@@ -11,7 +11,7 @@ const UNDO_SECONDS = 6;
 let bank = "";
 let mayWrite = false;
 /** Where the next page of the list begins. */
-let next = /** @type {string | number | null} */ (null);
+let next = /** @type {number | null} */ (null);
 /** Grows with every listing, so that a late answer to an earlier one is dropped. */
 let listing = 0;
 /** Deletes that can still be undone: id of the document -> what sends or forgets them. */
@@ -25,6 +25,7 @@ export function startMemory() {
     list();
   });
   $("search").addEventListener("search", () => $("search").value || list());
+  $("search-by").addEventListener("change", () => $("search").value && list());
   $("more").addEventListener("click", () => page(filterOrProblem()));
   addEventListener("pagehide", () => sendDeletes(true));
 }
@@ -60,7 +61,7 @@ export async function list() {
   if (filter === null || !bank) return;
   const query = $("search").value.trim();
   next = null;
-  if (query) await find(query, filter);
+  if (query && $("search-by").value === "meaning") await find(query, filter);
   else await page(filter, true);
 }
 
@@ -85,7 +86,8 @@ async function page(filter, first = false) {
   if (filter === null) return;
   const mine = (listing += 1);
   await shown(mine, async () => {
-    const found = await api.documents(bank, { after: next, filter });
+    const words = $("search").value.trim();
+    const found = await api.documents(bank, { after: next, filter, words });
     if (mine !== listing) return;
     if (first) $("documents").replaceChildren();
     $("documents").append(...found.data.map(row));
@@ -115,7 +117,7 @@ async function shown(mine, work) {
 function row(stored) {
   const name = stored.title || stored.id;
   const open = make("button", { type: "button", class: "name", "aria-expanded": "false" }, name);
-  open.addEventListener("click", () => openPassage(bank, stored, open));
+  open.addEventListener("click", () => openNumber(bank, stored.number, open));
   const part = stored.num_parts && stored.num_parts > 1 ? `part ${stored.part} of ${stored.num_parts}` : null;
   const facts = [
     stored.id === name ? null : stored.id,
@@ -128,7 +130,7 @@ function row(stored) {
     "li",
     { "data-id": stored.id },
     open,
-    make("p", { class: "snippet" }, stored.text.slice(0, 400)),
+    make("p", { class: "snippet" }, stored.snippet ?? stored.text?.slice(0, 400) ?? ""),
     make("p", { class: "id" }, facts.filter(Boolean).join(" · ")),
   );
   const id = stored.part_of || stored.id;

@@ -1,7 +1,7 @@
 // The passage beside the answer: a source, with the answer's words marked in it.
 
-import { permalink } from "./api.js";
-import { $, copy, make, marked, number, show } from "./dom.js";
+import { passage, permalink } from "./api.js";
+import { $, copy, make, marked, number, show, toast } from "./dom.js";
 
 const WIDE = matchMedia("(min-width: 1000px)");
 const panel = /** @type {HTMLDialogElement} */ ($("passage"));
@@ -9,9 +9,27 @@ const panel = /** @type {HTMLDialogElement} */ ($("passage"));
 let opener = null;
 
 /**
+ * @typedef {{id: string, number: number, title: string | null, text: string,
+ *   round?: number, span?: [number, number] | null, metadata?: Record<string, any>}} Source
+ */
+
+/**
+ * Open a document of a list, of which only the beginning is here.
  * @param {string} bank
- * @param {{id: string, number: number, title: string | null, text: string,
- *   round?: number, span?: [number, number] | null, metadata?: Record<string, any>}} source
+ * @param {number} number
+ * @param {HTMLElement} from the button that was pressed
+ */
+export async function openNumber(bank, number, from) {
+  try {
+    openPassage(bank, await passage(bank, number), from);
+  } catch (error) {
+    toast(/** @type {Error} */ (error).message, { alert: true });
+  }
+}
+
+/**
+ * @param {string} bank
+ * @param {Source} source
  * @param {HTMLElement} from the button that was pressed
  */
 export function openPassage(bank, source, from) {
@@ -19,13 +37,13 @@ export function openPassage(bank, source, from) {
   opener = from;
   opener.setAttribute("aria-expanded", "true");
   const round = source.round ? `Read in round ${source.round}` : "";
-  const stands = source.span ? " · the answer is marked" : "";
+  const stands = source.span ? " · answer marked" : "";
   show($("passage-round"), round && round + stands);
   $("passage-title").textContent = source.title || source.id;
   $("passage-id").textContent = `${source.id} · no. ${number(source.number)}`;
   $("passage-text").replaceChildren(...marked(source.text, source.span));
   showMetadata(source.metadata ?? {});
-  const link = permalink(bank, source.number);
+  const link = permalink(bank, source.number, source.span);
   $("passage-link").href = link;
   $("passage-copy").onclick = () => copy(link, "Link");
   if (WIDE.matches) panel.show();

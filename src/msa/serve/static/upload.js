@@ -11,7 +11,6 @@ const POLL_MS = 500;
 const ENDS = ["done", "failed", "cancelled"];
 const STORED = "msa-jobs"; // jobs that this tab watches, so that a reload finds them again
 const WORDS = /** @type {Record<string, string>} */ ({
-  waiting: "waiting",
   queued: "waiting",
   running: "reading",
   done: "added",
@@ -163,7 +162,7 @@ class Upload {
     const rows = this.files.map((file) => {
       const sent = Math.min(1, Math.max(0, (share * whole - begin) / (file.size || 1)));
       begin += file.size;
-      return { file: file.name, status: sent === 1 ? "waiting" : "sending", sent };
+      return { file: file.name, status: sent === 1 ? "queued" : "sending", sent };
     });
     this.showFiles(rows);
   }
@@ -172,29 +171,26 @@ class Upload {
   show(job) {
     this.job = job;
     const bar = this.part("progress");
-    if (job.total) bar.value = job.done / job.total;
-    else bar.removeAttribute("value");
+    bar.value = job.total ? job.done / job.total : 0;
     this.part(".about").textContent = [
       job.status === "queued" ? "Waiting for its turn" : "Reading",
-      job.total ? `${number(job.done)} of ${number(job.total)}` : null,
+      `${number(job.done)} of ${plural(job.total, "file")}`,
       job.tokens ? plural(job.tokens, "token") : null,
       job.eta_s ? `${seconds(job.eta_s)} left` : null,
     ]
       .filter(Boolean)
       .join(" · ");
-    this.showFiles(fates(job, this.files));
+    this.showFiles(job.files);
   }
 
   /** @param {Job} job */
   end(job) {
-    const files = fates(job, this.files);
     const counts = ["done", "failed", "skipped", "cancelled"].map((status) => {
-      const count = files.filter((file) => file.status === status).length;
+      const count = job.files.filter((file) => file.status === status).length;
       return count ? `${number(count)} ${WORDS[status]}` : null;
     });
-    const summary = counts.filter(Boolean).join(", ") || WORDS[job.status];
-    const tokens = job.tokens ? ` · ${plural(job.tokens, "token")}` : "";
-    this.finish(job.status === "cancelled" ? `Cancelled: ${summary}` : summary + tokens);
+    const tokens = job.tokens ? plural(job.tokens, "token") : null;
+    this.finish([counts.filter(Boolean).join(", "), tokens, job.message].filter(Boolean).join(" · "));
     context.changed();
   }
 
@@ -239,20 +235,4 @@ function fileRow(file) {
     make("span", { class: "track", "aria-hidden": "true" }, fill),
     file.reason ? make("p", { class: "reason" }, file.reason) : null,
   );
-}
-
-/**
- * Every file of a job and what became of it.
- * @param {Job} job
- * @param {File[]} sent
- * @returns {JobFile[]}
- */
-function fates(job, sent) {
-  if (job.files) return job.files;
-  const told = [
-    ...job.failed.map((file) => ({ ...file, status: "failed" })),
-    ...job.skipped.map((file) => ({ ...file, status: "skipped" })),
-  ];
-  const others = sent.filter((file) => !told.some((other) => other.file === file.name));
-  return [...told, ...others.map((file) => ({ file: file.name, status: job.status }))];
 }
