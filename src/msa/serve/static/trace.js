@@ -1,6 +1,6 @@
 // How an answer was found: per round what each layer routed to, and what of it was read.
 
-import { make, plural } from "./dom.js";
+import { make, number, plural } from "./dom.js";
 
 /** @typedef {import("./api.js").Round} Round */
 
@@ -17,8 +17,9 @@ function roundElement(round) {
   const read = new Set(round.read.map((citation) => citation.number));
   const titles = new Map(round.read.map((citation) => [citation.number, citation.title]));
   const routed = new Set(Object.values(round.routed).flatMap((some) => some.map((d) => d.number)));
-  const others = [...routed].filter((number) => !read.has(number)).length;
-  const about = `${plural(read.size, "document")} read, ${plural(others, "more routed document")} not`;
+  const others = [...routed].filter((one) => !read.has(one)).length;
+  const done = read.size ? `${plural(read.size, "document")} read` : "nothing more was read";
+  const about = `${done}, ${number(others)} routed and not read`;
   const layers = Object.entries(round.routed).map(([layer, documents]) =>
     bars(
       `Layer ${layer}`,
