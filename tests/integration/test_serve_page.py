@@ -159,7 +159,8 @@ def test_the_page_is_asked_for_anew_and_what_it_loads_is_kept(url):
         page, headers = response.read().decode(), response.headers
     assert headers["Cache-Control"] == "no-cache"
     loaded = re.findall(r'(?:src|href)="(static/[^"]+)"', page)
-    assert asset_url("page.js") in loaded and asset_url("style.css") in loaded
+    assert asset_url("page.js") in loaded
+    assert asset_url("style.css") in loaded
     for address in loaded:
         with urlopen(url + address) as response:
             assert "immutable" in response.headers["Cache-Control"]
@@ -267,7 +268,8 @@ def test_what_is_copied_runs(page, url):
     expect(page.locator(".toast")).to_contain_text("copied")
     code = page.evaluate("navigator.clipboard.readText()")
     compile(code, "copied", "exec")
-    assert f"{url}v1" in code and "msa/worlds" in code
+    assert f"{url}v1" in code
+    assert "msa/worlds" in code
     card.get_by_role("button", name="Copy as curl").click()
     expect(page.locator(".toast").last).to_contain_text("curl")
     if shutil.which("curl") is None:
@@ -275,6 +277,63 @@ def test_what_is_copied_runs(page, url):
     command = page.evaluate("navigator.clipboard.readText()")
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60)
     assert json.loads(done.stdout)["text"] == "Cornelius Vidal"
+
+
+def events(*some):
+    """A body of server-sent events."""
+    return "".join(f"event: {kind}\ndata: {json.dumps(data)}\n\n" for kind, data in some)
+
+
+REFUSED = {
+    "question": TWO_HOPS,
+    "text": "It is not there.",
+    "citations": [],
+    "rounds": [{"index": 1, "routed": {"3": []}, "read": [], "ranked": []}],
+    "usage": {
+        "prompt_tokens": 9,
+        "generated_tokens": 2,
+        "routing_seconds": 0.1,
+        "total_seconds": 0.2,
+    },
+    "stopped": "not_found",
+    "scores": {},
+}
+
+
+def test_what_is_not_in_the_memory_is_shown_as_such(page):
+    page.route(
+        "**/ask",
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=events(("answer", REFUSED))
+        ),
+    )
+    card = ask(page, TWO_HOPS)
+    expect(card.locator(".refused")).to_contain_text("Not in this memory.")
+    expect(card.locator(".answer")).to_be_hidden()
+    expect(page.locator("#live")).to_contain_text("Not in this memory.")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (events(("token", "Cor")), "The answer broke off; ask once more."),
+        (
+            events(("error", {"error": {"message": "It is closing.", "code": "x"}})),
+            "It is closing.",
+        ),
+    ],
+)
+def test_an_answer_that_fails_says_so_and_can_be_asked_again(page, body, told):
+    page.route(
+        "**/ask",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+        times=1,
+    )
+    card = ask(page, TWO_HOPS)
+    expect(card.locator(".problem")).to_contain_text(told)
+    card.get_by_role("button", name="Ask again").click()
+    expect(card.locator(".answer")).to_have_text("Cornelius Vidal")
+    expect(card.locator(".problem")).to_be_hidden()
 
 
 # ---- the memory
@@ -307,6 +366,32 @@ def test_files_are_added_and_each_is_told_its_fate(page, tmp_path):
     expect(page.locator("#documents > li")).to_have_count(1)
 
 
+def test_files_are_dropped_on_the_page_and_their_job_is_found_again(page, service, monkeypatch):
+    _, app = service
+    go_on = threading.Event()
+    wait = app.state.service.turns.encode
+    monkeypatch.setattr(app.state.service.turns, "encode", lambda: (go_on.wait(60), wait())[1])
+    dropped = """() => {
+      const data = new DataTransfer();
+      data.items.add(new File(["The lighthouse of Skairton is red."], "lighthouse.txt"));
+      for (const type of ["dragenter", "dragover", "drop"]) {
+        dispatchEvent(new DragEvent(type, { dataTransfer: data, cancelable: true }));
+      }
+    }"""
+    try:
+        page.evaluate(dropped)
+        job = page.locator("#jobs > li")
+        expect(job.locator(".files li")).to_contain_text("lighthouse.txt")
+        expect(job.locator(".about").first).to_contain_text("Reading")
+        page.reload()
+        expect(job.locator(".files li")).to_contain_text("lighthouse.txt")
+        job.get_by_role("button", name="Cancel").click()
+    finally:
+        go_on.set()
+    expect(job).to_have_class(re.compile("finished"))
+    expect(job.locator(".files li .score")).to_have_text("not added")
+
+
 def test_what_is_deleted_is_gone_in_the_next_answer_and_undo_keeps_it(page, url):
     document = renata()
     put(url, document.id, text=document.text, title=document.title)
@@ -319,6 +404,9 @@ def test_what_is_deleted_is_gone_in_the_next_answer_and_undo_keeps_it(page, url)
     row.get_by_role("button", name="Delete").click()
     expect(row).to_be_hidden()
     page.get_by_role("button", name="Undo").click()
+    expect(row).to_be_visible()
+    row.get_by_role("button", name="Delete").click()
+    page.keyboard.press("u")
     expect(row).to_be_visible()
     row.get_by_role("button", name="Delete").click()
     page.click("#to-ask")
@@ -389,7 +477,8 @@ def test_who_has_no_key_is_asked_for_one(browser, tmp_path, checkpoint):
         page.click("#to-memory")
         expect(page.locator("#add-files")).to_be_hidden()  # the key may read only
         stored = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
-        assert KEY not in stored[0] and KEY in stored[1]
+        assert KEY not in stored[0]
+        assert KEY in stored[1]
 
 
 # ---- keyboard, colors, sizes, screen readers

@@ -16,7 +16,7 @@
  *   part?: number, num_parts?: number, score?: number}} StoredDocument a document of a list; what
  *   is found by meaning has its text and a score, what is listed a snippet
  * @typedef {{file: string, status: string, reason?: string | null}} JobFile
- * @typedef {{id: string, status: string, done: number, total: number, tokens: number,
+ * @typedef {{id: string, kind: string, status: string, done: number, total: number, tokens: number,
  *   files: JobFile[], eta_s: number | null, message: string | null}} Job
  */
 
@@ -226,6 +226,9 @@ function sentForm(url, form, onProgress, signal) {
     sender.send(form);
   });
 }
+
+/** @param {string} bank @returns {Promise<Job[]>} newest first, without their files */
+export const jobs = async (bank) => (await json(ofBank(bank, "/jobs"))).data;
 
 /** @param {string} id @returns {Promise<Job>} */
 export const job = (id) => json(`api/jobs/${encodeURIComponent(id)}`);

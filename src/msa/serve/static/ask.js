@@ -82,7 +82,8 @@ async function ask(question) {
   const card = new Card(context.bank(), { question, ...(filter && { filter }) });
   $("answers").prepend(card.element);
   document.body.classList.add("asked");
-  field.select();
+  if (matchMedia("(hover: hover)").matches) field.select();
+  else field.blur(); // the keyboard makes room for the answer
   await run(card);
 }
 

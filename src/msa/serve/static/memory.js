@@ -225,7 +225,7 @@ function showNumbers({ info, plan }) {
     ["Tokens", number(info.num_tokens)],
     ["On disk", size(info.segment_bytes + info.catalog_bytes)],
     info.num_deleted ? ["Deleted, not compacted", number(info.num_deleted)] : null,
-    ["Changes so far", number(info.generation)],
+    ["Generation", number(info.generation)],
     ["Model", info.model],
     ["Routing layers", info.routing_layers.join(", ")],
     ["Longest part", plural(info.max_document_tokens, "token")],

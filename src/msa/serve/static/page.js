@@ -2,10 +2,10 @@
 
 import * as api from "./api.js";
 import { clearAnswers, openSource, startAsking, stop } from "./ask.js";
-import { $, plural, show, toast } from "./dom.js";
+import { $, make, plural, show, toast } from "./dom.js";
 import { list, sendDeletes, showMemory, startMemory } from "./memory.js";
 import { closePassage } from "./passage.js";
-import { startUploads } from "./upload.js";
+import { showRunning, startUploads } from "./upload.js";
 
 const THEMES = ["system", "light", "dark"];
 const THEME_NAMES = ["Colors: as the system", "Colors: light", "Colors: dark"];
@@ -45,7 +45,19 @@ async function loadBanks() {
     const last = localStorage.getItem("msa-bank");
     await choose(last && names.includes(last) ? last : names[0]);
   } catch (error) {
-    show($("ask-about"), /** @type {Error} */ (error).message);
+    tellWhyNot(/** @type {Error} */ (error));
+  }
+}
+
+/** @param {Error} error why there are no banks; what passes is tried again */
+function tellWhyNot(error) {
+  show($("ask-about"), error.message);
+  if (!(error instanceof api.ApiError)) return;
+  if (error.status === 401) {
+    const again = make("button", { type: "button", class: "link", click: loadBanks }, "Sign in");
+    $("ask-about").append(" ", again);
+  } else if (error.status === 503 || error.status === 0) {
+    setTimeout(loadBanks, 1000 * (error.retryAfter ?? 2));
   }
 }
 
@@ -73,6 +85,7 @@ async function choose(name) {
     ? `${plural(count, "document")}, ${plural(tokens, "token")}`
     : "Nothing is in it yet";
   if (view() === "memory") await list();
+  await showRunning(name).catch(() => {}); // what they add is seen later anyway
 }
 
 const mayWrite = () => about?.scopes?.includes("write") ?? true;
@@ -171,6 +184,7 @@ function press(key) {
     $(view() === "ask" ? "question" : "search").focus();
   } else if (key === "m") go("memory");
   else if (key === "a") go("ask");
+  else if (key === "u") $("toasts").lastElementChild?.querySelector("button")?.click();
   else if (key === "?") $("help-box").showModal();
   else if (/^[1-9]$/.test(key) && view() === "ask") openSource(Number(key));
   else return false;

@@ -10,42 +10,50 @@ const FIRST = 5; // bars that are shown at once
  * @param {Round[]} rounds
  * @returns {HTMLElement[]}
  */
-export const trace = (rounds) => rounds.map(roundElement);
+export function trace(rounds) {
+  const titles = new Map(rounds.flatMap((r) => r.read.map((c) => [c.number, c.title])));
+  const before = /** @type {Set<number>} */ (new Set());
+  return rounds.map((round) => {
+    const element = roundElement(round, titles, new Set(before));
+    round.read.forEach((citation) => before.add(citation.number));
+    return element;
+  });
+}
 
-/** @param {Round} round @returns {HTMLElement} */
-function roundElement(round) {
+/**
+ * @param {Round} round
+ * @param {Map<number, string | null>} titles of what was read in any round
+ * @param {Set<number>} before numbers of what was read in earlier ones
+ * @returns {HTMLElement}
+ */
+function roundElement(round, titles, before) {
   const read = new Set(round.read.map((citation) => citation.number));
-  const titles = new Map(round.read.map((citation) => [citation.number, citation.title]));
   const routed = new Set(Object.values(round.routed).flatMap((some) => some.map((d) => d.number)));
-  const others = [...routed].filter((one) => !read.has(one)).length;
+  const others = [...routed].filter((one) => !read.has(one) && !before.has(one)).length;
   const done = read.size ? `${plural(read.size, "document")} read` : "nothing more was read";
   const about = `${done}, ${number(others)} routed and not read`;
+  const told = (/** @type {{id: string, number: number}} */ { id, number: one }) => ({
+    name: titles.get(one) || id,
+    state: read.has(one) ? "read" : before.has(one) ? "read before" : "",
+  });
   const layers = Object.entries(round.routed).map(([layer, documents]) =>
-    bars(
-      `Layer ${layer}`,
-      documents.map((d) => ({ ...d, name: titles.get(d.number) || d.id, read: read.has(d.number) })),
-    ),
+    bars(`Layer ${layer}`, documents.map((d) => ({ ...told(d), score: d.score }))),
   );
-  const together = bars(
-    "All layers together",
-    round.ranked.map((d) => ({
-      score: d.prior,
-      name: titles.get(d.number) || d.id,
-      read: read.has(d.number),
-    })),
-    (score) => `${(100 * score).toFixed(0)}%`,
-  );
+  const together = round.ranked.map((d) => ({ ...told(d), score: d.prior }));
   return make(
     "section",
     { class: "round" },
     make("h3", {}, `Round ${round.index}`, make("span", { class: "about" }, about)),
-    make("div", { class: "layers" }, ...layers, round.ranked.length ? together : null),
+    make("div", { class: "layers" }, ...layers, bars("All layers together", together, percent)),
   );
 }
 
+/** @param {number} share @returns {string} */
+const percent = (share) => (share < 0.005 ? "<1%" : `${(100 * share).toFixed(0)}%`);
+
 /**
  * @param {string} title
- * @param {{name: string, score: number, read: boolean}[]} documents best first
+ * @param {{name: string, score: number, state: string}[]} documents best first
  * @param {(score: number) => string} written
  * @returns {HTMLElement}
  */
@@ -68,18 +76,18 @@ function bars(title, documents, written = (score) => score.toFixed(2)) {
 }
 
 /**
- * @param {{name: string, read: boolean}} document
+ * @param {{name: string, state: string}} document
  * @param {number} share of the longest bar
  * @param {string} score in words
  */
-function bar({ name, read }, share, score) {
+function bar({ name, state }, share, score) {
   const fill = make("span", { class: "fill" });
   fill.style.width = `${Math.max(1, 100 * Math.max(0, share))}%`;
   return make(
     "li",
-    { class: read ? "read" : null },
+    { class: state ? "read" : null },
     make("span", { class: "name", title: name }, name),
-    make("span", { class: "score" }, read ? make("b", {}, "read ") : null, score),
+    make("span", { class: "score" }, state ? make("b", {}, `${state} `) : null, score),
     make("span", { class: "track", "aria-hidden": "true" }, fill),
   );
 }

@@ -9,7 +9,6 @@ import { $, copy, fromTemplate, make, number, plural, say, seconds, show, toast 
 const FIRST = 8; // files that are shown
 const POLL_MS = 500;
 const ENDS = ["done", "failed", "cancelled"];
-const STORED = "msa-jobs"; // jobs that this tab watches, so that a reload finds them again
 const WORDS = /** @type {Record<string, string>} */ ({
   queued: "waiting",
   running: "reading",
@@ -18,6 +17,9 @@ const WORDS = /** @type {Record<string, string>} */ ({
   skipped: "skipped",
   cancelled: "not added",
 });
+
+/** Jobs that are shown. */
+const shown = /** @type {Set<string>} */ (new Set());
 
 let context = { bank: () => "", mayWrite: () => true, changed: () => {}, reveal: () => {} };
 
@@ -50,7 +52,14 @@ export function startUploads(given) {
     $("drop").hidden = true;
     if (context.mayWrite()) add(await dropped(/** @type {DataTransfer} */ (event.dataTransfer)));
   });
-  for (const { id, name } of stored()) new Upload(name, []).watch(id);
+}
+
+/** @param {string} bank show the jobs that add to it now, whoever began them */
+export async function showRunning(bank) {
+  for (const { id, kind, status } of await api.jobs(bank)) {
+    const adds = kind === "index" || kind === "file_batch";
+    if (adds && !ENDS.includes(status) && !shown.has(id)) new Upload(bank, []).watch(id);
+  }
 }
 
 /** @param {DataTransfer} data @returns {Promise<File[]>} files, those in folders too */
@@ -78,12 +87,6 @@ function add(files) {
   context.reveal();
   new Upload(context.bank(), files).send();
 }
-
-/** @returns {{id: string, name: string}[]} */
-const stored = () => JSON.parse(sessionStorage.getItem(STORED) ?? "[]");
-
-/** @param {{id: string, name: string}[]} jobs */
-const store = (jobs) => sessionStorage.setItem(STORED, JSON.stringify(jobs));
 
 /** Files on their way into a bank. */
 class Upload {
@@ -117,7 +120,6 @@ class Upload {
     try {
       const onProgress = (/** @type {number} */ share) => this.showSent(share);
       const job = await api.upload(this.bank, this.files, onProgress, this.control.signal);
-      store([...stored(), { id: job.id, name: this.bank }]);
       this.show(job);
       await this.watch(job.id);
     } catch (error) {
@@ -128,6 +130,7 @@ class Upload {
 
   /** @param {string} id look at the job until it ends */
   async watch(id) {
+    shown.add(id);
     try {
       for (;;) {
         const job = await api.job(id);
@@ -137,8 +140,6 @@ class Upload {
       }
     } catch (error) {
       this.fail(/** @type {Error} */ (error).message);
-    } finally {
-      store(stored().filter((held) => held.id !== id));
     }
   }
 
