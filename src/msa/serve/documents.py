@@ -18,7 +18,7 @@ from msa.memory.store.reports import StoredDocument
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
 from msa.serve.keys import WRITE
-from msa.serve.permalinks import permalink
+from msa.serve.permalinks import address
 from msa.serve.service import CallerDep, Service, ServiceDep
 from msa.types import Document
 
@@ -368,7 +368,7 @@ def _row(stored: StoredDocument, bank: str, request: Request) -> Row:
         part_of=stored.part_of,
         part=stored.part,
         num_parts=stored.num_parts,
-        url=permalink(request, bank, stored.number),
+        url=address(request, bank, stored.number),
     )
 
 
@@ -378,7 +378,7 @@ def _parts(stored: Sequence[StoredDocument], bank: str, request: Request) -> lis
             id=part.document.id,
             number=part.number,
             num_tokens=part.num_tokens,
-            url=permalink(request, bank, part.number),
+            url=address(request, bank, part.number),
         )
         for part in stored
     ]

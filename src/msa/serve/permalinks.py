@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
@@ -20,6 +19,7 @@ from msa.inference.spans import find_span
 from msa.memory.store.reports import StoredDocument, part_id
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
+from msa.serve.links import base_url, permalink
 from msa.serve.service import CallerDep, ServiceDep, service_of
 
 router = APIRouter(tags=["documents"])
@@ -82,10 +82,9 @@ class Passage(BaseModel):
     spans: list[tuple[int, int]]
 
 
-def permalink(request: Request, bank: str, number: int) -> str:
-    """Address of a document, for ever."""
-    base = service_of(request).settings.public_url or str(request.base_url).rstrip("/")
-    return f"{base}/d/{quote(bank)}/{number}"
+def address(request: Request, bank: str, number: int) -> str:
+    """The permalink of a document, as this request's client reaches it."""
+    return permalink(base_url(service_of(request).settings, request), bank, number)
 
 
 def stored_document(served: ServedBank, number: int) -> StoredDocument:
@@ -146,7 +145,7 @@ async def passage(
         part_of=stored.part_of,
         part=stored.part,
         num_parts=stored.num_parts,
-        url=permalink(request, served.name, stored.number),
+        url=address(request, served.name, stored.number),
         spans=spans,
     )
     return Response(body.model_dump_json(), headers=HEADERS, media_type="application/json")
