@@ -56,9 +56,10 @@ class _Site:
 @cache
 def _site() -> _Site:
     folder = resources.files("msa.serve") / "static"
-    files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+    entries = sorted((e for e in folder.iterdir() if e.is_file()), key=lambda entry: entry.name)
+    files = {entry.name: entry.read_bytes() for entry in entries}
     whole = hashlib.sha256()
-    for name in sorted(files):
+    for name in files:
         whole.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(files[name]).digest())
     version = whole.hexdigest()[:16]
     index = files.pop("index.html").replace(b"{version}", version.encode())

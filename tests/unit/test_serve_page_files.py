@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
-from fastapi import FastAPI  # noqa: E402
-from starlette.testclient import TestClient  # noqa: E402
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
-from msa.serve import page  # noqa: E402
-from msa.serve.errors import add_handlers  # noqa: E402
+from msa.serve import page
+from msa.serve.errors import add_handlers
 
 
 @pytest.fixture(scope="module")
