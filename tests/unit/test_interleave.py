@@ -173,7 +173,7 @@ def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
             def feed(self, tokens: Sequence[Sequence[int]]) -> None:
                 super().feed(tokens)
                 self.note([[*r, *t] for r, t in zip(self.rows, tokens, strict=True)])
-                if any(END in text for text in map(encoder.tokenizer.decode, tokens)):
+                if any(len(some) > 10 for some in tokens):  # the question, again
                     calls.append(self.rows)
 
         monkeypatch.setattr(scheduler, "Decoder", Scripted)
