@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 
-from msa.errors import MSAError
+from msa.errors import EmptyBankError, MSAError
 from msa.memory.store.filters import Filter
 from msa.serve.banks import ServedBank
-from msa.serve.errors import CLIENT_GONE, ServiceError, service_error, unavailable
+from msa.serve.errors import CLIENT_GONE, ServiceError, draining, service_error, unavailable
 from msa.serve.fairness import Turns
 from msa.serve.keys import Principal
 from msa.serve.limits import Admission, Ticket, too_many
@@ -76,6 +76,7 @@ class Ask(Waiting):
         self.served = served
         self.deadline = deadline
         self.arrived = time.monotonic()
+        self.late = _too_slow(504)
         self.pieces = 0  # of the answer, so far; the model's thread counts
         self.request: Request | None = None
         self.make: Callable[[], Request] | None = None
@@ -136,6 +137,7 @@ class _Call(Waiting):
         self._function = function
 
     def begin(self) -> Any:
+        """Call the function."""
         return self._function()
 
 
@@ -183,7 +185,7 @@ class AskService:
         while self.admission.inside and time.monotonic() < end:
             await asyncio.sleep(0.05)
         if self.admission.inside:
-            await self.fail(lambda ask: True, _draining())
+            await self.fail(lambda ask: True, draining())
 
     async def fail(self, which: Callable[[Ask], bool], error: ServiceError) -> None:
         """End questions that run or wait with an error."""
@@ -296,7 +298,7 @@ class AskService:
         with self._admit(principal):
             try:
                 return await while_connected(client, together())
-            except* MSAError as errors:
+            except ExceptionGroup as errors:
                 raise _first(errors) from None
 
     async def search(
@@ -321,18 +323,23 @@ class AskService:
         principal: Principal,
         client: HTTPRequest | None = None,
     ) -> list[list[Hit]]:
-        """Documents for each of several queries; errors as of `start`."""
+        """Documents for each of several queries, none of an empty bank; errors as of `start`."""
         with self._admit(principal):
-            call = _Call(
-                principal.name, lambda: served.engine.retrieve(list(queries), top_k, filter)
-            )
+            call = _Call(principal.name, lambda: _retrieved(served, queries, top_k, filter))
             found: list[list[Hit]] = await self._begun(call, client)
             return found
 
     async def call(self, function: Callable[[], Result]) -> Result:
-        """What a function gives that is called between two steps of the model."""
+        """What a function gives that is called between two steps of the model.
+
+        Raises:
+            ServiceError: the model's thread has ended; or the function's error, as clients are
+                told of it.
+        """
         call = _Call("", function)
         with self._changed:
+            if self._closing:
+                raise draining()
             self._urgent.append(call)
             self._changed.notify_all()
         result: Result = await call.begun
@@ -342,7 +349,7 @@ class AskService:
 
     def _admit(self, principal: Principal) -> Ticket:
         if self._draining:
-            raise _draining()
+            raise draining()
         if self._scheduler is None:
             raise unavailable("loading", "The model and the banks are being loaded.")
         try:
@@ -360,8 +367,10 @@ class AskService:
         lane: str,
         deadline_s: float | None,
     ) -> Ask:
-        seconds = min(deadline_s or self._settings.ask_seconds, self._settings.ask_seconds)
+        most = self._settings.ask_seconds
+        seconds = most if deadline_s is None else min(deadline_s, most)
         ask = Ask(self, served, lane, time.monotonic() + seconds)
+        ask.late = _too_slow(504 if seconds == most else 408)
         ask.make = lambda: make_request(served.engine, question, filter, changes or {})
         return ask
 
@@ -401,6 +410,12 @@ class AskService:
             with self._turns.asking():
                 while self._begin() | self._step():
                     pass
+        with self._changed:
+            left = [*self._urgent, *(w for lane in self._lanes.values() for w in lane)]
+        for waiting in left:
+            waiting.tell(waiting.set_begun, None, draining())
+        for ask in [*self._running.values()]:
+            self._end(ask, draining())
 
     def _has_work(self) -> bool:
         """Waits for work; False when there will be no more."""
@@ -441,33 +456,32 @@ class AskService:
 
     def _step(self) -> bool:
         """One step of those that run; False if none does."""
-        self._drop_ended()
-        if not self._running or self._closing:
-            return False
-        assert self._scheduler is not None
         try:
-            happened = self._scheduler.step()
-        except Exception as failure:
+            self._drop_ended()
+            if not self._running or self._closing:
+                return False
+            assert self._scheduler is not None
+            for request, event in self._scheduler.step():
+                ask = self._running.get(request)
+                if ask is not None:
+                    self._deliver(ask, request, event)
+        except Exception as failure:  # of the scheduler's own: no request is to blame
             self._restart(service_error(failure))
-            return True
-        for request, event in happened:
-            ask = self._running.get(request)
-            if ask is not None:
-                self._deliver(ask, event)
         return True
 
-    def _deliver(self, ask: Ask, event: Event | MSAError) -> None:
+    def _deliver(self, ask: Ask, request: Request, event: Event | MSAError) -> None:
         """Hand an event over, and count it."""
         if isinstance(event, MSAError):
-            self._end(ask, service_error(event))
+            del self._running[request]
+            self._metrics.asks_ended.labels("failed").inc()
+            ask.tell(ask.push, service_error(event))
             return
         seconds = time.monotonic() - ask.arrived
         if event.kind == "token":
             self._metrics.token(seconds if ask.pieces == 0 else None)
             ask.pieces += 1
         elif event.kind == "answer":
-            assert ask.request is not None
-            del self._running[ask.request]
+            del self._running[request]
             self._metrics.answered(event.data, ask.pieces, seconds)
         ask.tell(ask.push, event)
 
@@ -479,7 +493,7 @@ class AskService:
             self._end(ask, None)
         now = time.monotonic()
         for ask in [ask for ask in self._running.values() if ask.deadline < now]:
-            self._end(ask, _too_slow())
+            self._end(ask, ask.late)
 
     def _end(self, ask: Ask, error: ServiceError | None) -> None:
         if ask.request is not None and self._running.pop(ask.request, None) is not None:
@@ -499,6 +513,15 @@ class AskService:
         self._scheduler = Scheduler(self._model, max_rows=self._settings.max_rows)
         for ask in running.values():
             ask.tell(ask.push, error)
+
+
+def _retrieved(
+    served: ServedBank, queries: Sequence[str], top_k: int, filter: Filter | None
+) -> list[list[Hit]]:
+    try:
+        return served.engine.retrieve(list(queries), top_k, filter)
+    except EmptyBankError:
+        return [[] for _ in queries]
 
 
 async def while_connected(client: HTTPRequest | None, work: Coroutine[Any, Any, Result]) -> Result:
@@ -543,20 +566,17 @@ async def _last(ask: Ask) -> Answer:
     raise AssertionError("a question ends with its answer or an error")
 
 
-def _first(errors: BaseExceptionGroup[MSAError]) -> MSAError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    """The first error in a group of groups."""
+    error: Exception = errors
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, MSAError)
     return error
 
 
-def _draining() -> ServiceError:
-    return unavailable("draining", "The service is stopping.", 5)
-
-
-def _too_slow() -> ServiceError:
+def _too_slow(status: int) -> ServiceError:
+    """408 for a client's own deadline, 504 for that of the service; not to be tried again."""
     headers = {"x-should-retry": "false"}
     return ServiceError(
-        504, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
+        status, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
     )

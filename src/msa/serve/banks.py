@@ -106,7 +106,7 @@ class BankRegistry:
 
         Raises:
             ServiceError: 503 while the banks are loaded; 404 if there is none, or none that this
-                key may know of; 403 if the key lacks the scope.
+                key may know of; 403 if the key lacks the scope, or banks are read-only.
         """
         self._check_loaded()
         served = self._banks.get(name)
@@ -115,6 +115,8 @@ class BankRegistry:
         if not principal.allows(scope, name):
             message = f"This key may not do this: it lacks the scope '{scope}'."
             raise ServiceError(403, None, "bank_forbidden", message)
+        if self._read_only and scope != READ:
+            raise _read_only()
         return served
 
     def create(self, name: str, principal: Principal) -> ServedBank:
@@ -132,6 +134,8 @@ class BankRegistry:
         if not principal.allows(ADMIN, name):
             message = "This key may not make a bank of this name: that takes the scope 'admin'."
             raise ServiceError(403, None, "bank_forbidden", message)
+        if self._read_only:
+            raise _read_only()
         folder = self._settings.banks_folder
         if folder is None:
             message = "This service makes no banks; it has to be started with --banks-folder DIR."
@@ -207,6 +211,10 @@ class BankRegistry:
             bank.close()
             raise
         return ServedBank(name, bank, engine, memory, created, removable)
+
+
+def _read_only() -> ServiceError:
+    return ServiceError(403, None, "read_only", "This service only reads its banks.")
 
 
 def shown_model(name: str) -> str:

@@ -31,6 +31,7 @@ CLIENT_GONE = 499
 """Status in logs and metrics of a request whose client went away; nobody receives it."""
 RETRY_SECONDS = 2
 _TYPES = {
+    408: "timeout_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -108,6 +109,11 @@ class ServiceError(MSAError, HTTPException):
 def unavailable(code: str, message: str, retry_after: int = RETRY_SECONDS) -> ServiceError:
     """503: not now; the client may come again after so many seconds."""
     return ServiceError(503, None, code, message, headers={"Retry-After": str(retry_after)})
+
+
+def draining() -> ServiceError:
+    """503: the service is being stopped."""
+    return unavailable("draining", "The service is stopping.", 5)
 
 
 def conflict(code: str, message: str, param: str | None = None) -> ServiceError:
@@ -194,4 +200,4 @@ def _of_validation(error: RequestValidationError) -> ServiceError:
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported here."
         return invalid(message, param, "unsupported_parameter")
-    return invalid(f"{param}: {first['msg']}", param)
+    return invalid(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)

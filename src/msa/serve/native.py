@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-
+from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
 from msa.serve.errors import ServiceError
@@ -17,19 +17,73 @@ from msa.serve.keys import SCOPES, Principal
 from msa.serve.service import CallerDep, ServiceDep
 from msa.serve.settings import BANK_NAME
 from msa.serve.streams import EventStream, frame
-from msa.types import Answer, Hit
+from msa.types import Answer
 
 router = APIRouter(prefix="/api", tags=["banks"])
 
 MOST_QUESTIONS = 64
-Question = Annotated[str, Field(min_length=1, max_length=32_768)]
+Question = Annotated[str, Field(min_length=1, max_length=32_768, pattern=r"\S")]
 BankPath = Annotated[str, Path(pattern=f"^{BANK_NAME.pattern}$", description="Name of a bank.")]
+MOST_NESTED = 32
+"""Objects and lists within each other, in a filter."""
+
+
+def _sound(conditions: dict[str, Any]) -> dict[str, Any]:
+    """Conditions that can be stored and compared; what they mean is checked by the bank."""
+    level: list[Any] = [conditions]
+    for _ in range(MOST_NESTED):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                value.encode()  # a lone surrogate is a ValueError
+            elif isinstance(value, dict):
+                deeper += [*value, *value.values()]
+            elif isinstance(value, list):
+                deeper += value
+        if not deeper:
+            return conditions
+        level = deeper
+    raise ValueError(f"is nested more than {MOST_NESTED} times")
+
+
+_SCALAR = {"type": ["string", "number", "boolean", "null"]}
+_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": MAX_TEXT}]}
+_OPERATORS = {
+    **dict.fromkeys(("eq", "ne"), _SCALAR),
+    **dict.fromkeys(("gt", "gte", "lt", "lte"), _LIMIT),
+    **{name: {"type": "array", "items": _SCALAR} for name in ("in", "nin")},
+}
+_CONDITION = {
+    "anyOf": [
+        _SCALAR,
+        {
+            "type": "object",
+            "properties": _OPERATORS,
+            "additionalProperties": False,
+            "minProperties": 1,
+        },
+    ]
+}
+_PARTS = {
+    "type": "array",
+    "items": {"type": "object", "additionalProperties": _CONDITION},
+}
+_FILTER_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"and": _PARTS, "or": _PARTS},
+    "additionalProperties": _CONDITION,
+    "description": "Conditions on the metadata of documents; those of 'and' and 'or' nest.",
+}
+FilterBody = Annotated[
+    dict[str, Any], AfterValidator(_sound), WithJsonSchema(_FILTER_SCHEMA, mode="validation")
+]
+"""Conditions on the metadata of documents; see `msa.memory.store.filters`."""
 
 
 class Body(BaseModel):
-    """Base of bodies: a field that is not known is refused."""
+    """Base of bodies: a field that is not known, or of another type, is refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class AskChanges(Body):
@@ -65,9 +119,26 @@ class AskBody(Body):
         deadline_s: seconds after which it is given up; the service has a limit of its own.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "required": ["question"],
+                    "not": {"required": ["questions"]},
+                    "properties": {"question": {"type": "string"}},
+                },
+                {
+                    "required": ["questions"],
+                    "not": {"required": ["question"]},
+                    "properties": {"questions": {"type": "array"}, "stream": {"const": False}},
+                },
+            ]
+        }
+    )
+
     question: Question | None = None
     questions: list[Question] | None = Field(None, min_length=1, max_length=MOST_QUESTIONS)
-    filter: dict[str, Any] | None = None
+    filter: FilterBody | None = None
     options: AskChanges = AskChanges()
     trace: bool = False
     stream: bool = False
@@ -99,13 +170,27 @@ class SearchBody(Body):
 
     query: Question
     top_k: int = Field(10, ge=1, le=100)
-    filter: dict[str, Any] | None = None
+    filter: FilterBody | None = None
+
+
+class Found(BaseModel):
+    """A document that was found; see `msa.types.Hit`."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    number: int
+    score: float
+    layer_scores: dict[int, float]
+    title: str | None
+    text: str
+    metadata: dict[str, Any]
 
 
 class Hits(BaseModel):
     """Documents, best first."""
 
-    data: list[Hit]
+    data: list[Found]
 
 
 class BankSummary(BaseModel):
@@ -169,7 +254,7 @@ async def search(
     hits = await service.asking.search(
         served, body.query, body.top_k, body.filter, caller, client=request
     )
-    return Hits(data=hits)
+    return Hits(data=[Found.model_validate(hit) for hit in hits])
 
 
 @router.post(

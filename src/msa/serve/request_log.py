@@ -38,14 +38,11 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Let the service and its web server write JSON lines to stderr."""
+    """Let the service, its web server and all libraries write JSON lines to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name, level in (("msa.serve", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("msa.serve").setLevel(logging.INFO)
 
 
 class RequestLog:
@@ -59,6 +56,7 @@ class RequestLog:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `RequestLog`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

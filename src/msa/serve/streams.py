@@ -55,6 +55,7 @@ class EventStream(StreamingResponse):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all."""
         try:
             await super().__call__(scope, receive, send)
         finally:
