@@ -16,8 +16,6 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
 pytest.importorskip("httpx2")
 
-from serve_tools import FACTS, error_of, finished, put, running
-
 import msa
 from msa.errors import BankLockedError
 from msa.serve import indexing
@@ -26,6 +24,7 @@ from msa.serve.fairness import Turns
 from msa.serve.indexing import Desk
 from msa.serve.job_store import JobFile, JobStore
 from msa.serve.uploads import clean_name
+from serve_tools import FACTS, error_of, finished, put, running
 
 JOBS = "/api/banks/notes/jobs"
 

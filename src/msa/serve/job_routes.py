@@ -59,6 +59,9 @@ _JSONL: dict[str, Any] = {
         "content": {"application/jsonl": {"schema": {"type": "string"}}},
     }
 }
+_ENDED: dict[int | str, dict[str, Any]] = {
+    200: {"model": JobBody, "description": "It has ended within `wait_s`."}
+}
 
 
 class JobList(BaseModel):
@@ -75,7 +78,9 @@ def _job(job_id: str, service: ServiceDep, caller: CallerDep) -> Job:
 JobDep = Annotated[Job, Depends(_job)]
 
 
-@router.post("/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY)
+@router.post(
+    "/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY, responses=_ENDED
+)
 async def upload(
     bank: str,
     request: Request,
@@ -100,7 +105,9 @@ async def upload(
     return await _accepted(service, job, wait_s, response)
 
 
-@router.post("/banks/{bank}/documents:batch", status_code=202, openapi_extra=_JSONL)
+@router.post(
+    "/banks/{bank}/documents:batch", status_code=202, openapi_extra=_JSONL, responses=_ENDED
+)
 async def add_lines(
     bank: str,
     request: Request,
@@ -160,7 +167,7 @@ async def cancel_job(job_id: str, service: ServiceDep, caller: CallerDep) -> Job
     return await asyncio.to_thread(lambda: service.jobs.describe(service.jobs.cancel(job)))
 
 
-@router.post("/banks/{bank}:compact", status_code=202)
+@router.post("/banks/{bank}:compact", status_code=202, responses=_ENDED)
 async def compact(
     bank: str,
     response: Response,
@@ -172,7 +179,7 @@ async def compact(
     return await _maintain("compact", bank, service, caller, wait_s, response)
 
 
-@router.post("/banks/{bank}:verify", status_code=202)
+@router.post("/banks/{bank}:verify", status_code=202, responses=_ENDED)
 async def verify(
     bank: str,
     response: Response,

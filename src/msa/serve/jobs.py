@@ -7,10 +7,11 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -34,7 +35,11 @@ from msa.serve.settings import ServeSettings
 from msa.text.loaders import MAX_UNPACKED_BYTES
 
 RETRY_SECONDS = 5.0
+WRITERS = 8
+MAX_WRITES = 64
+"""Writes of single documents that wait for their turn."""
 MAINTENANCE = ("compact", "verify")
+T = TypeVar("T")
 
 
 class FileFate(BaseModel):
@@ -122,6 +127,8 @@ class Jobs:
     def __init__(self, settings: ServeSettings, registry: BankRegistry, turns: Turns) -> None:
         self._settings, self._registry, self._turns = settings, registry, turns
         self._store: JobStore | None = None
+        self._writers = ThreadPoolExecutor(WRITERS, "msa-write")
+        self._writes = 0
         self._desks: dict[str, Desk] = {}
         self._changed = threading.Condition()
         self._watchers: set[_Watcher] = set()
@@ -169,6 +176,7 @@ class Jobs:
             self._stopping = True
             self._changed.notify_all()
         self._tell_watchers()
+        await asyncio.to_thread(self._writers.shutdown)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
         if self._store is not None:
@@ -179,6 +187,35 @@ class Jobs:
         with self._changed:
             return self._desks.setdefault(bank, Desk())
 
+    async def write(self, bank: str, function: Callable[[], T]) -> T:
+        """What a function gives that writes to a bank, called when it is its turn.
+
+        Raises:
+            ServiceError: 429 when too many writes wait; 503 when the service stops.
+        """
+        self._check_running()
+        if self._writes >= MAX_WRITES:
+            raise too_many("queue_full", "Too many writes are waiting.", RETRY_SECONDS)
+
+        def at_desk() -> T:
+            with self.desk(bank).turn():
+                return function()
+
+        self._writes += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._writers, at_desk)
+        finally:
+            self._writes -= 1
+
+    def _check_running(self) -> None:
+        """Refuse new work when the service stops.
+
+        Raises:
+            ServiceError: 503.
+        """
+        if self._stopping:
+            raise unavailable("draining", "The service is stopping.")
+
     # ---- asking for work
 
     def check_room(self) -> None:
@@ -187,9 +224,8 @@ class Jobs:
         Raises:
             ServiceError: 429, or 503 when the service stops.
         """
-        if self._stopping:
-            raise unavailable("draining", "The service is stopping.")
-        if len(self.store.unfinished()) > self._settings.max_encode_jobs:
+        self._check_running()
+        if len(self._todo()) > self._settings.max_encode_jobs:
             raise too_many("queue_full", "Too many jobs are waiting.", RETRY_SECONDS)
 
     async def submit(
@@ -368,9 +404,13 @@ class Jobs:
         return None
 
     def _first(self) -> Job | None:
-        """The first job of a bank that is served."""
+        """The job to do next, if there is one."""
+        return next(iter(self._todo()), None)
+
+    def _todo(self) -> list[Job]:
+        """Jobs that run or wait, of banks that are served."""
         served = {bank.name for bank in self._registry.all()}
-        return next((job for job in self.store.unfinished() if job.bank in served), None)
+        return [job for job in self.store.unfinished() if job.bank in served]
 
     def _do(self, job: Job) -> None:
         """Do a job, and say how it ended."""
