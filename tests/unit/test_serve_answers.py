@@ -513,6 +513,8 @@ def test_output_that_a_client_sends_back_is_taken(client, asking):
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"given": [{"type": "function_call_output", "output": "1", "call_id": "c"}]}, "input"),
         ({"given": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        ({"given": [{"role": "robot", "content": "Where?"}]}, "input.0.role"),
+        ({"given": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"given": []}, "input"),
         ({"given": ""}, "input"),
         ({"extra_body": {"msa": {"citations": "open_webui"}}}, "msa.citations"),

@@ -14,10 +14,10 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank
@@ -94,21 +94,14 @@ def _text(content: Any) -> Any:
     return "\n".join(pieces)
 
 
-_PART_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["text", "input_text", "output_text"]},
-        "text": {"type": "string"},
-    },
-    "required": ["type", "text"],
-}
-Text = Annotated[
-    str,
-    BeforeValidator(_text),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}, {"type": "null"}]}
-    ),
-]
+class TextPart(TypedDict):
+    """A part of a message."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
 """Text of a message, or a list of parts that are text."""
 
 

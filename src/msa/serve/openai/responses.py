@@ -99,7 +99,10 @@ class ResponseRequest(Sampling):
         tools: one `file_search`, or none.
     """
 
-    input: Annotated[str | list[InputMessage], BeforeValidator(_messages)]
+    input: Annotated[
+        list[InputMessage],
+        BeforeValidator(_messages, json_schema_input_type=str | list[InputMessage]),
+    ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=4096)
     max_tool_calls: int | None = Field(default=None, ge=1, le=16)
@@ -174,7 +177,6 @@ async def create_response(
     if body.msa.citations == "open_webui":
         raise invalid("This form is for chats.", "msa.citations")
     tool = _tool(body, served.name)
-    assert isinstance(body.input, list)
     turns = [(message.role, message.content) for message in body.input]
     question = Question(
         served,
