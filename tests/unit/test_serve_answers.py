@@ -577,6 +577,20 @@ def test_a_stream_ends_with_done_and_only_if_it_is_whole(app):
                 assert end or json.loads(last)["error"]["code"] == "draining"
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+def test_half_a_character_is_refused(app):
+    with TestClient(app) as client:
+        for path, body in (
+            ("chat/completions", '{"model": "msa/notes", "user": "\\ud800", "messages": []}'),
+            ("responses", '{"model": "msa/notes", "input": "Where?", "metadata": {"\\udfff": ""}}'),
+        ):
+            answer = client.post(f"/v1/{path}", content=body, headers=JSON)
+            assert answer.status_code == 400
+            assert "not valid Unicode" in answer.json()["error"]["message"]
+
+
 # ---- other transports
 
 

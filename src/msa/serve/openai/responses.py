@@ -60,7 +60,7 @@ class FileSearch(Strict):
     type: Literal["file_search"]
     vector_store_ids: list[str] = Field(min_length=1, max_length=1)
     max_num_results: int = Field(default=RESULTS, ge=1, le=50)
-    filters: dict[str, JsonValue] | None = None
+    filters: dict[str, Any] | None = None
     ranking_options: RankingOptions | None = None
 
 
