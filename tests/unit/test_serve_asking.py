@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 
-from msa.errors import InputError, ModelError
+from msa.errors import EmptyBankError, InputError, ModelError
 from msa.serve import asking
 from msa.serve.asking import AskService, while_connected
 from msa.serve.errors import ServiceError
@@ -215,11 +215,11 @@ def test_a_question_ends_at_its_deadline():
         error = await refusal(
             service.answer(served, "for ever", principal=ANONYMOUS, deadline_s=0.1)
         )
-        assert (error.status, error.code) == (504, "deadline_exceeded")
+        assert (error.status, error.code) == (408, "deadline_exceeded")
         error = await refusal(
             service.answer(served, "for ever", principal=ANONYMOUS, deadline_s=99)
         )
-        assert error.code == "deadline_exceeded"  # the service's own comes first
+        assert (error.status, error.code) == (504, "deadline_exceeded")  # the service's own
 
     in_service(run, ask_seconds=0.2)
 
@@ -281,6 +281,17 @@ def test_a_search_runs_between_the_steps_of_questions():
         assert await service.search(served, "q", 2, None, ANONYMOUS) == ["q 0", "q 1"]
         ask.stop()
         assert service.admission.inside == 0
+
+    in_service(run)
+
+
+def test_a_search_of_an_empty_bank_finds_nothing():
+    async def run(service, served):
+        def retrieve(queries, top_k, filter):
+            raise EmptyBankError("/home/x holds no documents")
+
+        served.engine.retrieve = retrieve
+        assert await service.search(served, "q", 2, None, ANONYMOUS) == []
 
     in_service(run)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,8 @@ from msa.cli.options import load_model, open_bank, quiet_transformers
 from msa.errors import BankNotFoundError, ConfigError, InputError
 
 if TYPE_CHECKING:
+    import asyncio
+
     import uvicorn
 
     from msa.serve.service import Service
@@ -214,6 +215,8 @@ def _address(listening: socket.socket) -> str:
 
 def _server(app: Any, service: Service) -> uvicorn.Server:
     """A web server that lets the service end its work before it closes the door."""
+    import asyncio
+
     import uvicorn
 
     class Server(uvicorn.Server):

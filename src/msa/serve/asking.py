@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 
-from msa.errors import MSAError
+from msa.errors import EmptyBankError, MSAError
 from msa.memory.store.filters import Filter
 from msa.serve.banks import ServedBank
 from msa.serve.errors import CLIENT_GONE, ServiceError, draining, service_error, unavailable
@@ -76,6 +76,7 @@ class Ask(Waiting):
         self.served = served
         self.deadline = deadline
         self.arrived = time.monotonic()
+        self.late = _too_slow(504)
         self.pieces = 0  # of the answer, so far; the model's thread counts
         self.request: Request | None = None
         self.make: Callable[[], Request] | None = None
@@ -322,11 +323,9 @@ class AskService:
         principal: Principal,
         client: HTTPRequest | None = None,
     ) -> list[list[Hit]]:
-        """Documents for each of several queries; errors as of `start`."""
+        """Documents for each of several queries, none of an empty bank; errors as of `start`."""
         with self._admit(principal):
-            call = _Call(
-                principal.name, lambda: served.engine.retrieve(list(queries), top_k, filter)
-            )
+            call = _Call(principal.name, lambda: _retrieved(served, queries, top_k, filter))
             found: list[list[Hit]] = await self._begun(call, client)
             return found
 
@@ -368,8 +367,10 @@ class AskService:
         lane: str,
         deadline_s: float | None,
     ) -> Ask:
-        seconds = min(deadline_s or self._settings.ask_seconds, self._settings.ask_seconds)
+        most = self._settings.ask_seconds
+        seconds = most if deadline_s is None else min(deadline_s, most)
         ask = Ask(self, served, lane, time.monotonic() + seconds)
+        ask.late = _too_slow(504 if seconds == most else 408)
         ask.make = lambda: make_request(served.engine, question, filter, changes or {})
         return ask
 
@@ -492,7 +493,7 @@ class AskService:
             self._end(ask, None)
         now = time.monotonic()
         for ask in [ask for ask in self._running.values() if ask.deadline < now]:
-            self._end(ask, _too_slow())
+            self._end(ask, ask.late)
 
     def _end(self, ask: Ask, error: ServiceError | None) -> None:
         if ask.request is not None and self._running.pop(ask.request, None) is not None:
@@ -512,6 +513,15 @@ class AskService:
         self._scheduler = Scheduler(self._model, max_rows=self._settings.max_rows)
         for ask in running.values():
             ask.tell(ask.push, error)
+
+
+def _retrieved(
+    served: ServedBank, queries: Sequence[str], top_k: int, filter: Filter | None
+) -> list[list[Hit]]:
+    try:
+        return served.engine.retrieve(list(queries), top_k, filter)
+    except EmptyBankError:
+        return [[] for _ in queries]
 
 
 async def while_connected(client: HTTPRequest | None, work: Coroutine[Any, Any, Result]) -> Result:
@@ -564,8 +574,9 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
     return error
 
 
-def _too_slow() -> ServiceError:
+def _too_slow(status: int) -> ServiceError:
+    """408 for a client's own deadline, 504 for that of the service; not to be tried again."""
     headers = {"x-should-retry": "false"}
     return ServiceError(
-        504, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
+        status, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
     )
