@@ -563,6 +563,9 @@ def test_an_error_in_a_stream_reaches_the_client(client, asking):
     assert "The service is stopping" in str(error)
     assert events[-1].type == "response.failed"
     assert events[-1].response.error.code == "server_error"
+    assert [item.status for item in events[-1].response.output] == ["completed"] * 3 + [
+        "incomplete"
+    ]
     assert all(ask.is_stopped.is_set() for ask in asking.asks)
 
 

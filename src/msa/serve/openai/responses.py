@@ -291,10 +291,12 @@ class _Response:
         """The last events of a response that failed: what it came to, and the error."""
         detail = error.body()["error"]
         self._resource.status = "failed"
+        for item in self._resource.output[-1:]:
+            item["status"] = "incomplete" if item["status"] == "in_progress" else item["status"]
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self._resource.error = {"code": code, "message": detail["message"]}
         failed = self._event("response.failed", response=self._snapshot())
-        return failed + self._event("error", error=detail, **detail_without_type(detail))
+        return failed + self._event("error", error=detail, **_without_type(detail))
 
     # ---- searches
 
@@ -449,7 +451,7 @@ class _Response:
         return self._resource.model_dump()
 
 
-def detail_without_type(detail: Mapping[str, Any]) -> dict[str, Any]:
+def _without_type(detail: Mapping[str, Any]) -> dict[str, Any]:
     """Code, message and param: they stand in the event itself too."""
     return {name: value for name, value in detail.items() if name != "type"}
 
