@@ -176,7 +176,7 @@ def test_the_benchmark_counts_what_was_added_and_what_is_foreign():
 
 
 def test_bleu_counts_runs_of_words_and_punishes_short_texts():
-    text = "the cat sat on the mat".split()
+    text = ["the", "cat", "sat", "on", "the", "mat"]
     assert conversation.bleu([(text, text)]) == pytest.approx(1.0)
     assert conversation.bleu([(text[::-1], text)]) == 0.0
     assert conversation.bleu([(text[:5], text)]) == pytest.approx(math.exp(1 - 6 / 5))
