@@ -1,5 +1,7 @@
 // The service's native API, as this page uses it. Nothing else here makes a request.
 
+import { remember, remembered } from "./storage.js";
+
 /**
  * @typedef {{id: string, number: number, title: string | null, text: string, round: number,
  *   span: [number, number] | null}} Citation
@@ -37,13 +39,16 @@ export class ApiError extends Error {
 }
 
 const KEY = "msa-api-key";
+let held = remembered(KEY, "sessionStorage");
 
 /** @returns {string | null} the key that was given in this tab */
-export const key = () => sessionStorage.getItem(KEY);
+export const key = () => held;
 
 /** @param {string | null} value */
-export const setKey = (value) =>
-  value === null ? sessionStorage.removeItem(KEY) : sessionStorage.setItem(KEY, value);
+export function setKey(value) {
+  held = value;
+  remember(KEY, value, "sessionStorage");
+}
 
 /** @type {(why: string) => Promise<boolean>} asks the user for a key; set by the page */
 let askForKey = async () => false;
@@ -78,7 +83,6 @@ export const passage = (bank, number) => json(`d/${encodeURIComponent(bank)}/${n
 
 /** @returns {Record<string, string>} */
 function headers() {
-  const held = key();
   return { Accept: "application/json", ...(held ? { Authorization: `Bearer ${held}` } : {}) };
 }
 
@@ -193,7 +197,7 @@ export const deleteDocuments = (bank, ids, leaving = false) =>
  */
 export async function upload(bank, files, onProgress, signal) {
   const form = new FormData();
-  for (const file of files) form.append("files", file, file.webkitRelativePath || file.name);
+  for (const file of files) form.append("files", file);
   const sent = await sentForm(address(ofBank(bank, "/jobs")), form, onProgress, signal);
   if (sent.status === 401 && (await askForKey("This API key is not valid."))) {
     return upload(bank, files, onProgress, signal);

@@ -247,7 +247,7 @@ class Card {
    */
   showChips(citations, refused = false) {
     const chips = this.part(".chips");
-    chips.setAttribute("aria-label", refused ? "Read in vain" : "Sources");
+    chips.setAttribute("aria-label", refused ? "Read, without finding the answer" : "Sources");
     chips.replaceChildren(
       ...citations.map((citation, place) => make("li", {}, this.chip(citation, place + 1))),
     );

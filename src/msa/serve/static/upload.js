@@ -69,9 +69,12 @@ async function dropped(data) {
   return found.some((some) => some.length) ? found.flat() : [...data.files];
 }
 
-/** @param {any} entry @returns {Promise<File[]>} */
+/** @param {any} entry @returns {Promise<File[]>} named by their paths */
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    return [new File([file], entry.fullPath.slice(1))];
+  }
   const reader = entry.createReader();
   const files = [];
   for (;;) {
@@ -104,9 +107,7 @@ class Upload {
     this.part(".report").addEventListener("click", () => {
       copy(JSON.stringify(this.job, null, 2), "Report");
     });
-    this.part("h2").textContent = files.length
-      ? `Adding ${plural(files.length, "file")} to ${bank}`
-      : `Adding to ${bank}`;
+    this.part("h2").textContent = `${plural(files.length, "file")} for ${bank}`;
     this.part("progress").setAttribute("aria-label", "Progress");
   }
 
@@ -171,6 +172,7 @@ class Upload {
   /** @param {Job} job */
   show(job) {
     this.job = job;
+    this.part("h2").textContent = `${plural(job.total, "file")} for ${this.bank}`;
     const bar = this.part("progress");
     bar.value = job.total ? job.done / job.total : 0;
     this.part(".about").textContent = [
