@@ -16,7 +16,8 @@ import msa
 from msa.serve import documents, health, job_routes, native, page, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
-from msa.serve.openai import files, vector_store_files, vector_stores
+from msa.serve.mcp_server import serve_mcp
+from msa.serve.openai import chat, files, models, responses, vector_store_files, vector_stores
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -33,11 +34,15 @@ ROUTERS: tuple[APIRouter, ...] = (
     files.router,
     vector_stores.router,
     vector_store_files.router,
+    models.router,
+    chat.router,
+    responses.router,
+    models.absent,
     page.router,
 )
 """The routes, in the order in which they are looked up."""
 
-PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()
+PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (serve_mcp,)
 """What has a life of its own beside the service: entered before it is loaded, left when it has
 been closed. May add routes and mounts to the app when it is called."""
 
