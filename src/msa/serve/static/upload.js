@@ -8,6 +8,7 @@ import { $, copy, fromTemplate, make, number, plural, say, seconds, show, toast 
 
 const FIRST = 8; // files that are shown
 const POLL_MS = 500;
+const MOST_BYTES = 200 * 2 ** 20; // of one request; more files go in several
 const ENDS = ["done", "failed", "cancelled"];
 const WORDS = /** @type {Record<string, string>} */ ({
   queued: "waiting",
@@ -88,7 +89,22 @@ async function filesOf(entry) {
 function add(files) {
   if (!files.length || !context.bank()) return;
   context.reveal();
-  new Upload(context.bank(), files).send();
+  for (const some of batches(files)) new Upload(context.bank(), some).send();
+}
+
+/** @param {File[]} files @returns {File[][]} as many together as one request may carry */
+function batches(files) {
+  const found = /** @type {File[][]} */ ([]);
+  let bytes = Infinity;
+  for (const file of files) {
+    bytes += file.size;
+    if (bytes > MOST_BYTES) {
+      found.push([]);
+      bytes = file.size;
+    }
+    found[found.length - 1].push(file);
+  }
+  return found;
 }
 
 /** Files on their way into a bank. */
