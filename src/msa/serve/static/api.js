@@ -163,8 +163,10 @@ export async function* ask(bank, body, signal) {
  * @param {object} [filter]
  * @returns {Promise<StoredDocument[]>} best first
  */
-export const search = async (bank, query, filter) =>
-  (await json(ofBank(bank, "/search"), { method: "POST", body: { query, top_k: 20, filter } })).data;
+export async function search(bank, query, filter) {
+  const body = { query, top_k: 20, filter };
+  return (await json(ofBank(bank, "/search"), { method: "POST", body })).data;
+}
 
 /**
  * @param {string} bank
@@ -238,7 +240,8 @@ export const jobs = async (bank) => (await json(ofBank(bank, "/jobs"))).data;
 export const job = (id) => json(`api/jobs/${encodeURIComponent(id)}`);
 
 /** @param {string} id @returns {Promise<Response>} */
-export const cancelJob = (id) => request(`api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const cancelJob = (id) =>
+  request(`api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 
 /**
  * Server-sent events of a response, with their data read as JSON.
@@ -263,7 +266,10 @@ async function* events(response) {
   }
 }
 
-/** @param {string} block lines between two empty ones @returns {{event: string, data: any} | null} */
+/**
+ * @param {string} block lines between two empty ones
+ * @returns {{event: string, data: any} | null} null where there are only comments
+ */
 function parsedEvent(block) {
   let event = "message";
   const data = [];

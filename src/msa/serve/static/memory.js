@@ -39,6 +39,7 @@ export async function showMemory(name) {
   if (name !== bank) await sendDeletes();
   bank = name;
   const about = await api.bankInfo(name);
+  if (name !== bank) return about;
   mayWrite = about.scopes?.includes("write") ?? true;
   showNumbers(about);
   return about;
@@ -118,7 +119,7 @@ function row(stored) {
   const name = stored.title || stored.id;
   const open = make("button", { type: "button", class: "name", "aria-expanded": "false" }, name);
   open.addEventListener("click", () => openNumber(bank, stored.number, open));
-  const part = stored.num_parts && stored.num_parts > 1 ? `part ${stored.part} of ${stored.num_parts}` : null;
+  const part = stored.part_of ? `part ${stored.part} of ${stored.num_parts}` : null;
   const facts = [
     stored.id === name ? null : stored.id,
     part,
@@ -136,7 +137,8 @@ function row(stored) {
   const id = stored.part_of || stored.id;
   element.dataset.source = id;
   element.hidden = pending.has(id);
-  if (mayWrite) element.append(removeButton(id, name));
+  const whole = stored.part_of ? `${id}, all ${stored.num_parts} parts` : name;
+  if (mayWrite) element.append(removeButton(id, whole));
   return element;
 }
 

@@ -73,7 +73,9 @@ async function choose(name) {
   $("banks").value = name;
   remember("msa-bank", name);
   try {
-    about = await showMemory(name);
+    const told = await showMemory(name);
+    if (bank !== name) return; // another was chosen meanwhile
+    about = told;
   } catch (error) {
     toast(/** @type {Error} */ (error).message, { alert: true, seconds: 8 });
     return;

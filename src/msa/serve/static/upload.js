@@ -51,7 +51,12 @@ export function startUploads(given) {
     event.preventDefault();
     depth = 0;
     $("drop").hidden = true;
-    if (context.mayWrite()) add(await dropped(/** @type {DataTransfer} */ (event.dataTransfer)));
+    if (!context.mayWrite()) return toast("This key may not add documents.", { alert: true });
+    try {
+      add(await dropped(/** @type {DataTransfer} */ (event.dataTransfer)));
+    } catch (error) {
+      toast(`This cannot be read: ${/** @type {Error} */ (error).message}`, { alert: true });
+    }
   });
 }
 
@@ -65,9 +70,9 @@ export async function showRunning(bank) {
 
 /** @param {DataTransfer} data @returns {Promise<File[]>} files, those in folders too */
 async function dropped(data) {
-  const entries = [...data.items].map((item) => item.webkitGetAsEntry?.() ?? null);
-  const found = await Promise.all(entries.map((e) => (e ? filesOf(e) : [])));
-  return found.some((some) => some.length) ? found.flat() : [...data.files];
+  const entries = [...data.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!entries.length) return [...data.files];
+  return (await Promise.all(entries.map(filesOf))).flat();
 }
 
 /** @param {any} entry @returns {Promise<File[]>} named by their paths */
@@ -87,8 +92,9 @@ async function filesOf(entry) {
 
 /** @param {File[]} files */
 function add(files) {
-  if (!files.length || !context.bank()) return;
-  context.reveal();
+  if (!context.bank()) return;
+  if (!files.length) toast("There is no file in what was dropped.", { alert: true });
+  else context.reveal();
   for (const some of batches(files)) new Upload(context.bank(), some).send();
 }
 
@@ -209,7 +215,8 @@ class Upload {
       return count ? `${number(count)} ${WORDS[status]}` : null;
     });
     const tokens = job.tokens ? plural(job.tokens, "token") : null;
-    this.finish([counts.filter(Boolean).join(", "), tokens, job.message].filter(Boolean).join(" · "));
+    const summary = [counts.filter(Boolean).join(", "), tokens, job.message];
+    this.finish(summary.filter(Boolean).join(" · "));
     context.changed();
   }
 
@@ -232,8 +239,9 @@ class Upload {
 
   /** @param {(JobFile & {sent?: number})[]} files those that failed first */
   showFiles(files) {
-    const bad = (/** @type {JobFile} */ file) => Number(!["failed", "skipped"].includes(file.status));
-    const sorted = [...files].sort((a, b) => bad(a) - bad(b));
+    const order = (/** @type {JobFile} */ file) =>
+      ["failed", "skipped"].includes(file.status) ? 0 : 1;
+    const sorted = [...files].sort((a, b) => order(a) - order(b));
     const rest = sorted.length - FIRST;
     this.part(".files").replaceChildren(
       ...sorted.slice(0, FIRST).map(fileRow),
