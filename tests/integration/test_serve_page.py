@@ -420,6 +420,25 @@ def test_what_is_deleted_is_gone_in_the_next_answer_and_undo_keeps_it(page, url)
     expect(row).to_have_count(0)
 
 
+def test_deleting_a_part_that_was_found_deletes_the_whole(page, url):
+    text = " ".join(f"The glass organ of Vessel {i} was tuned in {1600 + i}." for i in range(120))
+    put(url, "organs", text=text)
+    page.click("#to-memory")
+    page.fill("#search", "When was the glass organ of Vessel 7 tuned?")
+    page.keyboard.press("Enter")
+    rows = page.locator("#documents > li[data-id^='organs#']")
+    expect(rows.first).to_be_visible()
+    rows.first.get_by_role("button", name="Delete").click()
+    expect(page.locator(".toast")).to_contain_text(re.compile(r"“organs, all \d+ parts” is deleted"))
+    page.select_option("#search-by", "words")
+    page.fill("#search", "")
+    page.fill("#search", "organ")
+    page.locator("#to-ask").click()
+    ask(page, TWO_HOPS)  # sends the delete
+    page.click("#to-memory")
+    expect(page.locator("#list-about")).to_have_text("No documents")
+
+
 def test_markup_in_documents_is_text_and_runs_nothing(page):
     page.click("#to-memory")
     page.select_option("#search-by", "words")

@@ -134,19 +134,17 @@ function row(stored) {
     make("p", { class: "snippet" }, stored.snippet ?? stored.text?.slice(0, 400) ?? ""),
     make("p", { class: "id" }, facts.filter(Boolean).join(" · ")),
   );
-  const id = stored.part_of || stored.id;
-  element.dataset.source = id;
-  element.hidden = pending.has(id);
-  const whole = stored.part_of ? `${id}, all ${stored.num_parts} parts` : name;
-  if (mayWrite) element.append(removeButton(id, whole));
+  element.dataset.source = stored.part_of || stored.id;
+  element.hidden = pending.has(element.dataset.source);
+  if (mayWrite) element.append(removeButton(stored));
   return element;
 }
 
 /** @param {any} value of metadata */
 const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
-/** @param {string} id @param {string} name */
-function removeButton(id, name) {
+/** @param {StoredDocument} stored */
+function removeButton(stored) {
   const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   icon.setAttribute("viewBox", "0 0 20 20");
   icon.setAttribute("aria-hidden", "true");
@@ -154,9 +152,32 @@ function removeButton(id, name) {
   path.setAttribute("d", "M4 6h12M8 6V4h4v2m-6 0 .7 10h6.6L14 6M8.5 9v4.5m3-4.5v4.5");
   icon.append(path);
   const button = make("button", { type: "button", class: "icon remove", title: "Delete" }, icon);
-  button.setAttribute("aria-label", `Delete ${name}`);
-  button.addEventListener("click", () => remove(id, name));
+  button.setAttribute("aria-label", `Delete ${stored.title || stored.id}`);
+  button.addEventListener("click", async () => {
+    try {
+      const { part_of, num_parts } = await partOf(stored);
+      const name = part_of ? `${part_of}, all ${num_parts} parts` : stored.title || stored.id;
+      remove(part_of || stored.id, name);
+    } catch (error) {
+      toast(`Not deleted: ${/** @type {Error} */ (error).message}`, { alert: true });
+    }
+  });
   return button;
+}
+
+/**
+ * What a document is a part of. Lists say so; of what was found it has to be asked.
+ * @param {StoredDocument} stored
+ * @returns {Promise<StoredDocument>}
+ */
+async function partOf(stored) {
+  if (stored.part_of !== undefined) return stored;
+  const about = await api.passage(bank, stored.number);
+  for (const element of $("documents").children) {
+    const { id } = element.dataset;
+    if (about.part_of && id.startsWith(`${about.part_of}#`)) element.dataset.source = about.part_of;
+  }
+  return about;
 }
 
 /**
