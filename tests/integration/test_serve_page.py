@@ -518,9 +518,15 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("?")
     expect(page.locator("#help-box")).to_be_visible()
     page.keyboard.press("Escape")
+    page.evaluate("scrollTo(0, 9999)")
     page.keyboard.press("m")
     expect(page.locator("#memory")).to_be_visible()
     expect(page.locator("#to-memory")).to_have_attribute("aria-current", "page")
+    assert page.evaluate("scrollY") == 0
+    page.locator("#skip").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    expect(page.locator("#memory")).to_be_visible()
 
 
 def test_screen_readers_are_told_the_answer_once(page):

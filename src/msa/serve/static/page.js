@@ -32,6 +32,10 @@ async function start() {
   startKeys();
   addEventListener("hashchange", showView);
   $("banks").addEventListener("change", () => choose($("banks").value));
+  $("skip").addEventListener("click", (/** @type {Event} */ event) => {
+    event.preventDefault(); // the address tells the view
+    $("main").focus();
+  });
   $("help").addEventListener("click", () => $("help-box").showModal());
   showView();
   await loadBanks();
@@ -103,13 +107,13 @@ function go(name) {
 }
 
 function showView() {
-  if (!["", "#ask", "#memory"].includes(location.hash)) return;
   for (const name of ["ask", "memory"]) {
     $(name).hidden = name !== view();
     if (name === view()) $(`to-${name}`).setAttribute("aria-current", "page");
     else $(`to-${name}`).removeAttribute("aria-current");
   }
   closePassage();
+  scrollTo(0, 0);
   if (view() === "memory") list();
   else if (matchMedia("(hover: hover)").matches) $("question").focus();
 }
