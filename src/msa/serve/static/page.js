@@ -188,7 +188,7 @@ function startKeys() {
 function press(key) {
   if (key === "/") {
     go("ask");
-    $(view() === "ask" ? "question" : "search").focus();
+    $("question").focus();
   } else if (key === "m") go("memory");
   else if (key === "a") go("ask");
   else if (key === "u") $("toasts").lastElementChild?.querySelector("button")?.click();
