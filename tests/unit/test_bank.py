@@ -587,13 +587,13 @@ def test_before_each_batch_the_caller_may_wait_or_stop(bank):
     bank.add(documents[:3], before_batch=lambda: calls.append(1), batch_tokens=1)
     assert len(calls) == 3
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop():
-        raise Stopped
+        raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         bank.add(documents[3:], before_batch=stop)
     assert ids_of(bank) == ["d0", "d1", "d2"]
     bank.add(documents[3:])

@@ -232,6 +232,9 @@ def test_too_many_jobs_are_refused_before_anything_is_read(tmp_path, checkpoint,
         assert len(uploads_of(client)) == 2
         waiting = client.get(f"/api/jobs/{second['id']}").json()
         assert waiting["status"] == "queued"
+        figures = client.get("/metrics").text
+        assert 'msa_jobs{status="queued"} 1.0' in figures
+        assert 'msa_jobs{status="running"} 1.0' in figures
         assert client.delete(f"/api/jobs/{second['id']}").json()["status"] == "cancelled"
         held[0].set()
         assert finished(client, first["id"])["status"] == "done"

@@ -48,7 +48,7 @@ class DocumentInput(Body):
 
     text: str = Field(min_length=1, pattern=r"\S")
     title: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class Part(BaseModel):
@@ -195,19 +195,17 @@ async def put_document(
 
     def put() -> PutResult:
         bank = served.bank
-        with service.jobs.desk(served.name).turn():
-            _check_conditions(bank, document.id, if_match, if_none_match)
-            report = bank.add(
-                [document], on_duplicate="update", before_batch=_taking_turns(service)
-            )
-            if report.failed:
-                raise invalid(f"The document cannot be stored: {report.failed[0][1]}.", "text")
-            outcome: Outcome = (
-                "added" if report.added else "updated" if report.updated else "unchanged"
-            )
-            return PutResult(outcome, _etag(bank, document.id) or "", bank.parts(document.id))
+        _check_conditions(bank, document.id, if_match, if_none_match)
+        report = bank.add([document], on_duplicate="update", before_batch=take_turn)
+        if report.failed:
+            raise invalid(f"The document cannot be stored: {report.failed[0][1]}.", "text")
+        outcome: Outcome = "added" if report.added else "updated" if report.updated else "unchanged"
+        return PutResult(outcome, _etag(bank, document.id) or "", bank.parts(document.id))
 
-    return await asyncio.to_thread(put)
+    def take_turn() -> None:
+        service.turns.encode()
+
+    return await service.jobs.write(served.name, put)
 
 
 async def delete_documents(
@@ -307,7 +305,9 @@ async def get(
 
 
 @router.delete("/documents/{document_id:path}", response_model=DeleteBody)
-async def delete(bank: str, document_id: DocumentId, service: ServiceDep, caller: CallerDep) -> DeleteBody:
+async def delete(
+    bank: str, document_id: DocumentId, service: ServiceDep, caller: CallerDep
+) -> DeleteBody:
     """Delete a document; its text is erased at once. 404 if there is none (any more)."""
     served = service.registry.get(bank, caller, WRITE)
     result = await delete_documents(service, served, [document_id])

@@ -76,7 +76,8 @@ class _Slice:
 
     @property
     def is_full(self) -> bool:
-        return len(self.documents) >= SLICE_DOCUMENTS or self.characters >= SLICE_CHARACTERS
+        count = len(self.documents) + len(self.step.reasons)
+        return count >= SLICE_DOCUMENTS or self.characters >= SLICE_CHARACTERS
 
 
 Taken = tuple[int, LoadedDocument | LoadFailure | None]

@@ -78,9 +78,7 @@ def _job(job_id: str, service: ServiceDep, caller: CallerDep) -> Job:
 JobDep = Annotated[Job, Depends(_job)]
 
 
-@router.post(
-    "/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY, responses=_ENDED
-)
+@router.post("/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY, responses=_ENDED)
 async def upload(
     bank: str,
     request: Request,
@@ -95,7 +93,7 @@ async def upload(
     When this answers, the files are on disk and will be indexed, whatever happens to the service.
     """
     served = service.registry.get(bank, caller, WRITE)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
     with removed_on_error(service.jobs.store, form.files):
         files, reasons = _files_of(form)
@@ -119,7 +117,7 @@ async def add_lines(
 ) -> JobBody:
     """Index documents given as JSONL: id, text, title and metadata of one on each line."""
     served = service.registry.get(bank, caller, WRITE)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     got = await receive_body(request, service.jobs.store, service.settings, "documents.jsonl")
     files = [JobFile(0, got.name, got.stored, None, {}, got.size)]
     with removed_on_error(service.jobs.store, [got]):
@@ -163,8 +161,12 @@ async def follow_job(job: JobDep, service: ServiceDep) -> AsyncIterator[ServerSe
 @router.delete("/jobs/{job_id}", status_code=202)
 async def cancel_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobBody:
     """Cancel a job. What it has committed stays in the bank, and its message says how much."""
-    job = service.jobs.find(job_id, caller, WRITE)
-    return await asyncio.to_thread(lambda: service.jobs.describe(service.jobs.cancel(job)))
+
+    def cancel() -> JobBody:
+        job = service.jobs.find(job_id, caller, WRITE)
+        return service.jobs.describe(service.jobs.cancel(job))
+
+    return await asyncio.to_thread(cancel)
 
 
 @router.post("/banks/{bank}:compact", status_code=202, responses=_ENDED)

@@ -106,7 +106,7 @@ def page_of(
 async def create(request: Request, service: ServiceDep, caller: CallerDep) -> FileObject:
     """Upload a file; only the key that did so sees it."""
     _check_scope(caller)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
     with removed_on_error(service.jobs.store, form.files):
         purpose = _checked(form.fields, len(form.files))

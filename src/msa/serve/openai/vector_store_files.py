@@ -249,7 +249,7 @@ async def detach(
     """Take a file out of a vector store, with all its documents; the file itself stays."""
     served = service.registry.get(vector_store_id, caller, WRITE)
     known = await asyncio.to_thread(_find, service, served, file_id)
-    job = service.jobs.store.job(known.job)
+    job = await asyncio.to_thread(service.jobs.store.job, known.job)
     if known.status in OPEN_FILES and job is not None and job.kind == "index":
         await asyncio.to_thread(service.jobs.cancel, job)
         await service.jobs.ended(job.id, CANCEL_SECONDS)
