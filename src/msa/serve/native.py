@@ -46,16 +46,17 @@ def _sound(conditions: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"is nested more than {MOST_NESTED} times")
 
 
-_SCALAR = {"type": ["string", "number", "boolean", "null"]}
+_VALUE: dict[str, Any] = {"type": ["string", "number", "boolean", "null", "array"]}
+_ANYTHING: dict[str, Any] = {}
 _LIMIT = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": MAX_TEXT}]}
 _OPERATORS = {
-    **dict.fromkeys(("eq", "ne"), _SCALAR),
+    **dict.fromkeys(("eq", "ne"), _ANYTHING),
     **dict.fromkeys(("gt", "gte", "lt", "lte"), _LIMIT),
-    **{name: {"type": "array", "items": _SCALAR} for name in ("in", "nin")},
+    **{name: {"type": "array"} for name in ("in", "nin")},
 }
 _CONDITION = {
     "anyOf": [
-        _SCALAR,
+        _VALUE,
         {
             "type": "object",
             "properties": _OPERATORS,
@@ -142,7 +143,7 @@ class AskBody(Body):
     options: AskChanges = AskChanges()
     trace: bool = False
     stream: bool = False
-    deadline_s: float | None = Field(None, gt=0, le=3600)
+    deadline_s: float | None = Field(None, ge=1, le=3600)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
