@@ -29,6 +29,7 @@ def whole(earlier, question):
     [
         (BORN, "Where did he live?", "Where did Erik Watts live?"),
         (BORN, "Who was his father?", "Who was Erik Watts' father?"),
+        (BORN, "Who says he's rich?", "Who says Erik Watts's rich?"),
         (ANNA, "What did she paint?", "What did Anna Smith paint?"),
         (ANNA, "Who taught her?", "Who taught Anna Smith?"),
         (ANNA, "Who was her teacher?", "Who was Anna Smith's teacher?"),
@@ -91,6 +92,7 @@ def test_what_is_spoken_of_is_named(earlier, question, expected):
         "Is it true that water boils at 100 degrees?",
         "Did Bob sell his house?",
         "Wann wurde er geboren?",
+        "What did he say to her? " * 100,
         "thanks",
         "???",
         "",

@@ -257,5 +257,9 @@ def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -
         "top_p": body.top_p,
         "max_new_tokens": max_new_tokens,
     }
-    asked = [more, sampling, body.msa.model_dump(include=_OPTIONS)]  # a later one counts
+    asked: list[Mapping[str, Any]] = [
+        more,
+        sampling,
+        body.msa.model_dump(include=_OPTIONS),
+    ]  # a later one counts
     return {name: value for some in asked for name, value in some.items() if value is not None}
