@@ -19,6 +19,9 @@ const pending = /** @type {Map<string, {bank: string, close: () => void, timer: 
   new Map()
 );
 
+/** Done when it is known what the document that is to be deleted is a part of. */
+let looking = Promise.resolve();
+
 export function startMemory() {
   $("search-form").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
@@ -153,16 +156,21 @@ function removeButton(stored) {
   icon.append(path);
   const button = make("button", { type: "button", class: "icon remove", title: "Delete" }, icon);
   button.setAttribute("aria-label", `Delete ${stored.title || stored.id}`);
-  button.addEventListener("click", async () => {
-    try {
-      const { part_of, num_parts } = await partOf(stored);
-      const name = part_of ? `${part_of}, all ${num_parts} parts` : stored.title || stored.id;
-      remove(part_of || stored.id, name);
-    } catch (error) {
-      toast(`Not deleted: ${/** @type {Error} */ (error).message}`, { alert: true });
-    }
+  button.addEventListener("click", () => {
+    looking = removeWhole(stored);
   });
   return button;
+}
+
+/** @param {StoredDocument} stored a document, or a part of one */
+async function removeWhole(stored) {
+  try {
+    const { part_of, num_parts } = await partOf(stored);
+    const name = part_of ? `${part_of}, all ${num_parts} parts` : stored.title || stored.id;
+    remove(part_of || stored.id, name);
+  } catch (error) {
+    toast(`Not deleted: ${/** @type {Error} */ (error).message}`, { alert: true });
+  }
 }
 
 /**
@@ -219,6 +227,7 @@ function setHidden(id, hidden) {
  * @param {boolean} [leaving] true while the page goes away
  */
 export async function sendDeletes(leaving = false) {
+  if (!leaving) await looking;
   const all = [...pending];
   pending.clear();
   for (const [, { close, timer }] of all) {
