@@ -28,17 +28,22 @@ ALICE = Principal("alice", frozenset({"read"}), ("*",))
 BOB = Principal("bob", frozenset({"read"}), ("*",))
 
 
+class Request(SimpleNamespace):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 class Engine:
     """Makes requests: the question is a number of tokens, "for ever", or what goes wrong."""
 
     def __init__(self):
         self.begun = []
 
-    def request(self, question, *, filter=None, **changes):
+    def request(self, question, *, filter=None, stream=False, **changes):
         if question == "wrong":
             raise InputError("this question is wrong")
         self.begun.append(question)
-        return SimpleNamespace(question=question, events=self.events(question))
+        return Request(question=question, events=self.events(question))
 
     @staticmethod
     def events(question):
@@ -51,11 +56,6 @@ class Engine:
 
     def retrieve(self, queries, top_k, filter):
         return [[f"{query} {i}" for i in range(top_k)] for query in queries]
-
-
-class Hashable(SimpleNamespace):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
 
 
 class Scheduler:
@@ -74,6 +74,9 @@ class Scheduler:
     def remove(self, request):
         self.requests.remove(request)
 
+    def clear(self):
+        self.requests.clear()
+
     def step(self):
         time.sleep(0.002)
         happened = []
@@ -91,10 +94,6 @@ class Scheduler:
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch):
-    def make_request(engine, question, filter, changes):
-        return Hashable(**vars(engine.request(question, filter=filter, **changes)))
-
-    monkeypatch.setattr(asking, "make_request", make_request)
     monkeypatch.setattr(asking, "Scheduler", Scheduler)
 
 

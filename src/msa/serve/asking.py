@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request as HTTPRequest
 
 from msa.errors import EmptyBankError, MSAError
+from msa.inference.interleave import Request
+from msa.inference.scheduler import Scheduler
 from msa.memory.store.filters import Filter
 from msa.serve.banks import ServedBank
 from msa.serve.errors import CLIENT_GONE, ServiceError, draining, service_error, unavailable
@@ -20,7 +22,6 @@ from msa.serve.fairness import Turns
 from msa.serve.keys import Principal
 from msa.serve.limits import Admission, Ticket, too_many
 from msa.serve.metrics import Metrics
-from msa.serve.round_robin import Request, Scheduler, make_request
 from msa.serve.settings import ServeSettings
 from msa.types import Answer, Event, Hit
 
@@ -159,7 +160,6 @@ class AskService:
         )
         metrics.queue_depth.set_function(lambda: self.admission.inside)
         self._scheduler: Scheduler | None = None
-        self._model: MSAForCausalLM | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()  # guards the next four
         self._lanes: OrderedDict[str, deque[Waiting]] = OrderedDict()
@@ -173,7 +173,6 @@ class AskService:
 
     def open(self, model: MSAForCausalLM) -> None:
         """Start the thread, once the model is there."""
-        self._model = model
         self._scheduler = Scheduler(model, max_rows=self._settings.max_rows)
         self._thread = threading.Thread(target=self._run, name="msa-model", daemon=True)
         self._thread.start()
@@ -219,6 +218,7 @@ class AskService:
         filter: Filter | None = None,
         changes: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
+        stream: bool = True,
         client: HTTPRequest | None = None,
     ) -> Ask:
         """A question that the model has begun with; whoever gets it must read it or stop it.
@@ -232,13 +232,16 @@ class AskService:
             filter: see `msa.memory.store.filters`.
             changes: fields of `AskOptions`.
             deadline_s: seconds until it is ended; the settings' are the most.
+            stream: whether "token" events are wanted.
             client: the request, its body read: if it goes away, the question leaves the queue.
 
         Raises:
             ServiceError: 429 when too many wait; 503 while stopping; 400 for what cannot be asked.
         """
         ticket = self._admit(principal)
-        ask = self._new(served, question, filter, changes, principal.name, deadline_s)
+        ask = self._new(
+            served, question, filter, changes, principal.name, deadline_s, stream=stream
+        )
         ask.on_end(ticket.leave)
         await self._begun(ask, client)
         return ask
@@ -261,7 +264,7 @@ class AskService:
         **options: Any,
     ) -> Answer:
         """The answer to one question; arguments and errors as of `start`."""
-        ask = await self.start(served, question, client=client, **options)
+        ask = await self.start(served, question, client=client, stream=False, **options)
         try:
             return await while_connected(client, _last(ask))
         finally:
@@ -283,7 +286,9 @@ class AskService:
 
         async def one(question: str) -> Answer:
             async with slots:
-                ask = self._new(served, question, filter, changes, principal.name, deadline_s)
+                ask = self._new(
+                    served, question, filter, changes, principal.name, deadline_s, stream=False
+                )
                 await self._begun(ask, None)
                 try:
                     return await _last(ask)
@@ -366,12 +371,16 @@ class AskService:
         changes: Mapping[str, Any] | None,
         lane: str,
         deadline_s: float | None,
+        *,
+        stream: bool,
     ) -> Ask:
         most = self._settings.ask_seconds
         seconds = most if deadline_s is None else min(deadline_s, most)
         ask = Ask(self, served, lane, time.monotonic() + seconds)
         ask.late = _too_slow(504 if seconds == most else 408)
-        ask.make = lambda: make_request(served.engine, question, filter, changes or {})
+        ask.make = lambda: served.engine.request(
+            question, filter=filter, stream=stream, **(changes or {})
+        )
         return ask
 
     async def _begun(self, waiting: Waiting, client: HTTPRequest | None) -> Any:
@@ -506,11 +515,11 @@ class AskService:
             ask.tell(ask.push, error)
 
     def _restart(self, error: ServiceError) -> None:
-        """The step itself failed: end all, with a new scheduler for those to come."""
-        assert self._model is not None
+        """The step itself failed: end all that run, so that others can come."""
+        assert self._scheduler is not None
         running, self._running = self._running, {}
         self._metrics.asks_ended.labels("failed").inc(len(running))
-        self._scheduler = Scheduler(self._model, max_rows=self._settings.max_rows)
+        self._scheduler.clear()
         for ask in running.values():
             ask.tell(ask.push, error)
 

@@ -144,7 +144,7 @@ class Service:
         gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
         await self.asking.fail(lambda ask: ask.served is served, gone)
         await self.asking.call(lambda: self.registry.remove(name, principal))
-        await asyncio.to_thread(self.jobs.forget_bank, name)  # what came meanwhile
+        await asyncio.to_thread(self.jobs.forget_bank, name)  # of what came meanwhile
 
 
 def service_of(request: Request) -> Service:
