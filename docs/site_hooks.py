@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1] / "src" / "msa"
 # Programs, not something to call: they have pages of their own.
-LEFT_OUT = {"cli", "demo"}
+LEFT_OUT = {"cli", "demo", "serve"}
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE_MATH = re.compile(r"\$`([^`]+)`\$")

@@ -27,6 +27,8 @@ ORDER = [
     "training",
     "evaluation",
     "demo",
+    "integrations",
+    "serve",
     "cli",
 ]
 # The order within packages, where one is laid down. Names on one floor do not import each other.
