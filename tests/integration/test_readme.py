@@ -8,12 +8,16 @@ line `<!-- not run: REASON -->` is left out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import socket
 import stat
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,18 +88,51 @@ def check(command: str, scratch: Path) -> None:
 
         load_config(scratch / words[2])
         return
+    if words[:2] == ["msa", "serve"]:
+        serve(words, scratch)
+        return
     execute(["bash", "-euo", "pipefail", "-c", command], scratch, command)
 
 
-def execute(arguments: list[str], scratch: Path, shown: str) -> None:
+def serve(words: list[str], scratch: Path) -> None:
+    """Serve until it says that it is ready, then stop it."""
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [*words, "--port", str(port)],
+        cwd=scratch,
+        env=environment(scratch),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(1200):
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def environment(scratch: Path) -> dict[str, str]:
     path = f"{scratch / '.bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = dict(
+    return dict(
         os.environ, PATH=path, PYTHONPATH=str(ROOT / "src"), HF_HUB_OFFLINE="1", COLUMNS="100"
     )
+
+
+def execute(arguments: list[str], scratch: Path, shown: str) -> None:
     run = subprocess.run(
         arguments,
         cwd=scratch,
-        env=environment,
+        env=environment(scratch),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
