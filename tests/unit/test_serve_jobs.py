@@ -17,7 +17,8 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("httpx2")
 
 import msa
-from msa.errors import BankLockedError
+from msa.errors import BankLockedError, StorageError
+from msa.memory.bank import MemoryBank
 from msa.serve import indexing
 from msa.serve.errors import ServiceError
 from msa.serve.fairness import Turns
@@ -304,6 +305,50 @@ def test_files_of_this_machine_are_indexed_by_their_path(tmp_path, checkpoint):
         asking = jobs.index_paths("notes", [tmp_path / "docs"], ANONYMOUS)
         again = finished(client, asyncio.run(asking).id)
         assert (again["unchanged"], again["tokens"]) == (2, 0)
+
+
+# ---- when something fails
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_left(client, monkeypatch):
+    def refuse(*args, **given):
+        raise StorageError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "add_job", refuse)
+        assert error_of(upload(client, ("full.txt", b"x"))) == (507, "disk_full")
+    assert uploads_of(client) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBank, "add", refuse)
+        job = finished(client, upload(client, ("full.txt", b"x")).json()["id"])
+    assert (job["status"], job["files"][0]["status"]) == ("failed", "failed")
+    assert job["message"] == "The disk refused to write."
+    assert uploads_of(client) == set()
+    again = finished(client, upload(client, ("full.txt", b"x")).json()["id"])
+    assert again["status"] == "done"
+
+
+def test_a_job_whose_end_cannot_be_noted_is_done_again(client, monkeypatch):
+    monkeypatch.setattr("msa.serve.jobs.RETRY_SECONDS", 0.05)
+    finish, left = JobStore.finish, [1, 1]
+
+    def refuse(self, *args, **given):
+        if left:
+            left.pop()
+            raise StorageError("no room")
+        finish(self, *args, **given)
+
+    monkeypatch.setattr(JobStore, "finish", refuse)
+    job = finished(client, upload(client, ("late.txt", b"Late.")).json()["id"])
+    assert (job["status"], left) == ("done", [])
+    assert client.get("/api/banks/notes/documents/late.txt").status_code == 200
+
+
+def test_too_many_writes_are_refused(client, monkeypatch):
+    monkeypatch.setattr("msa.serve.jobs.MAX_WRITES", 0)
+    full = put(client, "w", "Waits.")
+    assert error_of(full) == (429, "queue_full")
+    assert int(full.headers["retry-after-ms"]) >= 1000
 
 
 # ---- who may

@@ -20,6 +20,7 @@ import msa
 from msa.memory.store.filters import metadata_test
 from msa.serve.errors import ServiceError
 from msa.serve.fairness import Turns
+from msa.serve.openai.files import page_of
 from msa.serve.openai.file_ids import cited_file, document_number
 from msa.serve.openai.filters import bank_filter
 from serve_tools import FACTS, put, running
@@ -309,6 +310,16 @@ def test_files_of_another_key_are_not_there(tmp_path, checkpoint):
 
 
 # ---- parts
+
+
+def test_a_page_before_a_cursor_ends_there():
+    def page(**given):
+        return page_of("abcde", str, order="asc", **given)
+
+    assert page(limit=2, before="d") == (["b", "c"], True)
+    assert page(limit=2, before="b") == (["a"], False)
+    assert page(limit=5, after="a", before="d") == (["b", "c"], False)
+    assert page(limit=2, after="b") == (["c", "d"], True)
 
 
 @pytest.mark.parametrize(

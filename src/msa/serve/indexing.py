@@ -249,11 +249,9 @@ class IndexRun:
             position = positions[name]
             stored[position] -= 1
             step.reasons.append(Reason(position, name, reason))
-        failed = {name for name, _ in report.failed}
         found = {
             Origin(name, path): content_hash(piece.documents[name][0])
             for name, path in piece.origins.items()
-            if printable(name) not in failed
         }
         self._bank.catalog.origins.record(found)
 

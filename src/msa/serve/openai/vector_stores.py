@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from msa.serve.banks import ServedBank
-from msa.serve.errors import ServiceError, invalid
+from msa.serve.errors import invalid
 from msa.serve.job_store import Attachment
 from msa.serve.keys import ADMIN, WRITE
 from msa.serve.native import Body
@@ -219,14 +219,9 @@ async def search(
     served = service.registry.get(vector_store_id, caller)
     queries = [given.query] if isinstance(given.query, str) else given.query
     conditions = None if given.filters is None else bank_filter(given.filters)
-    try:
-        results = await service.asking.searches(
-            served, queries, given.max_num_results, conditions, caller, client=request
-        )
-    except ServiceError as error:
-        if error.code != "empty_bank":
-            raise
-        results = []  # nothing there, or nothing that passes the filter
+    results = await service.asking.searches(
+        served, queries, given.max_num_results, conditions, caller, client=request
+    )
     found: dict[int, Hit] = {}
     for hit in chain.from_iterable(results):
         known = found.get(hit.number)
