@@ -90,6 +90,7 @@ def url(service):
 
 @pytest.fixture(scope="module")
 def browser():
+    expect.set_options(timeout=PATIENCE_MS)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

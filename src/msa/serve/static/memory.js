@@ -299,6 +299,6 @@ function planElements(plan) {
     make("p", { class: "about" }, `At most ${size(plan.memory_bytes)}${free}`),
     make("div", { class: "plan", "aria-hidden": "true" }, ...pieces),
     make("dl", { class: "legend" }, ...legend),
-    ...(plan.why ?? []).map((/** @type {string} */ why) => make("p", { class: "about" }, why)),
+    make("p", { class: "about why" }, plan.why.length ? `${plan.why.join("; ")}.` : ""),
   ];
 }
