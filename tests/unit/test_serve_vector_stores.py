@@ -20,8 +20,8 @@ import msa
 from msa.memory.store.filters import metadata_test
 from msa.serve.errors import ServiceError
 from msa.serve.fairness import Turns
-from msa.serve.openai.files import page_of
 from msa.serve.openai.file_ids import cited_file, document_number
+from msa.serve.openai.files import page_of
 from msa.serve.openai.filters import bank_filter
 from serve_tools import FACTS, put, running
 
