@@ -199,7 +199,7 @@ class JobStore:
         self.uploads = folder / "uploads"
         with storage_errors(f"make the state folder '{folder}'"):
             self.uploads.mkdir(parents=True, exist_ok=True)
-        self._owned = FileLock(folder / "lock")
+        self._owned = FileLock(folder / "lock", thread_local=False)
         try:
             self._owned.acquire(timeout=0)
         except Timeout:
@@ -424,7 +424,12 @@ class JobStore:
             f"ON f.job = a.job AND f.position = a.position WHERE {where}",
             *values,
         )
-        return [Attachment(*row[:5], json.loads(row[5]), *row[6:]) for row in rows]
+        names = [field.name for field in fields(Attachment)]
+        found = (dict(zip(names, row, strict=True)) for row in rows)
+        return [
+            Attachment(**{**values, "attributes": json.loads(values["attributes"])})
+            for values in found
+        ]
 
     def set_attributes(self, bank: str, file_id: str, attributes: Mapping[str, JSON]) -> None:
         """Other attributes of a file in a vector store."""

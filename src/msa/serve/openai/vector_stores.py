@@ -175,7 +175,7 @@ async def create(given: CreateInput, service: ServiceDep, caller: CallerDep) -> 
     if given.metadata:
         await asyncio.to_thread(service.jobs.store.set_store_metadata, name, given.metadata)
     if given.file_ids:
-        wanted = [(file_id, {}) for file_id in given.file_ids]
+        wanted: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in given.file_ids]
         await submit_files(service, served, caller, wanted, "file_batch", "file_ids")
     return await asyncio.to_thread(_object, service, served)
 
