@@ -16,7 +16,14 @@ import msa
 from msa.serve import documents, health, job_routes, native, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
-from msa.serve.openai import files, vector_store_files, vector_stores
+from msa.serve.openai import (
+    chat,
+    files,
+    models,
+    responses,
+    vector_store_files,
+    vector_stores,
+)
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -33,6 +40,10 @@ ROUTERS: tuple[APIRouter, ...] = (
     files.router,
     vector_stores.router,
     vector_store_files.router,
+    models.router,
+    chat.router,
+    responses.router,
+    models.absent,
 )
 """The routes, in the order in which they are looked up."""
 
