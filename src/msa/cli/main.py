@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import msa
-from msa.cli import ask, bank, convert, demo, index, model, options, output, serve, train
+from msa.cli import ask, bank, convert, demo, index, mcp, model, options, output, serve, train
 from msa.errors import MSAError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -78,6 +78,7 @@ options.register(app, index.index, "msa index notes/ papers.jsonl --bank bank/")
 options.register(app, ask.ask, 'msa ask "When was Ada born?" --bank bank/ --trace')
 options.register(app, ask.search, 'msa search "born in London" --bank bank/ --top-k 5')
 options.register(app, serve.serve, "msa serve notes/ --bank bank/")
+options.register(app, mcp.mcp, "msa mcp --bank notes=bank/")
 app.add_typer(bank.app, name="bank")
 app.add_typer(model.app, name="model")
 options.register(app, convert.convert, "msa convert Qwen/Qwen3-0.6B mine/ --texts notes/")

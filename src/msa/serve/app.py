@@ -16,14 +16,8 @@ import msa
 from msa.serve import documents, health, job_routes, native, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
-from msa.serve.openai import (
-    chat,
-    files,
-    models,
-    responses,
-    vector_store_files,
-    vector_stores,
-)
+from msa.serve.mcp_server import serve_mcp
+from msa.serve.openai import chat, files, models, responses, vector_store_files, vector_stores
 from msa.serve.request_log import REQUEST_ID, RequestLog
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -37,6 +31,10 @@ ROUTERS: tuple[APIRouter, ...] = (
     documents.router,
     job_routes.router,
     permalinks.router,
+    chat.router,
+    responses.router,
+    models.router,
+    models.absent,
     files.router,
     vector_stores.router,
     vector_store_files.router,
@@ -47,7 +45,7 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 """The routes, in the order in which they are looked up."""
 
-PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()
+PARTS: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (serve_mcp,)
 """What has a life of its own beside the service: entered before it is loaded, left when it has
 been closed. May add routes and mounts to the app when it is called."""
 

@@ -108,7 +108,7 @@ class AskBody(Body):
 class Answers(BaseModel):
     """The answers to several questions, in their order."""
 
-    data: list[Answer]
+    data: list[Any]
 
 
 class SearchBody(Body):
@@ -211,7 +211,7 @@ async def search(
 
 @router.post(
     "/banks/{bank}/ask",
-    response_model=Answer | Answers,
+    response_model=None,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def ask(
