@@ -38,10 +38,6 @@ ROUTERS: tuple[APIRouter, ...] = (
     files.router,
     vector_stores.router,
     vector_store_files.router,
-    models.router,
-    chat.router,
-    responses.router,
-    models.absent,
 )
 """The routes, in the order in which they are looked up."""
 
