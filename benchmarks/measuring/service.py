@@ -123,8 +123,8 @@ def questions_of(path: Path, count: int) -> list[str]:
     """
     if not path.is_file():
         raise InputError(f"{path} is no file; give JSONL with a 'question' on each line")
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt") as lines:
         found = [str(json.loads(line)["question"]) for line in itertools.islice(lines, count)]
     if len(found) < count:
         raise InputError(f"{path} holds {len(found)} questions, not {count}")
@@ -200,7 +200,9 @@ class Service:
                 stderr=log,
                 env={**os.environ, **self.environment},
             )
-        self.port = int(self._wait(lambda: re.search(r"127\.0\.0\.1:(\d+)", self.log[before:]))[1])
+        found = self._wait(lambda: re.search(r"127\.0\.0\.1:(\d+)", self.log[before:]))
+        assert found is not None  # _wait gives what is true
+        self.port = int(found[1])
         self.listened = time.perf_counter()
 
     def until_ready(self) -> None:
@@ -213,7 +215,7 @@ class Service:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise ServiceDiedError(f"not ready after {START_SECONDS:.0f} s: {self.log[-500:]}")
-            time.sleep(0.02)
+            time.sleep(0.05)
         return result
 
     def check_alive(self) -> None:

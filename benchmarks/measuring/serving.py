@@ -42,8 +42,8 @@ class Finding:
 
     def add(self, what: str, value: str | int | float, bar: str = "") -> None:
         """Add a figure."""
-        shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
-        self.figures.append((what, value if isinstance(value, str) else shown, bar))
+        shown = f"{value:,.2f}" if isinstance(value, float) else value
+        self.figures.append((what, f"{shown:,}" if isinstance(shown, int) else shown, bar))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

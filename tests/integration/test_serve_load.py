@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-for name in ("fastapi", "uvicorn", "mcp", "pydantic_settings", "prometheus_client"):
-    pytest.importorskip(name)
-
 import serving
 from measuring.serving import Finding, percentile
 from measuring.serving_page import section, write
+
+for name in ("fastapi", "uvicorn", "mcp", "pydantic_settings", "prometheus_client"):
+    pytest.importorskip(name)
 
 SOURCE = {
     "command": "python benchmarks/serving.py start",

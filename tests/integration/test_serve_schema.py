@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
+
+from measuring.service import BANK, Service
+from measuring.serving import multipart
 
 for name in ("fastapi", "uvicorn", "mcp", "pydantic_settings", "prometheus_client"):
     pytest.importorskip(name)
 schemathesis = pytest.importorskip("schemathesis")
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Unsatisfiable
-from schemathesis.checks import load_all_checks, not_a_server_error
-from schemathesis.config import CacheConfig
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi import checks
-
-from measuring.serving import multipart
-from measuring.service import BANK, Service
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
+from schemathesis.checks import load_all_checks, not_a_server_error  # noqa: E402
+from schemathesis.config import CacheConfig  # noqa: E402
+from schemathesis.generation import GenerationMode  # noqa: E402
+from schemathesis.specs.openapi import checks  # noqa: E402
 
 EXAMPLES = int(os.environ.get("MSA_SCHEMA_EXAMPLES", "3"))
 CHECKS = [
@@ -37,6 +38,11 @@ CHECKS = [
 FOLLOWS = "/api/jobs/{job_id}/events"
 SECONDS = 60
 MOST_SHOWN = 3
+
+
+@schemathesis.serializer("application/jsonl")
+def as_lines(context, value):
+    return value if isinstance(value, bytes) else str(value).encode(errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +65,10 @@ def ids_of(service: Service) -> dict[str, str]:
     service.finished(job)
     file = upload(service)
     files = {"file_ids": [file]}
-    batch = service.request("POST", f"/v1/vector_stores/{BANK}/file_batches", files).json["id"]
-    service.finished(batch.replace("vsfb_", ""))
+    path = f"/v1/vector_stores/{BANK}/file_batches"
+    batch = service.request("POST", path, files).json["id"]
+    while service.request("GET", f"{path}/{batch}").json["status"] == "in_progress":
+        time.sleep(0.05)
     return {
         "bank": BANK,
         "vector_store_id": BANK,
@@ -115,10 +123,8 @@ def drawn(api, case_of) -> list[str]:
         if len(failures) < MOST_SHOWN:
             failures.extend(checked(api, case))
 
-    try:
+    with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with it: no parameters
         try_one()
-    except Unsatisfiable:
-        pass  # nothing can be wrong with it, such as a request without parameters
     api.service.check_alive()
     return failures
 
@@ -201,15 +207,16 @@ def test_streams_end_and_are_what_the_schema_says(api):
     assert b"event: done" in events.body
     question = "When was Erik Watts born?"
     chat = {"model": f"msa/{BANK}", "messages": [{"role": "user", "content": question}]}
-    for path, body in (
-        (f"/api/banks/{BANK}/ask", {"question": question}),
-        ("/v1/chat/completions", chat),
-        ("/v1/responses", {"model": f"msa/{BANK}", "input": question}),
+    for path, body, end in (
+        ("/api/banks/{bank}/ask", {"question": question}, b"event: answer"),
+        ("/v1/chat/completions", chat, b"data: [DONE]"),
+        ("/v1/responses", {"model": f"msa/{BANK}", "input": question}, b"response.completed"),
     ):
-        reply = service.request("POST", path, {**body, "stream": True}, seconds=SECONDS)
+        real = path.replace("{bank}", BANK)
+        reply = service.request("POST", real, {**body, "stream": True}, seconds=SECONDS)
         assert reply.status == 200, reply.body
         kind = reply.headers["content-type"]
         assert kind.startswith("text/event-stream")
         described = api.schema[path]["POST"].definition.raw["responses"]["200"]["content"]
         assert "text/event-stream" in described, path
-        assert b"1912" in reply.body
+        assert end in reply.body
