@@ -12,9 +12,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
-from serve_tools import FACTS, put, running
+import openai
 
 import msa
 from msa.memory.store.filters import metadata_test
@@ -22,6 +22,7 @@ from msa.serve.errors import ServiceError
 from msa.serve.fairness import Turns
 from msa.serve.openai.file_ids import cited_file, document_number
 from msa.serve.openai.filters import bank_filter
+from serve_tools import FACTS, put, running
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,11 @@ def test_files_that_cannot_be_used_are_refused_by_name(client):
 
 def test_a_vector_store_is_a_bank(client, store):
     assert store.metadata == {"of": "tests"}
-    assert (store.status, store.file_counts.completed, store.file_counts.total) == ("completed", 2, 2)
+    assert (store.status, store.file_counts.completed, store.file_counts.total) == (
+        "completed",
+        2,
+        2,
+    )
     assert store.usage_bytes > 0
     listed = [s.id for s in client.vector_stores.list(limit=1, order="asc")]
     assert set(listed) == {"notes", store.id}
@@ -350,7 +355,12 @@ def test_filters_that_are_none_are_refused_by_name(filters, param):
 
 def test_ids_say_which_file_a_document_came_from():
     file = f"file-{'0a' * 12}"
-    for document_id in (f"{file}/a.txt", f"{file}/a.txt#2", f"{file}/a.txt/r1", f"{file}/a.txt/r1#3"):
+    for document_id in (
+        f"{file}/a.txt",
+        f"{file}/a.txt#2",
+        f"{file}/a.txt/r1",
+        f"{file}/a.txt/r1#3",
+    ):
         cited = cited_file("notes", document_id, 7)
         assert (cited.file_id, cited.filename) == (file, "a.txt")
     own = cited_file("my-notes", "a/b.txt", 7)

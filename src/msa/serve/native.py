@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
 from msa.serve.errors import ServiceError
@@ -21,7 +22,7 @@ from msa.types import Answer
 router = APIRouter(prefix="/api", tags=["banks"])
 
 MOST_QUESTIONS = 64
-Question = Annotated[str, Field(min_length=1, max_length=32_768)]
+Question = Annotated[str, Field(min_length=1, max_length=32_768, pattern=r"\S")]
 BankPath = Annotated[str, Path(pattern=f"^{BANK_NAME.pattern}$", description="Name of a bank.")]
 MOST_NESTED = 32
 """Objects and lists within each other, in a filter."""
@@ -45,14 +46,45 @@ def _sound(conditions: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"is nested more than {MOST_NESTED} times")
 
 
-FilterBody = Annotated[dict[str, Any], AfterValidator(_sound)]
+_VALUE: dict[str, Any] = {"type": ["string", "number", "boolean", "null", "array"]}
+_ANYTHING: dict[str, Any] = {}
+_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": MAX_TEXT}]}
+_OPERATORS = {
+    **dict.fromkeys(("eq", "ne"), _ANYTHING),
+    **dict.fromkeys(("gt", "gte", "lt", "lte"), _LIMIT),
+    **{name: {"type": "array"} for name in ("in", "nin")},
+}
+_CONDITION = {
+    "anyOf": [
+        _VALUE,
+        {
+            "type": "object",
+            "properties": _OPERATORS,
+            "additionalProperties": False,
+            "minProperties": 1,
+        },
+    ]
+}
+_PARTS = {
+    "type": "array",
+    "items": {"type": "object", "additionalProperties": _CONDITION},
+}
+_FILTER_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"and": _PARTS, "or": _PARTS},
+    "additionalProperties": _CONDITION,
+    "description": "Conditions on the metadata of documents; those of 'and' and 'or' nest.",
+}
+FilterBody = Annotated[
+    dict[str, Any], AfterValidator(_sound), WithJsonSchema(_FILTER_SCHEMA, mode="validation")
+]
 """Conditions on the metadata of documents; see `msa.memory.store.filters`."""
 
 
 class Body(BaseModel):
-    """Base of bodies: a field that is not known is refused."""
+    """Base of bodies: a field that is not known, or of another type, is refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class AskChanges(Body):
@@ -88,13 +120,30 @@ class AskBody(Body):
         deadline_s: seconds after which it is given up; the service has a limit of its own.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "required": ["question"],
+                    "not": {"required": ["questions"]},
+                    "properties": {"question": {"type": "string"}},
+                },
+                {
+                    "required": ["questions"],
+                    "not": {"required": ["question"]},
+                    "properties": {"questions": {"type": "array"}, "stream": {"const": False}},
+                },
+            ]
+        }
+    )
+
     question: Question | None = None
     questions: list[Question] | None = Field(None, min_length=1, max_length=MOST_QUESTIONS)
     filter: FilterBody | None = None
     options: AskChanges = AskChanges()
     trace: bool = False
     stream: bool = False
-    deadline_s: float | None = Field(None, gt=0, le=3600)
+    deadline_s: float | None = Field(None, ge=1, le=3600)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -61,6 +61,7 @@ class Service:
         self.metrics.watch_banks(self.registry.all)
         self.asking = AskService(settings, self.metrics, self.turns)
         self.jobs = Jobs(settings, self.registry, self.turns)
+        self.metrics.watch_jobs(self.jobs.counts)
         self.checkpoint: Checkpoint | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None
@@ -143,6 +144,7 @@ class Service:
         gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
         await self.asking.fail(lambda ask: ask.served is served, gone)
         await self.asking.call(lambda: self.registry.remove(name, principal))
+        await asyncio.to_thread(self.jobs.forget_bank, name)  # of what came meanwhile
 
 
 def service_of(request: Request) -> Service:
