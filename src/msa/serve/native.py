@@ -7,7 +7,15 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
@@ -24,6 +32,14 @@ router = APIRouter(prefix="/api", tags=["banks"])
 MOST_QUESTIONS = 64
 Question = Annotated[str, Field(min_length=1, max_length=32_768, pattern=r"\S")]
 BankPath = Annotated[str, Path(pattern=f"^{BANK_NAME.pattern}$", description="Name of a bank.")]
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 7.0 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 MOST_NESTED = 32
 """Objects and lists within each other, in a filter."""
 
@@ -46,7 +62,6 @@ def _sound(conditions: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"is nested more than {MOST_NESTED} times")
 
 
-_VALUE: dict[str, Any] = {"type": ["string", "number", "boolean", "null", "array"]}
 _ANYTHING: dict[str, Any] = {}
 _LIMIT = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": MAX_TEXT}]}
 _OPERATORS = {
@@ -54,24 +69,15 @@ _OPERATORS = {
     **dict.fromkeys(("gt", "gte", "lt", "lte"), _LIMIT),
     **{name: {"type": "array"} for name in ("in", "nin")},
 }
-_CONDITION = {
-    "anyOf": [
-        _VALUE,
-        {
-            "type": "object",
-            "properties": _OPERATORS,
-            "additionalProperties": False,
-            "minProperties": 1,
-        },
-    ]
-}
-_PARTS = {
-    "type": "array",
-    "items": {"type": "object", "additionalProperties": _CONDITION},
-}
+_SCALAR_OR_OPERATORS = [
+    {"type": ["string", "number", "boolean", "null"]},
+    {"type": "object", "properties": _OPERATORS, "additionalProperties": False, "minProperties": 1},
+]
+_CONDITION = {"anyOf": [*_SCALAR_OR_OPERATORS, {"type": "array"}]}
+_PARTS = {"type": "array", "items": {"type": "object", "additionalProperties": _CONDITION}}
 _FILTER_SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"and": _PARTS, "or": _PARTS},
+    "properties": {name: {"anyOf": [*_SCALAR_OR_OPERATORS, _PARTS]} for name in ("and", "or")},
     "additionalProperties": _CONDITION,
     "description": "Conditions on the metadata of documents; those of 'and' and 'or' nest.",
 }
@@ -90,16 +96,16 @@ class Body(BaseModel):
 class AskChanges(Body):
     """How a question is asked, where it differs from the model's own way; see `AskOptions`."""
 
-    max_rounds: Annotated[int, Field(ge=1, le=32)] | None = None
-    max_documents_per_round: Annotated[int, Field(ge=1, le=64)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    candidates: Annotated[int, Field(ge=1, le=4096)] | None = None
-    lexical_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    prior_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    prior_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_rounds: Annotated[Whole, Field(ge=1, le=32)] | None = None
+    max_documents_per_round: Annotated[Whole, Field(ge=1, le=64)] | None = None
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=4096)] | None = None
+    candidates: Annotated[Whole, Field(ge=1, le=4096)] | None = None
+    lexical_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0.001, le=1)] | None = None
+    seed: Annotated[Whole, Field(ge=0, lt=2**53)] | None = None
     refusal_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def given(self) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class SearchBody(Body):
     """
 
     query: Question
-    top_k: int = Field(10, ge=1, le=100)
+    top_k: Whole = Field(10, ge=1, le=100)
     filter: FilterBody | None = None
 
 
