@@ -21,12 +21,13 @@ happened that must not; figures beside a bar are for people to compare.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -100,8 +101,14 @@ def start(args: argparse.Namespace, folder: Path) -> Finding:
     return loads.start(service, workload.questions[0], args.repeats, note)
 
 
-class filled:  # noqa: N801 - used as a function
-    """A running service with documents in its bank, and questions to ask; a context.
+@contextlib.contextmanager
+def filled(
+    args: argparse.Namespace,
+    folder: Path,
+    questions: int,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Service, Workload]]:
+    """A running service with documents in its bank, and questions to ask.
 
     Args:
         args: of the command line.
@@ -109,37 +116,18 @@ class filled:  # noqa: N801 - used as a function
         questions: how many.
         environment: settings of the service.
     """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        folder: Path,
-        questions: int,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        if args.bank is None:
-            self.workload = world(args.seed, args.documents, questions)
-            self.service = empty(args, folder)
-        else:
-            self.workload = Workload(questions=asked(args, questions))
-            self.service = copied(args, folder)
-        self.service.environment = environment or {}
-
-    def __enter__(self) -> tuple[Service, Workload]:
-        service = self.service.__enter__()
-        try:
-            if self.workload.documents:
-                note(f"a bank of {len(self.workload.documents)} documents")
-                job = service.finished(service.index(self.workload.documents))
-                if job["status"] != "done" or job["failed"]:
-                    raise InputError(f"the bank cannot be filled: {job['message']} {job['failed']}")
-        except BaseException:
-            service.kill()
-            raise
-        return service, self.workload
-
-    def __exit__(self, *_: object) -> None:
-        self.service.stop()
+    if args.bank is None:
+        workload, service = world(args.seed, args.documents, questions), empty(args, folder)
+    else:
+        workload, service = Workload(questions=asked(args, questions)), copied(args, folder)
+    service.environment = environment or {}
+    with service:
+        if workload.documents:
+            note(f"a bank of {len(workload.documents)} documents")
+            job = service.finished(service.index(workload.documents))
+            if job["status"] != "done" or job["failed"]:
+                raise InputError(f"the bank cannot be filled: {job['message']} {job['failed']}")
+        yield service, workload
 
 
 def empty(args: argparse.Namespace, folder: Path) -> Service:

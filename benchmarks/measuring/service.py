@@ -348,8 +348,15 @@ class Service:
         return str(reply.json["id"])
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """How a job stands."""
-        return dict(self.request("GET", f"/api/jobs/{job_id}").json)
+        """How a job stands.
+
+        Raises:
+            ServiceDiedError: there is none.
+        """
+        reply = self.request("GET", f"/api/jobs/{job_id}")
+        if reply.status != 200:
+            raise ServiceDiedError(f"{reply.status} for job {job_id}: {reply.body[:300]!r}")
+        return dict(reply.json)
 
     def finished(self, job_id: str) -> dict[str, Any]:
         """A job when it has ended.

@@ -137,7 +137,7 @@ def indexing(
     job_id = service.index(documents)
     ended = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(_ask_until, service, questions[i:], ended) for i in range(clients)]
+        asking = [pool.submit(_ask_until, service, questions[i % len(questions) :], ended) for i in range(clients)]
         try:
             job = service.finished(job_id)
         finally:
@@ -310,6 +310,8 @@ def _send_documents(service: Service, round_: str, kept: _Acknowledged) -> None:
         name = f"put-{round_}-{number}"
         if reply.status == 201:
             kept.texts[name] = _text(name)
+        elif reply.status == 429:
+            time.sleep(0.2)
         else:
             kept.refused.append(f"PUT {name}: {reply.status} {reply.body[:200]!r}")
 

@@ -27,6 +27,7 @@ from schemathesis.config import CacheConfig  # noqa: E402
 from schemathesis.generation import GenerationMode  # noqa: E402
 from schemathesis.specs.openapi import checks  # noqa: E402
 
+pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("MSA_SCHEMA_EXAMPLES", "3"))
 CHECKS = [
     not_a_server_error,
