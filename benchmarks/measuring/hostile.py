@@ -216,14 +216,10 @@ def _prepare(service: Service) -> dict[str, str]:
     number = stored.json["parts"][0]["number"]
     job = service.index([{"id": "second", "text": SECRET}], SECRET_BANK)
     service.finished(job)
-    kind, body = multipart([("dossier.txt", SECRET.encode())], "file")
-    body = body.replace(
-        b"\r\n--msa-benchmark-7d1f--",
-        b'\r\n--msa-benchmark-7d1f\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
-        b"assistants\r\n--msa-benchmark-7d1f--",
-    )
+    kind, body = multipart([("dossier.txt", SECRET.encode())], "file", purpose="assistants")
     file = service.request("POST", "/v1/files", body, kind=kind)
-    if stored.status != 201 or file.status != 200:
+    shown = service.request("GET", f"/api/banks/{SECRET_BANK}/documents/{SECRET_ID}")
+    if file.status != 200 or not all(w in _text(shown) for w in (SECRET_WORD, SECRET_VALUE)):
         raise ServiceDiedError(f"cannot be prepared: {stored.body[:200]!r} {file.body[:200]!r}")
     service.put("watts", "Erik Watts was born in 1912.")
     service.key = STRANGER

@@ -84,10 +84,9 @@ def ids_of(service: Service) -> dict[str, str]:
 
 
 def upload(service: Service) -> str:
-    kind, body = multipart([("moreau.txt", b"Paul Moreau was born in 1888.")], "file")
-    edge = body[: body.index(b"\r\n")]
-    purpose = edge + b'\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nassistants\r\n'
-    reply = service.request("POST", "/v1/files", purpose + body, kind=kind)
+    files = [("moreau.txt", b"Paul Moreau was born in 1888.")]
+    kind, body = multipart(files, "file", purpose="assistants")
+    reply = service.request("POST", "/v1/files", body, kind=kind)
     assert reply.status == 200, reply.body
     return str(reply.json["id"])
 
