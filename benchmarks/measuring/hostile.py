@@ -439,9 +439,7 @@ def _broken_json(siege: _Siege) -> Iterator[Callable[[], object]]:
                 )
             )
             more = {"Content-Encoding": "gzip"} if rng.random() < 0.1 else {}
-            yield partial(
-                siege.request, "broken JSON", method, path, body, kind=kind, headers=more
-            )
+            yield partial(siege.request, "broken JSON", method, path, body, kind=kind, headers=more)
 
 
 def _wrong_values(siege: _Siege) -> Iterator[Callable[[], object]]:

@@ -137,7 +137,10 @@ def indexing(
     job_id = service.index(documents)
     ended = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(_ask_until, service, questions[i % len(questions) :], ended) for i in range(clients)]
+        asking = [
+            pool.submit(_ask_until, service, questions[i % len(questions) :], ended)
+            for i in range(clients)
+        ]
         try:
             job = service.finished(job_id)
         finally:
