@@ -115,6 +115,22 @@ def test_bodies_are_counted_while_they_come(client):
     assert error_of(wrong) == (400, "invalid_value")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("transfer-encoding", "chunked"), ("content-length", "12")],
+        [("transfer-encoding", "chunked"), ("transfer-encoding", "chunked")],
+        [("transfer-encoding", "gzip, chunked")],
+        [("content-length", "12"), ("content-length", "12")],
+    ],
+)
+def test_a_request_that_could_end_in_two_places_ends_the_connection(client, headers):
+    answer = client.post("/json", content=b'{"count": 1}', headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_framing"
+    assert answer.headers["connection"] == "close"
+
+
 def test_a_body_that_comes_too_slowly_is_given_up():
     async def run():
         sent = []

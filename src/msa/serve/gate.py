@@ -49,6 +49,7 @@ class Gate:
             return
         try:
             headers = Headers(scope=scope)
+            _check_framing(headers)
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
             if scope["method"] not in SAFE_METHODS and self._stopping():
@@ -152,6 +153,22 @@ class _Body:
         if self._left < 0:
             raise _too_large(self._limit)
         return message
+
+
+def _check_framing(headers: Headers) -> None:
+    """Refuse a request that could end in two places, and the connection with it.
+
+    What stands behind one of the ends would be taken for the next request of somebody else by a
+    proxy that goes by the other (RFC 9112, 6.1).
+
+    Raises:
+        ServiceError: 400.
+    """
+    lengths, codings = headers.getlist("content-length"), headers.getlist("transfer-encoding")
+    if len(lengths) + len(codings) > 1 or any(c.strip().lower() != "chunked" for c in codings):
+        message = "Give one Content-Length, or one Transfer-Encoding: chunked, and not both."
+        close = {"Connection": "close"}
+        raise ServiceError(400, None, "invalid_framing", message, headers=close)
 
 
 def _too_large(limit: int) -> ServiceError:
