@@ -103,7 +103,7 @@ async def running(**given):
     metrics = Metrics()
     service = AskService(ServeSettings.load(**given), metrics, Turns())
     service.metrics = metrics
-    service.open(None)
+    service.open(object())
     try:
         yield service, SimpleNamespace(engine=Engine())
     finally:

@@ -52,7 +52,9 @@ def make_client(**given):
     async def item(name: str):
         raise KeyError(f"secret {name}")
 
-    app.add_middleware(Gate, settings=ServeSettings.load(**given))
+    app.state.stopping = False
+    settings = ServeSettings.load(**given)
+    app.add_middleware(Gate, settings=settings, stopping=lambda: app.state.stopping)
     app.state.metrics = Metrics()
     app.add_middleware(RequestLog, metrics=app.state.metrics)
     return TestClient(app, base_url="http://localhost")
@@ -94,6 +96,12 @@ def test_pages_of_other_origins_change_nothing():
         assert ask(origin).json() == 1
 
 
+def test_no_new_work_is_taken_when_the_service_is_stopping(client):
+    client.app.state.stopping = True
+    assert error_of(client.post("/json", json={"count": 1})) == (503, "draining")
+    assert error_of(client.get("/none")) == (404, "unknown_url")
+
+
 def test_bodies_are_counted_while_they_come(client):
     def pieces(count):
         yield from [b"x" * 1000] * count
@@ -119,7 +127,7 @@ def test_a_body_that_comes_too_slowly_is_given_up():
         settings = ServeSettings.load(body_seconds=0.05)
         app = make_client().app
         app.user_middleware.clear()
-        app.add_middleware(Gate, settings=settings)
+        app.add_middleware(Gate, settings=settings, stopping=lambda: False)
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {
             "type": "http",

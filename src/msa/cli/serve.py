@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,8 @@ from msa.cli.options import load_model, open_bank, quiet_transformers
 from msa.errors import BankNotFoundError, ConfigError, InputError
 
 if TYPE_CHECKING:
+    import asyncio
+
     import uvicorn
 
     from msa.serve.service import Service
@@ -35,7 +36,9 @@ def serve(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATHS]...", help="Files and folders to index into the first bank meanwhile."
+            metavar="[PATHS]...",
+            exists=True,
+            help="Files and folders to index into the first bank meanwhile.",
         ),
     ] = None,
     bank: Annotated[
@@ -146,6 +149,8 @@ def serve(
         ) from None
     settings = ServeSettings.load(banks=bank or None, **given)
     _check_banks(settings)
+    if paths and not settings.banks:
+        raise ConfigError(f"{paths[0]} is to be indexed into which bank? give --bank DIR")
     _run(settings, paths or [])
 
 
@@ -182,7 +187,7 @@ def _run(settings: ServeSettings, paths: list[Path]) -> None:
     listening = _listen(settings.host, settings.port)
     try:
         log_to_stderr()
-        app = create_app(settings, load)
+        app = create_app(settings, load, paths)
         service: Service = app.state.service
         output.print_note(f"Serving at {_address(listening)}; loading the model")
         _server(app, service).run(sockets=[listening])
@@ -210,6 +215,8 @@ def _address(listening: socket.socket) -> str:
 
 def _server(app: Any, service: Service) -> uvicorn.Server:
     """A web server that lets the service end its work before it closes the door."""
+    import asyncio
+
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
@@ -46,18 +47,20 @@ been closed. May add routes and mounts to the app when it is called."""
 
 
 def create_app(
-    settings: ServeSettings, checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None
+    settings: ServeSettings,
+    checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None,
+    paths: Sequence[Path] = (),
 ) -> FastAPI:
     """The app of one service; `app.state.service` is there at once, loaded once it runs.
 
     Args:
         settings: how it runs.
-        checkpoint: see `Service`.
+        checkpoint, paths: see `Service`.
 
     Raises:
         ConfigError: the key file cannot be used.
     """
-    service = Service(settings, checkpoint)
+    service = Service(settings, checkpoint, paths)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -101,5 +104,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "Retry-After", "Location", "ETag"],
         )
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(
+        Gate, settings=settings, stopping=lambda: service.state in ("draining", "failed")
+    )
     app.add_middleware(RequestLog, metrics=service.metrics)

@@ -15,7 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from msa.errors import MSAError
 from msa.memory.store.filters import Filter
 from msa.serve.banks import ServedBank
-from msa.serve.errors import CLIENT_GONE, ServiceError, service_error, unavailable
+from msa.serve.errors import CLIENT_GONE, ServiceError, draining, service_error, unavailable
 from msa.serve.fairness import Turns
 from msa.serve.keys import Principal
 from msa.serve.limits import Admission, Ticket, too_many
@@ -184,7 +184,7 @@ class AskService:
         while self.admission.inside and time.monotonic() < end:
             await asyncio.sleep(0.05)
         if self.admission.inside:
-            await self.fail(lambda ask: True, _draining())
+            await self.fail(lambda ask: True, draining())
 
     async def fail(self, which: Callable[[Ask], bool], error: ServiceError) -> None:
         """End questions that run or wait with an error."""
@@ -340,7 +340,7 @@ class AskService:
         call = _Call("", function)
         with self._changed:
             if self._closing:
-                raise _draining()
+                raise draining()
             self._urgent.append(call)
             self._changed.notify_all()
         result: Result = await call.begun
@@ -350,7 +350,7 @@ class AskService:
 
     def _admit(self, principal: Principal) -> Ticket:
         if self._draining:
-            raise _draining()
+            raise draining()
         if self._scheduler is None:
             raise unavailable("loading", "The model and the banks are being loaded.")
         try:
@@ -412,9 +412,9 @@ class AskService:
         with self._changed:
             left = [*self._urgent, *(w for lane in self._lanes.values() for w in lane)]
         for waiting in left:
-            waiting.tell(waiting.set_begun, None, _draining())
+            waiting.tell(waiting.set_begun, None, draining())
         for ask in [*self._running.values()]:
-            self._end(ask, _draining())
+            self._end(ask, draining())
 
     def _has_work(self) -> bool:
         """Waits for work; False when there will be no more."""
@@ -455,33 +455,32 @@ class AskService:
 
     def _step(self) -> bool:
         """One step of those that run; False if none does."""
-        self._drop_ended()
-        if not self._running or self._closing:
-            return False
-        assert self._scheduler is not None
         try:
-            happened = self._scheduler.step()
-        except Exception as failure:
+            self._drop_ended()
+            if not self._running or self._closing:
+                return False
+            assert self._scheduler is not None
+            for request, event in self._scheduler.step():
+                ask = self._running.get(request)
+                if ask is not None:
+                    self._deliver(ask, request, event)
+        except Exception as failure:  # of the scheduler's own: no request is to blame
             self._restart(service_error(failure))
-            return True
-        for request, event in happened:
-            ask = self._running.get(request)
-            if ask is not None:
-                self._deliver(ask, event)
         return True
 
-    def _deliver(self, ask: Ask, event: Event | MSAError) -> None:
+    def _deliver(self, ask: Ask, request: Request, event: Event | MSAError) -> None:
         """Hand an event over, and count it."""
         if isinstance(event, MSAError):
-            self._end(ask, service_error(event))
+            del self._running[request]
+            self._metrics.asks_ended.labels("failed").inc()
+            ask.tell(ask.push, service_error(event))
             return
         seconds = time.monotonic() - ask.arrived
         if event.kind == "token":
             self._metrics.token(seconds if ask.pieces == 0 else None)
             ask.pieces += 1
         elif event.kind == "answer":
-            assert ask.request is not None
-            del self._running[ask.request]
+            del self._running[request]
             self._metrics.answered(event.data, ask.pieces, seconds)
         ask.tell(ask.push, event)
 
@@ -563,10 +562,6 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _draining() -> ServiceError:
-    return unavailable("draining", "The service is stopping.", 5)
 
 
 def _too_slow() -> ServiceError:

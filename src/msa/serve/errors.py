@@ -110,6 +110,11 @@ def unavailable(code: str, message: str, retry_after: int = RETRY_SECONDS) -> Se
     return ServiceError(503, None, code, message, headers={"Retry-After": str(retry_after)})
 
 
+def draining() -> ServiceError:
+    """503: the service is being stopped."""
+    return unavailable("draining", "The service is stopping.", 5)
+
+
 def conflict(code: str, message: str, param: str | None = None) -> ServiceError:
     """409, with the header that keeps OpenAI's clients from trying again."""
     return ServiceError(409, None, code, message, param, {"x-should-retry": "false"})

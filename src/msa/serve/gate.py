@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from msa.serve.errors import ServiceError
+from msa.serve.errors import ServiceError, draining
 from msa.serve.settings import ServeSettings
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -24,11 +25,17 @@ class Gate:
     A page of any site can make a browser send requests to this machine. Names that are not known
     are refused, since such a site may let its own name point here; so are requests that change
     something and come from a page of another origin.
+
+    Args:
+        app: what is behind the gate.
+        settings: hosts, origins and limits.
+        stopping: tells whether the service takes no new work any more.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServeSettings, stopping: Callable[[], bool]) -> None:
         self._app = app
         self._settings = settings
+        self._stopping = stopping
         self._hosts = settings.known_hosts
         self._origins = {origin.rstrip("/").lower() for origin in settings.cors_origins}
         if settings.public_url is not None:
@@ -44,6 +51,8 @@ class Gate:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
+            if scope["method"] not in SAFE_METHODS and self._stopping():
+                raise draining()
             body = self._body(scope["path"], headers, receive)
         except ServiceError as error:
             await error.response()(scope, receive, send)

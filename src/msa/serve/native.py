@@ -16,7 +16,7 @@ from msa.serve.keys import SCOPES, Principal
 from msa.serve.service import CallerDep, ServiceDep
 from msa.serve.settings import BANK_NAME
 from msa.serve.streams import EventStream, frame
-from msa.types import Answer, Hit
+from msa.types import Answer
 
 router = APIRouter(prefix="/api", tags=["banks"])
 
@@ -108,7 +108,7 @@ class AskBody(Body):
 class Answers(BaseModel):
     """The answers to several questions, in their order."""
 
-    data: list[Any]
+    data: list[Answer]
 
 
 class SearchBody(Body):
@@ -125,10 +125,24 @@ class SearchBody(Body):
     filter: FilterBody | None = None
 
 
+class Found(BaseModel):
+    """A document that was found; see `msa.types.Hit`."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    number: int
+    score: float
+    layer_scores: dict[int, float]
+    title: str | None
+    text: str
+    metadata: dict[str, Any]
+
+
 class Hits(BaseModel):
     """Documents, best first."""
 
-    data: list[Any]
+    data: list[Found]
 
 
 class BankSummary(BaseModel):
@@ -192,12 +206,12 @@ async def search(
     hits = await service.asking.search(
         served, body.query, body.top_k, body.filter, caller, client=request
     )
-    return Hits(data=hits)
+    return Hits(data=[Found.model_validate(hit) for hit in hits])
 
 
 @router.post(
     "/banks/{bank}/ask",
-    response_model=None,
+    response_model=Answer | Answers,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def ask(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
@@ -14,7 +15,7 @@ from msa.serve.banks import BankRegistry
 from msa.serve.errors import ServiceError, log_failure
 from msa.serve.fairness import Turns
 from msa.serve.jobs import Jobs
-from msa.serve.keys import ADMIN, Keys, Principal, principal
+from msa.serve.keys import ADMIN, ANONYMOUS, Keys, Principal, principal
 from msa.serve.metrics import Metrics
 from msa.serve.settings import ServeSettings
 
@@ -31,6 +32,7 @@ class Service:
         settings: how it runs.
         checkpoint: the model with what belongs to it, or a function that loads it; by default the
             one that the settings name is loaded.
+        paths: files and folders to be indexed into the first bank, as a job.
         read_only: open the banks for reading only.
 
     Attributes:
@@ -47,6 +49,7 @@ class Service:
         self,
         settings: ServeSettings,
         checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None,
+        paths: Sequence[Path] = (),
         *,
         read_only: bool = False,
     ) -> None:
@@ -62,6 +65,7 @@ class Service:
         self.state: State = "loading"
         self.failure: Exception | None = None
         self._given = checkpoint
+        self._paths = paths
         self._read_only = read_only
 
     @classmethod
@@ -95,6 +99,9 @@ class Service:
             self.asking.open(self.checkpoint.model)
             if not self._read_only:
                 await self.jobs.start()
+            if self._paths:
+                first = next(iter(self.settings.banks))
+                await self.jobs.index_paths(first, self._paths, ANONYMOUS)
         except Exception as error:
             self.failure, self.state = error, "failed"
             log_failure(error)

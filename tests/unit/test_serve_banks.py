@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("pydantic_settings")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("multipart")
+
+from msa import Document, MemoryBank
+from msa.errors import BankError, BankNotFoundError
+from msa.inference.options import AskOptions
+from msa.model.checkpoint import Checkpoint
+from msa.serve.banks import BankRegistry
+from msa.serve.errors import ServiceError
+from msa.serve.keys import ANONYMOUS, Principal
+from msa.serve.service import Service
+from msa.serve.settings import ServeSettings
+from msa.text.prompts import PromptTemplate
+
+ALICE = Principal("alice", frozenset({"read", "admin"}), ("notes", "alice-*"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request):
+    model = request.getfixturevalue("tiny_model")
+    tokenizer = request.getfixturevalue("tiny_tokenizer")
+    return Checkpoint(model, tokenizer, PromptTemplate(), AskOptions(), "tiny")
+
+
+@pytest.fixture
+def registry(tmp_path, checkpoint):
+    settings = ServeSettings.load(
+        banks={"notes": tmp_path / "notes"}, banks_folder=tmp_path / "made"
+    )
+    registry = BankRegistry(settings)
+    registry.open_all(checkpoint)
+    yield registry
+    registry.close()
+
+
+def refusal(function, *given):
+    with pytest.raises(ServiceError) as refused:
+        function(*given)
+    return refused.value.status, refused.value.code
+
+
+def test_a_bank_that_a_key_may_not_know_of_is_like_one_that_is_not_there(registry):
+    registry.create("other", ANONYMOUS)
+    assert registry.names(ALICE) == ["notes"]
+    assert registry.names(ANONYMOUS) == ["notes", "other"]
+    hidden, missing = [], []
+    for name, errors in (("other", hidden), ("none", missing)):
+        with pytest.raises(ServiceError) as refused:
+            registry.get(name, ALICE, "admin")
+        errors.append(refused.value.body())
+    assert hidden == missing
+    assert refusal(registry.get, "notes", ALICE, "write") == (403, "bank_forbidden")
+    assert registry.get("notes", ALICE).bank.path.name == "notes"
+
+
+def test_banks_are_made_where_a_key_may_and_are_there_after_a_restart(registry, checkpoint):
+    assert refusal(registry.create, "other", ALICE) == (403, "bank_forbidden")
+    assert refusal(registry.create, "../x", ANONYMOUS) == (400, "invalid_value")
+    registry.create("alice-1", ALICE).bank.add([Document("a", "text")])
+    assert refusal(registry.create, "alice-1", ALICE) == (409, "bank_exists")
+    settings = registry._settings
+    registry.close()
+    again = BankRegistry(settings)
+    again.open_all(checkpoint)
+    assert len(again.get("alice-1", ALICE).bank) == 1
+    again.close()
+
+
+def test_only_banks_that_were_made_over_the_api_are_removed(registry):
+    folder = registry.create("alice-1", ALICE).bank.path
+    registry.remove("alice-1", ALICE)
+    assert not folder.exists()
+    assert refusal(registry.get, "alice-1", ALICE) == (404, "bank_not_found")
+    assert refusal(registry.remove, "notes", ALICE) == (403, "bank_forbidden")
+
+
+def test_no_banks_are_made_without_a_folder_for_them(tmp_path, checkpoint):
+    registry = BankRegistry(ServeSettings.load(banks={"notes": tmp_path / "notes"}))
+    assert refusal(registry.get, "notes", ANONYMOUS) == (503, "loading")
+    registry.open_all(checkpoint)
+    assert refusal(registry.create, "x", ANONYMOUS) == (403, "bank_creation_off")
+    registry.close()
+
+
+def test_a_registry_for_reading_leaves_banks_to_their_writer(tmp_path, checkpoint):
+    settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+    with pytest.raises(BankNotFoundError):
+        BankRegistry(settings, read_only=True).open_all(checkpoint)
+    with MemoryBank.create(tmp_path / "notes", checkpoint):
+        reading = BankRegistry(settings, read_only=True)
+        reading.open_all(checkpoint)
+        assert reading.get("notes", ANONYMOUS).bank.read_only
+        assert refusal(reading.get, "notes", ANONYMOUS, "write") == (403, "read_only")
+        reading.close()
+
+
+def test_what_is_no_bank_is_not_made_one(tmp_path, checkpoint):
+    (tmp_path / "thesis.txt").write_text("mine")
+    registry = BankRegistry(ServeSettings.load(banks={"notes": tmp_path}))
+    with pytest.raises(BankError):
+        registry.open_all(checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint):
+    async def run():
+        settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+        async with Service.running(settings, checkpoint) as service:
+            served = service.registry.get("notes", ANONYMOUS)
+            await asyncio.to_thread(served.bank.add, [Document("a", "Ada is here.")])
+            answer = await service.asking.answer(served, "Who is here?", principal=ANONYMOUS)
+            assert answer.question == "Who is here?"
+            (hit,) = await service.asking.search(served, "Ada", 3, None, ANONYMOUS)
+            assert hit.id == "a"
+        with pytest.raises(BankError, match="closed"):
+            served.bank.check_open()
+
+    asyncio.run(run())
+
+
+def test_a_service_that_cannot_load_says_why(tmp_path):
+    def fail():
+        raise BankError("no such model")
+
+    async def run():
+        settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+        async with Service.running(settings, fail):
+            raise AssertionError("unreachable")
+
+    with pytest.raises(BankError, match="no such model"):
+        asyncio.run(run())
