@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -11,15 +12,16 @@ import torch
 from conftest import make_tiny_model
 from msa.errors import ModelError
 from msa.inference.batch import prompt_batch
-from msa.inference.constraints import RoundGrammar
+from msa.inference.constraints import RoundGrammar, Written
 from msa.inference.decoding import (
     Decoder,
+    RoundRow,
     Sampler,
+    TextRow,
     check_logits,
     choose,
     prefill,
-    write_rounds,
-    write_texts,
+    write_all,
 )
 from msa.memory.latent import LatentMemory
 from msa.text.prompts import LocalContext
@@ -80,19 +82,68 @@ def test_feeding_any_runs_of_tokens_is_one_forward_over_all_of_them(
                 torch.testing.assert_close(decoder.logits[i], expected, atol=1e-4, rtol=1e-4)
 
 
+def decoder_of(model: Any, memory: Any, contexts: list[LocalContext]) -> Decoder:
+    batch = prompt_batch(contexts, model.config.top_k_documents, PAD, CPU)
+    return Decoder(model, batch, memory, PAD)
+
+
 def test_rewinding_leaves_the_prompts_of_the_rows_that_stay(model: Any, memory: Any) -> None:
-    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
-    decoder = Decoder(model, batch, memory, PAD)
+    decoder = decoder_of(model, memory, CONTEXTS)
     first = decoder.logits
     decoder.feed([[5], [6, 7], []])
     decoder.rewind()
     assert torch.equal(decoder.logits, first)
-    decoder.rewind([2, 1])
+    decoder = decoder.select([2, 1])
     assert torch.equal(decoder.logits, first[[2, 1]])
     decoder.feed([[8], [9]])
     for row, token, logits in zip((2, 1), (8, 9), decoder.logits, strict=True):
         expected = whole(model, memory, CONTEXTS[row], [token])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_leave_join_and_begin_again_as_if_they_were_alone(model: Any, memory: Any) -> None:
+    """Whatever happens to a decoder, the logits of a row are those of its own tokens."""
+    rng = random.Random(0)
+    contexts = [context(length, seed) for seed, length in enumerate([9, 4, 30, 9, 17, 2, 24, 5])]
+    decoders: list[tuple[Decoder, list[int]]] = []
+    written: dict[int, list[int]] = {}
+    waiting = list(range(len(contexts)))
+    for _ in range(60):
+        action = rng.choice(["begin", "feed", "feed", "select", "join", "rewind", "rewind all"])
+        if action == "begin" and waiting:
+            rows, waiting = waiting[:2], waiting[2:]
+            some = [contexts[row] for row in rows]
+            decoders.append((decoder_of(model, memory, some), rows))
+            written |= {row: [] for row in rows}
+        if not decoders:
+            continue
+        at = rng.randrange(len(decoders))
+        decoder, rows = decoders[at]
+        if action == "feed":
+            tokens = [[rng.randrange(20, 400) for _ in range(rng.randrange(3))] for _ in rows]
+            if any(tokens):
+                decoder.feed(tokens)
+            for row, some_tokens, logits in zip(rows, tokens, decoder.logits, strict=True):
+                written[row] += some_tokens
+                if some_tokens:
+                    expected = whole(model, memory, contexts[row], written[row])
+                    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        elif action == "select" and len(rows) > 1:
+            keep = rng.sample(range(len(rows)), len(rows) - 1)
+            waiting += [row for i, row in enumerate(rows) if i not in keep]
+            decoders[at] = decoder.select(keep), [rows[i] for i in keep]
+        elif action == "join" and len(decoders) > 1:
+            other_decoder, others = decoders.pop(at - 1)
+            decoder.join(other_decoder)
+            rows += others
+        elif action.startswith("rewind"):
+            some_rows = None if action == "rewind all" else [rng.randrange(len(rows))]
+            decoder.rewind(some_rows)
+            for i in range(len(rows)) if some_rows is None else some_rows:
+                written[rows[i]] = []
+                expected = whole(model, memory, contexts[rows[i]], [])
+                torch.testing.assert_close(decoder.logits[i], expected, atol=1e-4, rtol=1e-4)
+    assert max(len(rows) for _, rows in decoders) > 2
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1]], ids=["one", "padded"])
@@ -124,26 +175,28 @@ def greedy(count: int) -> list[Sampler]:
 def test_texts_end_with_their_marks_or_their_budgets_and_know_their_probability(
     model: Any, memory: Any
 ) -> None:
-    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
-    free = Decoder(model, batch, memory, PAD)
-    *_, texts = write_texts(free, greedy(3), [], [6, 4, 1])
-    assert [len(t.tokens) for t in texts] == [6, 4, 1]
-    assert not any(t.ended for t in texts)
-    for made, text in zip(CONTEXTS, texts, strict=True):
+    def texts(ends: list[list[int]], budgets: list[int]) -> list[TextRow]:
+        rows = [TextRow(Sampler(0.0, 1.0, None), ends, budget) for budget in budgets]
+        write_all(decoder_of(model, memory, CONTEXTS), rows)
+        return rows
+
+    free = texts([], [6, 4, 1])
+    assert [len(t.tokens) for t in free] == [6, 4, 1]
+    assert not any(t.ended for t in free)
+    for made, text in zip(CONTEXTS, free, strict=True):
         total = 0.0
         for i, token in enumerate(text.tokens):
             logits = whole(model, memory, made, text.tokens[:i])
             assert int(logits.argmax()) == token
             total += float(logits.log_softmax(-1)[token])
         assert text.log_probability == pytest.approx(total, abs=1e-3)
-    mark = texts[0].tokens[1:3]  # an end mark of two tokens
-    *_, ended = write_texts(Decoder(model, batch, memory, PAD), greedy(3), [mark], [6, 4, 1])
+    ended = texts([free[0].tokens[1:3]], [6, 4, 1])  # an end mark of two tokens
     assert ended[0].ended
-    assert ended[0].tokens == texts[0].tokens[:3]
+    assert ended[0].tokens == free[0].tokens[:3]
     assert [len(t.tokens) for t in ended[1:]] == [4, 1]
-    *_, some = write_texts(Decoder(model, batch, memory, PAD), greedy(3), [], [0, 4, 0])
-    assert [t.tokens for t in some] == [[], texts[1].tokens, []]
-    assert list(write_texts(Decoder(model, batch, memory, PAD), greedy(3), [], [0, 0, 0])) == []
+    some = texts([], [0, 4, 0])
+    assert [t.tokens for t in some] == [[], free[1].tokens, []]
+    assert [t.tokens for t in texts([], [0, 0, 0])] == [[], [], []]
 
 
 def numbers(*some: int) -> dict[int, list[int]]:
@@ -153,6 +206,12 @@ def numbers(*some: int) -> dict[int, list[int]]:
 def grammar(*some: int, **options: Any) -> RoundGrammar:
     options = {"max_documents": 2, "may_end": False, **options}
     return RoundGrammar(numbers(*some), [READ], [END], **options)
+
+
+def rounds(decoder: Decoder, rules: list[RoundGrammar], weight: float = 0.0) -> list[Written]:
+    rows = [RoundRow(rule, Sampler(0.0, 1.0, None), weight) for rule in rules]
+    write_all(decoder, rows)
+    return [row.written for row in rows if row.written is not None]
 
 
 def scored_by_hand(model: Any, memory: Any, made: LocalContext, rules: RoundGrammar, weight: float):
@@ -170,8 +229,7 @@ def test_rounds_are_the_likeliest_tokens_within_each_rows_grammar(
 ) -> None:
     prior = {7: 0.1, 17: 0.5, 170: 0.3, 23: 0.1}
     rules = [grammar(7, 17, 170, 23, prior=prior), grammar(170, 173), grammar(5, may_end=True)]
-    batch = prompt_batch(CONTEXTS, model.config.top_k_documents, PAD, CPU)
-    written = write_rounds(Decoder(model, batch, memory, PAD), rules, greedy(3), weight)
+    written = rounds(decoder_of(model, memory, CONTEXTS), rules, weight)
     for made, rule, wrote in zip(CONTEXTS, rules, written, strict=True):
         assert wrote == scored_by_hand(model, memory, made, rule, weight)
 
@@ -179,11 +237,10 @@ def test_rounds_are_the_likeliest_tokens_within_each_rows_grammar(
 def test_what_is_forced_from_beginning_to_end_asks_nothing_of_the_model(
     model: Any, memory: Any
 ) -> None:
-    batch = prompt_batch(CONTEXTS[:2], model.config.top_k_documents, PAD, CPU)
-    decoder = Decoder(model, batch, memory, PAD)
+    decoder = decoder_of(model, memory, CONTEXTS[:2])
     decoder.feed = None  # type: ignore[method-assign]
     rules = [grammar(170, max_documents=1), grammar()]
-    written = write_rounds(decoder, rules, greedy(2), 0.0)
+    written = rounds(decoder, rules)
     assert [(w.numbers, w.ended) for w in written] == [((170,), False), ((), True)]
 
 
@@ -199,10 +256,10 @@ def test_illegal_tokens_lose_even_against_legal_ones_that_the_model_holds_imposs
 
     Fixed.logits[0, [5, OPEN]] = -math.inf
     decoder: Any = Fixed()
-    (written,) = write_rounds(decoder, [grammar(5, 6, max_documents=1)], greedy(1), 0.0)
+    (written,) = rounds(decoder, [grammar(5, 6, max_documents=1)])
     assert written.numbers == (6,)
     Fixed.logits[0, 6] = -math.inf
-    (written,) = write_rounds(decoder, [grammar(5, 6, max_documents=1)], greedy(1), 0.0)
+    (written,) = rounds(decoder, [grammar(5, 6, max_documents=1)])
     assert written.numbers == (5,)
 
 

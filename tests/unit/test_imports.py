@@ -57,7 +57,7 @@ WITHIN = {
         {"loaded"},
         {"distributed"},
     ],
-    "inference": [{"interleave"}, {"engine"}],
+    "inference": [{"interleave"}, {"scheduler"}, {"engine"}],
 }
 # Values that need nothing but errors, and so stand with `types` wherever their file lies.
 VALUES = {"msa.inference.options"}

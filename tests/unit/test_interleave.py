@@ -16,10 +16,11 @@ import torch
 
 from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import InputError, ModelError
-from msa.inference import interleave
+from msa.inference import scheduler
 from msa.inference.decoding import Decoder
-from msa.inference.interleave import Interleave
+from msa.inference.interleave import AskFormat, Request
 from msa.inference.options import AskOptions
+from msa.inference.scheduler import Scheduler
 from msa.memory.latent import LatentMemory
 from msa.memory.store.reports import StoredDocument
 from msa.text.prompts import PromptEncoder, PromptTemplate
@@ -142,7 +143,6 @@ def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
                     ids[kept.bool()].tolist()
                     for ids, kept in zip(prompts.input_ids, keep, strict=True)
                 ]
-                self.answers = False
                 self.note(self.prompts)
                 calls.append(self.prompts)
 
@@ -156,17 +156,27 @@ def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
 
             def rewind(self, rows: Sequence[int] | None = None) -> None:
                 super().rewind(rows)
-                self.answers = rows is not None
-                self.note(self.prompts if rows is None else [self.prompts[i] for i in rows])
+                again = range(len(self.rows)) if rows is None else rows
+                self.note([self.prompts[i] if i in again else r for i, r in enumerate(self.rows)])
+
+            def select(self, rows: Sequence[int]) -> Any:
+                part = super().select(rows)
+                part.prompts = [self.prompts[i] for i in rows]
+                part.rows = [self.rows[i] for i in rows]
+                return part
+
+            def join(self, other: Any) -> None:
+                super().join(other)
+                self.prompts = self.prompts + other.prompts
+                self.rows = self.rows + other.rows
 
             def feed(self, tokens: Sequence[Sequence[int]]) -> None:
                 super().feed(tokens)
                 self.note([[*r, *t] for r, t in zip(self.rows, tokens, strict=True)])
-                if self.answers:
+                if any(len(some) > 10 for some in tokens):  # the question, again
                     calls.append(self.rows)
-                    self.answers = False
 
-        monkeypatch.setattr(interleave, "Decoder", Scripted)
+        monkeypatch.setattr(scheduler, "Decoder", Scripted)
         return calls
 
     return start
@@ -184,10 +194,28 @@ def run(
 ) -> tuple[list[Answer], list[Event]]:
     top_k = model.config.top_k_documents
     library = library or FakeLibrary(model, encoder, texts, top_k=max(top_k, len(texts)))
-    rounds = Interleave(model, encoder, library, AskOptions(**options))
-    events = list(rounds.run(questions, stream=stream))
-    answers = {row: e.data for row, e in events if e.kind == "answer"}
-    return [answers[i] for i in range(len(questions))], [e for _, e in events]
+    found = list(asked(model, encoder, questions, library, AskOptions(**options), stream=stream))
+    answers = {text: e.data for text, e in found if e.kind == "answer"}
+    return [answers[text] for text in questions], [e for _, e in found]
+
+
+def asked(
+    model: Any,
+    encoder: PromptEncoder,
+    questions: Sequence[str],
+    library: Any,
+    options: AskOptions,
+    *,
+    stream: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    form = AskFormat(model, encoder)
+    running = Scheduler(model)
+    for text in questions:
+        form.check_length(text, options)
+        running.add(Request(text, library, options, form, stream))
+    while not running.idle:
+        for request, event in running.step():
+            yield request.question, event
 
 
 def read(answer: Answer) -> list[list[int]]:
@@ -370,9 +398,9 @@ def test_a_document_deleted_between_rounds_is_neither_routed_nor_read(
     plan = [f"[3]{READ}", f"[17]{READ}", END, f" x{STOP}"]
     script({"Q?": plan})
     library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
-    rounds = Interleave(model, encoder, library, AskOptions(max_rounds=2, max_new_tokens=2))
+    options = AskOptions(max_rounds=2, max_new_tokens=2)
     answer = None
-    for _, event in rounds.run(["Q?"]):
+    for _, event in asked(model, encoder, ["Q?"], library, options):
         if event.kind == "reading" and event.round == 1:
             del library.stored[17]
         answer = event.data
@@ -495,8 +523,8 @@ def test_closing_a_stream_stops_the_generation(
     steps: list[int] = []
     model.register_forward_hook(lambda *_: steps.append(1))
     library = FakeLibrary(model, encoder, TEXTS)
-    rounds = Interleave(model, encoder, library, AskOptions(max_new_tokens=1500))
-    events: Iterator[Any] = rounds.run(["Q?"], stream=True)
+    options = AskOptions(max_new_tokens=1500)
+    events: Any = asked(model, encoder, ["Q?"], library, options, stream=True)
     next(e for _, e in events if e.kind == "token")
     events.close()
     assert len(steps) < 500
@@ -511,8 +539,7 @@ def test_an_error_while_an_answer_streams_reaches_the_caller(
         raise RuntimeError("device lost")
 
     library = FakeLibrary(model, encoder, TEXTS)
-    rounds = Interleave(model, encoder, library, AskOptions())
-    events = rounds.run(["Q?"], stream=True)
+    events = asked(model, encoder, ["Q?"], library, AskOptions(), stream=True)
     next(e for _, e in events if e.kind == "token")
     model.register_forward_hook(failing)
     with pytest.raises(RuntimeError, match="device lost"):

@@ -15,7 +15,7 @@ from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
 from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
-from msa.inference.decoding import Decoder, Sampler, write_texts
+from msa.inference.decoding import Decoder, Sampler, TextRow, write_all
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
@@ -128,7 +128,13 @@ class TextReader:
         prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
         decoder = Decoder(model, prompts, self._memory, self._pad)
         positions = config.max_position_embeddings
-        budgets = [min(self._max_new_tokens, positions - start) for start in decoder.positions]
-        samplers = [Sampler(0.0, 1.0, None) for _ in contexts]
-        *_, texts = write_texts(decoder, samplers, self._answers.ends, budgets)
-        return [text.tokens for text in texts]
+        rows = [
+            TextRow(
+                Sampler(0.0, 1.0, None),
+                self._answers.ends,
+                min(self._max_new_tokens, positions - start),
+            )
+            for start in decoder.positions
+        ]
+        write_all(decoder, rows)
+        return [row.tokens for row in rows]

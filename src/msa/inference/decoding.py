@@ -8,12 +8,15 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from msa.errors import ModelError
 from msa.inference.batch import Batch, left_padded
@@ -80,7 +83,7 @@ class Sampler:
 
 
 class Decoder:
-    """A batch of prompts, and what is written behind them.
+    """A batch of prompts, and what is written behind them. Rows may leave, and others join.
 
     Attributes:
         cache: of the prompts and of all that was fed behind them.
@@ -104,37 +107,86 @@ class Decoder:
         """
         self._model = model
         self._pad = pad_token
-        self._length = prompts.length
         self._device = prompts.input_ids.device
-        self._prompt_mask = prompts.attention_mask
-        self._prompt_ends = list(prompts.next_positions)
+        self._mask = prompts.attention_mask
         self.cache = MSACache()
         out = prefill(model, prompts, memory, self.cache)
         assert out.logits is not None
-        self._prompt_logits = out.logits[:, -1]
-        check_logits(self._prompt_logits)
-        self._back_to_prompts()
+        self.logits = out.logits[:, -1]
+        check_logits(self.logits)
+        self.positions = list(prompts.next_positions)
+        self._prompts = _Prompts(self._mask, prompts.length, self.logits, list(self.positions))
 
-    def _back_to_prompts(self) -> None:
-        self.logits = self._prompt_logits
-        self._mask = self._prompt_mask
-        self.positions = list(self._prompt_ends)
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def length(self) -> int:
+        """Columns of the cache, those that pad a row included."""
+        columns: int = self.cache.get_seq_length()
+        return columns
 
     def rewind(self, rows: Sequence[int] | None = None) -> None:
         """Forget all that was written behind the prompts.
 
         Args:
-            rows: those that stay, in that order; all by default.
+            rows: of which it is forgotten; all by default.
         """
-        self.cache.truncate(self._length)
-        if rows is not None and list(rows) != list(range(len(self._prompt_ends))):
-            index = torch.tensor(rows, device=self._device)
-            self.cache.batch_select_indices(index)
-            self._prompt_logits = self._prompt_logits[index]
-            self._prompt_ends = [self._prompt_ends[row] for row in rows]
-            if self._prompt_mask is not None:
-                self._prompt_mask = self._prompt_mask[index]
-        self._back_to_prompts()
+        prompts = self._prompts
+        if rows is None:
+            self.cache.truncate(prompts.length)
+            self._mask, self.logits = prompts.mask, prompts.logits
+            self.positions = list(prompts.ends)
+            return
+        mask, before = self._whole_mask().clone(), prompts.whole_mask(self.length)
+        self.logits = self.logits.clone()
+        for row in rows:
+            mask[row], self.logits[row] = before[row], prompts.logits[row]
+            self.positions[row] = prompts.ends[row]
+        self._mask = mask
+
+    def select(self, rows: Sequence[int]) -> Decoder:
+        """Some of the rows, in that order, as a decoder of their own."""
+        part = copy.copy(self)
+        if list(rows) == list(range(len(self))):
+            part.cache = self.cache.rows(None)
+            return part
+        index = torch.tensor(rows, device=self._device)
+        part.cache = self.cache.rows(index)
+        part.logits = self.logits[index]
+        part.positions = [self.positions[row] for row in rows]
+        part._mask = None if self._mask is None else self._mask[index]
+        part._prompts = self._prompts.select(rows, index)
+        part._drop_padding()
+        return part
+
+    def join(self, other: Decoder) -> None:
+        """Take in the rows of another decoder of the same model, behind the own ones."""
+        length, wider = self.length, other.length - self.length
+        mask, behind = self._whole_mask(), other._whole_mask()
+        if wider > 0:
+            mask = F.pad(mask, (wider, 0))
+        behind = F.pad(behind, (max(0, -wider), 0))
+        self._prompts = self._prompts.joined(other._prompts, length, other.length)
+        self.cache.join(other.cache)
+        self._mask = torch.cat([mask, behind])
+        self.logits = torch.cat([self.logits, other.logits])
+        self.positions = self.positions + other.positions
+
+    def _whole_mask(self) -> Tensor:
+        if self._mask is not None:
+            return self._mask
+        return torch.ones(len(self), self.length, dtype=torch.long, device=self._device)
+
+    def _drop_padding(self) -> None:
+        """Columns in front that no row uses any more."""
+        if self._mask is None:
+            return
+        unused = int(self._mask.any(dim=0).long().argmax())
+        if unused:
+            self.cache.drop_first(unused)
+            self._mask = self._mask[:, unused:]
+            self._prompts = self._prompts.without_first(unused)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run the model on further tokens, and get the logits behind them.
@@ -193,94 +245,197 @@ class Decoder:
         return logits
 
 
-@dataclass(slots=True)
-class Text:
-    """What one row wrote freely.
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """Where the rows of a decoder stood when they had been prefilled.
 
     Attributes:
+        mask: [B, length], 0 for padding; None when there is none.
+        length: columns of the cache behind which nothing but written tokens lies.
+        logits: [B, V].
+        ends: [B], position of the token that follows each row.
+    """
+
+    mask: Tensor | None
+    length: int
+    logits: Tensor
+    ends: list[int]
+
+    def whole_mask(self, columns: int) -> Tensor:
+        """[B, columns], 0 for padding and for what was written behind the prompts."""
+        mask = self.mask
+        if mask is None:
+            shape = len(self.ends), self.length
+            mask = torch.ones(shape, dtype=torch.long, device=self.logits.device)
+        return F.pad(mask, (0, columns - self.length))
+
+    def select(self, rows: Sequence[int], index: Tensor) -> _Prompts:
+        mask = None if self.mask is None else self.mask[index]
+        return _Prompts(mask, self.length, self.logits[index], [self.ends[row] for row in rows])
+
+    def without_first(self, columns: int) -> _Prompts:
+        assert self.mask is not None
+        return replace(self, mask=self.mask[:, columns:], length=self.length - columns)
+
+    def joined(self, other: _Prompts, columns: int, others: int) -> _Prompts:
+        """Rows of both, whose caches have so many columns each and end together."""
+        longest = max(columns, others)
+        shift, shift_other = longest - columns, longest - others
+        length = max(self.length + shift, other.length + shift_other)
+        masks = [
+            F.pad(prompts.whole_mask(length - by), (by, 0))
+            for prompts, by in ((self, shift), (other, shift_other))
+        ]
+        logits = torch.cat([self.logits, other.logits])
+        return _Prompts(torch.cat(masks), length, logits, self.ends + other.ends)
+
+
+class Writer(Protocol):
+    """What one row writes, token by token.
+
+    Attributes:
+        sampler: chooses its tokens.
+        prior_weight: factor of the log prior of `legal`.
+        pending: tokens that are written and not yet fed.
+    """
+
+    sampler: Sampler
+    prior_weight: float
+    pending: list[int]
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to write."""
+        ...
+
+    def legal(self) -> Mapping[int, float] | None:
+        """Tokens that may come next, each with its log prior; None for all."""
+        ...
+
+    def take(self, token: int, log_probability: float) -> None:
+        """Write a token that was chosen, with the logarithm of what the model gives it."""
+        ...
+
+
+class RoundRow:
+    """A `Writer` of one round, within its grammar.
+
+    A token that alone is legal is written without asking the model, and fed together with those
+    around it.
+    """
+
+    def __init__(self, grammar: RoundGrammar, sampler: Sampler, prior_weight: float) -> None:
+        """Begin a round.
+
+        Args:
+            grammar: what may be written.
+            sampler: chooses.
+            prior_weight: 0 leaves the model's own probabilities.
+        """
+        self.sampler = sampler
+        self.prior_weight = prior_weight
+        self._writer = grammar.begin()
+        self.pending = self._writer.push_forced()
+
+    @property
+    def written(self) -> Written | None:
+        """The round, once it is complete."""
+        return self._writer.complete
+
+    @property
+    def done(self) -> bool:
+        """See `Writer.done`."""
+        return self._writer.complete is not None
+
+    def legal(self) -> Mapping[int, float]:
+        """See `Writer.legal`."""
+        return self._writer.legal()
+
+    def take(self, token: int, log_probability: float) -> None:
+        """See `Writer.take`."""
+        self._writer.push(token)
+        self.pending = [token, *self._writer.push_forced()]
+
+
+@dataclass(slots=True)
+class TextRow:
+    """A `Writer` of free text, until it ends.
+
+    Attributes:
+        sampler: chooses.
+        ends: token sequences, each of which ends the text.
+        budget: tokens that may be written, at most.
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
     """
 
+    sampler: Sampler
+    ends: Sequence[Sequence[int]]
+    budget: int
     tokens: list[int] = field(default_factory=list)
     log_probability: float = 0.0
     ended: bool = False
+    pending: list[int] = field(default_factory=list)
+    prior_weight: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """See `Writer.done`."""
+        return self.ended or len(self.tokens) >= self.budget
+
+    def legal(self) -> None:
+        """Any token."""
+
+    def take(self, token: int, log_probability: float) -> None:
+        """See `Writer.take`."""
+        self.tokens.append(token)
+        self.log_probability += log_probability
+        self.ended = any(self.tokens[-len(end) :] == list(end) for end in self.ends)
+        self.pending = [token]
 
 
-def write_rounds(
-    decoder: Decoder,
-    grammars: Sequence[RoundGrammar],
-    samplers: Sequence[Sampler],
-    prior_weight: float,
-) -> list[Written]:
-    """Let every row write one round within its grammar.
-
-    A token that alone is legal is written without asking the model, and fed together with those
-    around it.
+def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:
+    """Let every row that is waiting for its next token choose it.
 
     Args:
-        decoder: behind its prompts.
-        grammars, samplers: one per row.
-        prior_weight: factor of the grammar's log prior; 0 leaves the model's own probabilities.
+        decoder: behind all that is not pending.
+        writers: one per row.
 
     Raises:
         ModelError: the model's logits are not numbers.
     """
-    writers = [grammar.begin() for grammar in grammars]
-    pending = [writer.push_forced() for writer in writers]
-    while any(writer.complete is None for writer in writers):
-        ready = [w.complete is None and not p for w, p in zip(writers, pending, strict=True)]
-        if any(ready):
-            legal = [w.legal() if use else {} for w, use in zip(writers, ready, strict=True)]
-            scores = _constrained(decoder.logits, legal, prior_weight)
-            for row, (token, _) in enumerate(choose(decoder.logits, samplers, scores, ready)):
-                if ready[row]:
-                    writers[row].push(token)
-                    pending[row] = [token, *writers[row].push_forced()]
-        if all(writer.complete is not None for writer in writers):
-            break
-        decoder.feed(
-            [p if w.complete is None else [] for w, p in zip(writers, pending, strict=True)]
-        )
-        pending = [[] for _ in writers]
-    return [writer.complete for writer in writers if writer.complete is not None]
+    ready = [not writer.done and not writer.pending for writer in writers]
+    if not any(ready):
+        return
+    legal = [w.legal() if use else None for w, use in zip(writers, ready, strict=True)]
+    scores = None
+    if any(tokens is not None for tokens in legal):
+        scores = _constrained(decoder.logits, legal, [w.prior_weight for w in writers])
+    chosen = choose(decoder.logits, [w.sampler for w in writers], scores, ready)
+    for writer, use, (token, log_probability) in zip(writers, ready, chosen, strict=True):
+        if use:
+            writer.take(token, log_probability)
 
 
-def write_texts(
-    decoder: Decoder,
-    samplers: Sequence[Sampler],
-    ends: Sequence[Sequence[int]],
-    budgets: Sequence[int],
-) -> Iterator[list[Text]]:
-    """Let every row write freely until it ends; what is written so far, after every step.
+def feed_pending(decoder: Decoder, writers: Sequence[Writer]) -> None:
+    """Run the model on what was written, of all rows that are not done."""
+    tokens = [[] if writer.done else writer.pending for writer in writers]
+    if any(tokens):
+        decoder.feed(tokens)
+    for writer in writers:
+        writer.pending = []
 
-    Args:
-        decoder: behind what the rows are to continue.
-        samplers: one per row.
-        ends: token sequences, each of which ends a row.
-        budgets: tokens that a row may write; a row with 0 writes nothing.
+
+def write_all(decoder: Decoder, writers: Sequence[Writer]) -> None:
+    """Let every row write until it is done.
 
     Raises:
         ModelError: the model's logits are not numbers.
     """
-    texts = [Text() for _ in samplers]
-    open_rows = [budget > 0 for budget in budgets]
-    while any(open_rows):
-        step: list[list[int]] = [[] for _ in texts]
-        chosen = choose(decoder.logits, samplers, None, open_rows)
-        for row, (token, log_probability) in enumerate(chosen):
-            if not open_rows[row]:
-                continue
-            text = texts[row]
-            text.tokens.append(token)
-            text.log_probability += log_probability
-            text.ended = any(text.tokens[-len(end) :] == list(end) for end in ends)
-            open_rows[row] = not text.ended and len(text.tokens) < budgets[row]
-            step[row] = [token] if open_rows[row] else []
-        yield texts
-        if any(open_rows):
-            decoder.feed(step)
+    while not all(writer.done for writer in writers):
+        choose_next(decoder, writers)
+        feed_pending(decoder, writers)
 
 
 def choose(
@@ -290,8 +445,7 @@ def choose(
 
     Args:
         logits: [B, V] of the model.
-        samplers: one per row, all with one temperature and top_p; rows that are not used draw
-            nothing.
+        samplers: one per row; rows that are not used draw nothing.
         scores: [B, V] to choose by in place of the logits.
         used: [B], rows whose token is wanted; the others' are of no meaning.
 
@@ -300,11 +454,10 @@ def choose(
     """
     logits = logits.float()
     scores = logits if scores is None else scores
-    if samplers[0].temperature > 0:
-        draws = [s.draw() if use else 0.0 for s, use in zip(samplers, used, strict=True)]
-        tokens = _sampled(scores, draws, samplers[0].temperature, samplers[0].top_p)
-    else:
-        tokens = scores.argmax(dim=-1)
+    tokens = scores.argmax(dim=-1)
+    drawing = [row for row, s in enumerate(samplers) if used[row] and s.temperature > 0]
+    if drawing:
+        tokens[drawing] = _sampled(scores[drawing], [samplers[row] for row in drawing])
     log_probabilities = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
     step = torch.stack([tokens.float(), log_probabilities, _peaks(logits)])  # exact below 2^24
     chosen, log_probability, peaks = step.tolist()  # the one wait for the device
@@ -337,15 +490,17 @@ def _check_peaks(peaks: Sequence[float]) -> None:
         )
 
 
-def _constrained(logits: Tensor, legal: Sequence[Mapping[int, float]], weight: float) -> Tensor:
+def _constrained(
+    logits: Tensor, legal: Sequence[Mapping[int, float] | None], weights: Sequence[float]
+) -> Tensor:
     """[B, V] float32: logits of legal tokens, shifted by the weighted prior; -inf for all others.
 
-    A row without any legal token stays as it is.
+    A row of which nothing is said stays as it is.
     """
     logits = logits.float()
     scores = torch.full_like(logits, -math.inf)
-    for row, tokens in enumerate(legal):
-        if not tokens:
+    for row, (tokens, weight) in enumerate(zip(legal, weights, strict=True)):
+        if tokens is None:
             scores[row] = logits[row]
             continue
         index = torch.tensor(list(tokens), device=logits.device)
@@ -356,23 +511,27 @@ def _constrained(logits: Tensor, legal: Sequence[Mapping[int, float]], weight: f
     return scores
 
 
-def _sampled(scores: Tensor, draws: Sequence[float], temperature: float, top_p: float) -> Tensor:
+def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """[B] int64: from the likeliest tokens that together have probability `top_p`.
 
     Args:
         scores: [B, V] float32.
-        draws: [B] in [0, 1), which token it is.
-        temperature: the scores are divided by, above 0.
-        top_p: in (0, 1].
+        samplers: one per row, with temperatures above 0.
     """
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's have no more
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=scores.device, dtype=wide)[:, None]
+
+    temperature = column([s.temperature for s in samplers]).to(scores.dtype)
     probabilities, tokens = torch.softmax(scores / temperature, dim=-1).sort(
         dim=-1, descending=True, stable=True
     )
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's have no more
     reached = probabilities.to(wide).cumsum(dim=-1)
+    top_p = column([s.top_p for s in samplers])
     kept = (reached - probabilities < top_p) & (probabilities > 0)  # the one that crosses, too
     total = (probabilities * kept).to(wide).sum(dim=-1, keepdim=True)
-    at = torch.tensor(draws, device=scores.device, dtype=wide)[:, None] * total
+    at = column([s.draw() for s in samplers]) * total
     rank = (reached <= at).sum(dim=-1, keepdim=True)
     last = kept.sum(dim=-1, keepdim=True) - 1
     return tokens.gather(1, rank.minimum(last))[:, 0]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from msa.errors import BankError, InputError
+from msa.errors import BankError, InputError, MSAError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
-from msa.inference.interleave import Interleave
+from msa.inference.interleave import AskFormat, Request
 from msa.inference.library import BankQuerySnapshot, QuerySnapshot, SnapshotCache
 from msa.inference.options import AskOptions
+from msa.inference.scheduler import Scheduler
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
 from msa.memory.distributed.sharded_bank import ShardedBank
@@ -101,7 +101,7 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         self._life = Lifetime(
             f"this engine of bank '{bank.path}'", "make another: MemoryEngine(bank)"
         )
-        self._encoder = PromptEncoder(tokenizer, bank.template)
+        self._format = AskFormat(self.model, PromptEncoder(tokenizer, bank.template))
         self._own: LoadedBank | None = None  # to be closed here
         if memory is None:
             memory = self._own = LoadedBank(
@@ -189,14 +189,13 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         self, questions: Sequence[str], library: QuerySnapshot, options: AskOptions
     ) -> list[Candidates]:
         """Candidates of round 1: the layers up to the last routing layer, nothing written."""
-        rounds = Interleave(self.model, self._encoder, library, options)
+        form, visible = self._format, self._format.top_k
         for text in questions:
-            rounds.check_length(text)
-        visible = self.model.config.top_k_documents
+            form.check_length(text, options)
         found: list[Candidates] = []
         for some in _batches(questions, options.batch_size):
-            contexts = [self._encoder.context(q) for q in some]
-            batch = prompt_batch(contexts, visible, 0, self.model.device)
+            contexts = [form.encoder.context(q) for q in some]
+            batch = prompt_batch(contexts, visible, form.pad, self.model.device)
             reader = CandidateReader(library.reader, visible)
             prefill(self.model, batch, reader, routing_only=True)
             found += candidates(reader, library, options, [LexicalQuery(q) for q in some])
@@ -290,18 +289,42 @@ class MemoryEngine(ClosedAtExit, NotPickled):
                 "without stream=True."
             )
         library = self._library(options, filter)
-        rounds = Interleave(self.model, self._encoder, library, options)
-        for text in questions:
-            rounds.check_length(text)
+        requests = [self._request(text, library, options, stream=stream) for text in questions]
+        scheduler = Scheduler(self.model, max_rows=options.batch_size)
+        for request in requests:
+            scheduler.add(request)
         if stream:
-            return _events(rounds, questions[0])
-        answers: list[Answer] = []
-        for batch in _batches(questions, options.batch_size):
-            finished = {
-                row: event.data for row, event in rounds.run(batch) if event.kind == "answer"
-            }
-            answers += [finished[row] for row in range(len(batch))]
-        return answers[0] if isinstance(question, str) else answers
+            return (event for _, event in _events(scheduler))
+        answers = {
+            request: event.data for request, event in _events(scheduler) if event.kind == "answer"
+        }
+        in_order: list[Answer] = [answers[request] for request in requests]
+        return in_order[0] if isinstance(question, str) else in_order
+
+    def request(
+        self, question: str, *, filter: Filter | None = None, stream: bool = False, **changes: Any
+    ) -> Request:
+        """A question for `msa.inference.scheduler.Scheduler`, which asks many together.
+
+        It sees the bank as it is now.
+
+        Args:
+            question, filter: as in `ask`.
+            stream: whether "token" events are wanted.
+            **changes: fields of `AskOptions` that are to differ.
+
+        Raises:
+            EmptyBankError, InputError, ConfigError: see `ask`.
+        """
+        options = self.options.with_changes(**changes)
+        (text,) = _checked([question] if isinstance(question, str) else question)
+        return self._request(text, self._library(options, filter), options, stream=stream)
+
+    def _request(
+        self, question: str, library: QuerySnapshot, options: AskOptions, *, stream: bool
+    ) -> Request:
+        self._format.check_length(question, options)
+        return Request(question, library, options, self._format, stream)
 
 
 def _parts_to_ask(bank: object) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:
@@ -361,10 +384,17 @@ def _checked(question: object) -> list[str]:
     return [nfc(text) for text in questions]
 
 
-def _events(rounds: Interleave, question: str) -> Iterator[Event]:
-    with closing(rounds.run([question], stream=True)) as events:
-        for _, event in events:
-            yield event
+def _events(scheduler: Scheduler) -> Iterator[tuple[Request, Event]]:
+    """What happens until all questions are answered.
+
+    Raises:
+        MSAError: the first that ends a question.
+    """
+    while not scheduler.idle:
+        for request, event in scheduler.step():
+            if isinstance(event, MSAError):
+                raise event
+            yield request, event
 
 
 def _batches(questions: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -1,16 +1,15 @@
-"""Memory Interleave (paper 3.5): route, name documents, read them; again, or answer.
+"""Memory Interleave (paper 3.5), one question: route, name documents, read them; again, or answer.
 
 A round prefills the whole local context afresh, routing included, and lets the model write: numbers
 of documents, whose texts then join the context of the next round, or the end of retrieval, after
 which the question is stated once more and the model answers with what it has in its cache, without
-routing again. All questions of a batch go through a round together; those that are done with
-reading leave the batch and are answered together.
+routing again. `msa.inference.scheduler` runs the model, for many questions together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,16 +17,8 @@ import torch
 
 from msa.errors import InputError
 from msa.inference.answers import AnswerPieces, AnswerText
-from msa.inference.batch import prompt_batch
-from msa.inference.constraints import RoundGrammar, Written
-from msa.inference.decoding import (
-    Decoder,
-    Sampler,
-    Text,
-    check_logits,
-    write_rounds,
-    write_texts,
-)
+from msa.inference.constraints import RoundGrammar
+from msa.inference.decoding import RoundRow, Sampler, TextRow
 from msa.inference.fusion import Fused
 from msa.inference.library import QuerySnapshot
 from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
@@ -39,8 +30,7 @@ from msa.inference.refusal import (
     routing_features,
 )
 from msa.inference.spans import find_span
-from msa.inference.trace import CandidateReader, candidates
-from msa.memory.store.reports import StoredDocument
+from msa.inference.trace import Candidates
 from msa.memory.store.word_index import LexicalQuery
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
 from msa.types import (
@@ -54,38 +44,104 @@ from msa.types import (
 )
 
 if TYPE_CHECKING:
+    from msa.memory.store.reports import StoredDocument
     from msa.model.modeling_msa import MSAForCausalLM
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
 
 
-@dataclass(slots=True)
-class _Question:
-    """One question on its way."""
+class AskFormat:
+    """How a model is asked: the tokens of its marks, and the positions it has."""
 
-    row: int  # in the list that was asked
-    text: str
-    started: float
-    sampler: Sampler
-    readings: list[Reading] = field(default_factory=list)
-    citations: list[Citation] = field(default_factory=list)
-    rounds: list[Round] = field(default_factory=list)
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    routing_seconds: float = 0.0
-    forced: str | None = None  # why the engine ended the retrieval, if it did
-    scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
-    refused: bool = False
+    def __init__(self, model: MSAForCausalLM, encoder: PromptEncoder) -> None:
+        """Read off what all questions have in common.
 
-    @property
-    def read(self) -> set[int]:
-        return {citation.number for citation in self.citations}
+        Args:
+            model: is asked.
+            encoder: makes local contexts.
+        """
+        self.encoder = encoder
+        self.device: torch.device = model.device
+        self.top_k: int = model.config.top_k_documents
+        self.max_positions: int = model.config.max_position_embeddings
+        self._numbers: dict[int, list[int]] = {}
+        template, tokenizer = encoder.template, encoder.tokenizer
+        self.end_of_read = encoder.tokenize(template.end_of_read)
+        self.end_of_retrieve = encoder.retrieval_end()
+        self._lead_in = encoder.tokenize(template.answer)
+        self._refusal = encoder.answer(template.refusal) if template.refusal else []
+        ends = [encoder.tokenize(template.end), *([e] for e in _eos_tokens(model))]
+        self.answers = AnswerText(tokenizer, template, [end for end in ends if end])
+        pad = tokenizer.pad_token_id
+        self.pad: int = pad if pad is not None else 0
+
+    def lead_in(self, options: AskOptions) -> list[int]:
+        """Tokens of the answer that are handed to the model."""
+        return self._lead_in if options.force_answer_prefix else []
+
+    def refusal(self, options: AskOptions) -> list[int]:
+        """Tokens of the refusal as the model would write it where it writes an answer."""
+        return self._refusal[len(self.lead_in(options)) :]
+
+    def number(self, number: int) -> list[int]:
+        """Tokens of a document's number; the same documents are routed to again and again."""
+        if number not in self._numbers:
+            if len(self._numbers) >= _NUMBERS_KEPT:
+                self._numbers = {}
+            self._numbers[number] = self.encoder.number(number)
+        return self._numbers[number]
+
+    def handed(self, question: str, options: AskOptions) -> list[int]:
+        """What is put behind the end of retrieval: the question once more, and the lead-in."""
+        return self.encoder.restatement(question) + self.lead_in(options)
+
+    def room(self, question: str, context: LocalContext, options: AskOptions) -> int:
+        """Positions left for an answer that is given after this context."""
+        end = self.end_of_retrieve + self.handed(question, options)
+        return self.max_positions - self.top_k - len(context.input_ids) - len(end)
+
+    def check_length(self, question: str, options: AskOptions) -> None:
+        """Refuse a question that leaves no position for an answer.
+
+        Raises:
+            InputError: with the positions needed, and those that there are.
+        """
+        room = self.room(question, self.encoder.context(question), options)
+        if room < 1:
+            needed = self.max_positions - room + 1
+            raise InputError(
+                f"The question needs {needed} positions with its prompt and an answer; this model "
+                f"has {self.max_positions}. Ask a shorter question."
+            )
+
+
+# Documents whose numbers' tokens are kept.
+_NUMBERS_KEPT = 100_000
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """A question to one state of a memory; each has an identity of its own.
+
+    Attributes:
+        question: its text.
+        library: the memory; stays as it is.
+        options: how it is asked.
+        format: of the model that answers.
+        stream: whether pieces of the answer are wanted as they are written.
+    """
+
+    question: str
+    library: QuerySnapshot
+    options: AskOptions
+    format: AskFormat
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Routed:
-    """What a prefill routed to, for one question, by document number.
+    """What a prefill routed to, by document number.
 
     Attributes:
         layers: routing layer -> (number, score) of the documents attended to, best first.
@@ -117,309 +173,243 @@ class _Routed:
         return Round(index, routed, read, ranked)
 
 
+@dataclass(slots=True)
 class Interleave:
-    """Answers questions of one memory; see `run`."""
+    """One question on its way: what it has read so far, and what it does next.
 
-    def __init__(
-        self,
-        model: MSAForCausalLM,
-        encoder: PromptEncoder,
-        library: QuerySnapshot,
-        options: AskOptions,
-    ) -> None:
-        """Bring together what a batch of questions needs.
+    A round is `context`, prefilled; `routed`; `naming`, written; `named`. When that has read
+    nothing, or there are no rounds left: `begin_answer`, `answering`, written; `finish`.
+    """
+
+    request: Request
+    started: float = field(default_factory=time.perf_counter)
+    readings: list[Reading] = field(default_factory=list)
+    citations: list[Citation] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    routing_seconds: float = 0.0
+    forced: str | None = None  # why the engine ended the retrieval, if it did
+    scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
+    refused: bool = False
+    _sampler: Sampler = field(init=False)
+    _found: _Routed = field(init=False)
+    _pieces: AnswerPieces = field(init=False)
+    _given: int = 0  # tokens of the answer that went into its pieces
+
+    def __post_init__(self) -> None:
+        options = self.request.options
+        self._sampler = Sampler(options.temperature, options.top_p, options.seed)
+        self._pieces = AnswerPieces(self.request.format.answers)
+
+    @property
+    def index(self) -> int:
+        """The round that is under way, from 1."""
+        return len(self.rounds) + 1
+
+    # ---- a round
+
+    def context(self) -> LocalContext:
+        """What is to be prefilled."""
+        return self.request.format.encoder.context(self.request.question, self.readings)
+
+    def query(self) -> LexicalQuery:
+        """Words to look for."""
+        last = self.readings[-1:]
+        texts = tuple(text for reading in last for _, text in reading.documents)
+        return LexicalQuery(self.request.question, texts)
+
+    def routed(self, found: Candidates, prompt_tokens: int, seconds: float) -> list[Event]:
+        """Take in what the prefill routed to.
 
         Args:
-            model: in evaluation mode.
-            encoder: makes local contexts.
-            library: the memory; not changed while the batch is under way.
-            options: as asked.
+            found: candidates of this question.
+            prompt_tokens: of the context.
+            seconds: that routing took.
         """
-        self._model = model
-        self._encoder = encoder
-        self._library = library
-        self._options = options
-        self._device: torch.device = model.device
-        self._top_k: int = model.config.top_k_documents
-        self._max_positions: int = model.config.max_position_embeddings
-        self._numbers: dict[int, list[int]] = {}
-        template, tokenizer = encoder.template, encoder.tokenizer
-        self._end_of_read = encoder.tokenize(template.end_of_read)
-        self._end_of_retrieve = encoder.retrieval_end()
-        self._lead_in = encoder.tokenize(template.answer) if options.force_answer_prefix else []
-        ends = [encoder.tokenize(template.end), *([e] for e in _eos_tokens(model))]
-        self._answers = AnswerText(tokenizer, template, [end for end in ends if end])
-        self._refusal: list[int] = []  # as the model would write it where it writes an answer
-        if template.refusal:
-            self._refusal = encoder.answer(template.refusal)[len(self._lead_in) :]
-        pad = tokenizer.pad_token_id
-        self._pad: int = pad if pad is not None else 0
+        self.prompt_tokens += prompt_tokens
+        self.routing_seconds += seconds
+        top_k, library = self.request.format.top_k, self.request.library
+        layers = {layer: some[:top_k] for layer, some in found.layers.items()}
+        known = self._known(found.fused)
+        unread = [number for number in found.fused if number not in known]
+        shown = {n for some in layers.values() for n, _ in some}.union(unread[:top_k])
+        self._found = _Routed(layers, found.fused, dict(library.ids(sorted(shown))), known)
+        if self.index == 1:
+            self.scores |= routing_features([f.score for f in found.fused.values()])
+        return [Event("routing", self.index, self._found.round(self.index))]
 
-    def run(
-        self, questions: Sequence[str], *, stream: bool = False
-    ) -> Generator[tuple[int, Event], None, None]:
-        """Yield (index of the question, event) while the questions are answered.
-
-        Every question ends with its "answer" event; "token" events come with `stream` only, and
-        then of one question alone.
-
-        Raises:
-            InputError: a question does not fit into the model's positions.
-            ModelError: the model computes what is not a number.
-        """
-        started = time.perf_counter()
-        options = self._options
-        active = [
-            _Question(i, text, started, Sampler(options.temperature, options.top_p, options.seed))
-            for i, text in enumerate(questions)
-        ]
-        for question in active:
-            self.check_length(question.text)
-        index = 0
-        while active:
-            index += 1
-            contexts = [self._encoder.context(q.text, q.readings) for q in active]
-            decoder, routed = self._prefill(active, contexts)
-            written, routed, texts = self._write(active, decoder, routed, index)
-            reading = []
-            for question, found, wrote in zip(active, routed, written, strict=True):
-                yield question.row, Event("routing", index, found.round(index))
-                read = self._read(question, index, texts, wrote)
-                if index == 1:
-                    question.scores |= routing_features([f.score for f in found.fused.values()])
-                question.rounds.append(found.round(index, read))
-                for citation in read:
-                    yield question.row, Event("reading", index, citation)
-                reading.append(bool(read))
-            ending = [i for i, reads in enumerate(reading) if not reads]
-            if ending:
-                decoder.rewind(ending)
-                yield from self._answer([active[i] for i in ending], decoder, stream)
-            active = [q for q, reads in zip(active, reading, strict=True) if reads]
-
-    def _prefill(
-        self, active: Sequence[_Question], contexts: Sequence[LocalContext]
-    ) -> tuple[Decoder, list[_Routed]]:
-        """Run the model on the whole local contexts, routing included."""
-        prompts = prompt_batch(contexts, self._top_k, self._pad, self._device)
-        reader = CandidateReader(self._library.reader, self._top_k)
-        decoder = Decoder(self._model, prompts, reader, self._pad)
-        routed = self._routed(active, reader)
-        check_logits(decoder.logits)
-        for question, context in zip(active, contexts, strict=True):
-            question.prompt_tokens += len(context.input_ids)
-            question.routing_seconds += reader.seconds
-        return decoder, routed
-
-    def _write(
-        self, active: Sequence[_Question], decoder: Decoder, routed: list[_Routed], index: int
-    ) -> tuple[list[Written | None], list[_Routed], dict[int, StoredDocument]]:
-        """Let the model name documents and get their texts; None where the rounds are used up.
-
-        Documents that were deleted since they were routed to are no longer there to be named: the
-        round is written again without them.
-        """
-        if index > self._options.max_rounds:
-            for question in active:
-                question.forced = "max_rounds"
-            return [None] * len(active), routed, {}
-        samplers = [question.sampler for question in active]
-        while True:
-            grammars = [self._grammar(q, r) for q, r in zip(active, routed, strict=True)]
-            written = write_rounds(decoder, grammars, samplers, self._options.prior_weight)
-            named = {number for wrote in written for number in wrote.numbers}
-            texts = dict(self._library.texts(named)) if named else {}
-            gone = named - texts.keys()
-            if not gone:
-                break
-            routed = [found.without(gone) for found in routed]
-            decoder.rewind()
-        for question, wrote in zip(active, written, strict=True):
-            question.generated_tokens += wrote.length
-        return [*written], routed, texts
-
-    def _routed(self, active: Sequence[_Question], reader: CandidateReader) -> list[_Routed]:
-        """What every question of the batch was routed to, and which documents these are."""
-        queries = [
-            LexicalQuery(q.text, tuple(text for r in q.readings[-1:] for _, text in r.documents))
-            for q in active
-        ]
-        found = candidates(reader, self._library, self._options, queries)
-        attended = [{i: some[: self._top_k] for i, some in c.layers.items()} for c in found]
-        shown, known = [], []
-        for question, layers, c in zip(active, attended, found, strict=True):
-            known.append(self._known(question, c.fused))
-            unread = [n for n in c.fused if n not in known[-1]]
-            shown.append(
-                {n for some in layers.values() for n, _ in some}.union(unread[: self._top_k])
-            )
-        ids = self._library.ids(sorted(set().union(*shown)))
-        return [
-            _Routed(layers, c.fused, {n: ids[n] for n in some if n in ids}, read)
-            for layers, c, some, read in zip(attended, found, shown, known, strict=True)
-        ]
-
-    def _known(self, question: _Question, candidates: Iterable[int]) -> frozenset[int]:
-        """What was read for a question, and the candidates that are copies of it."""
-        read = question.read
+    def _known(self, candidates: Iterable[int]) -> frozenset[int]:
+        """What was read, and the candidates that are copies of it."""
+        read = {citation.number for citation in self.citations}
         if not read:
             return frozenset()
         unread = [number for number in candidates if number not in read]
-        return frozenset(read | self._library.copies(unread, read))
+        return frozenset(read | self.request.library.copies(unread, read))
 
-    def _grammar(self, question: _Question, routed: _Routed) -> RoundGrammar:
-        options, read = self._options, question.read
-        return RoundGrammar(
-            {n: self._number(n) for n in routed.ids if n not in routed.known},
-            self._end_of_read,
-            self._end_of_retrieve,
+    def naming(self) -> RoundRow | None:
+        """What writes this round; None when the rounds are used up."""
+        options, form, found = self.request.options, self.request.format, self._found
+        if self.index > options.max_rounds:
+            self.forced = "max_rounds"
+            return None
+        grammar = RoundGrammar(
+            {n: form.number(n) for n in found.ids if n not in found.known},
+            form.end_of_read,
+            form.end_of_retrieve,
             max_documents=options.max_documents_per_round,
             min_documents=options.min_documents_per_round,
-            may_end=options.allow_unread or bool(read),
-            prior={n: fused.prior for n, fused in routed.fused.items()},
+            may_end=options.allow_unread or bool(self.citations),
+            prior={n: fused.prior for n, fused in found.fused.items()},
         )
+        return RoundRow(grammar, self._sampler, options.prior_weight)
 
-    def _number(self, number: int) -> list[int]:
-        """Tokens of a document's number; the same documents are routed to again and again."""
-        if number not in self._numbers:
-            self._numbers[number] = self._encoder.number(number)
-        return self._numbers[number]
+    def named(self, row: RoundRow) -> list[Event] | None:
+        """Read the documents that were named.
+
+        Returns:
+            An event for each document read; None if some were deleted since they were routed to:
+            the round is to be written again, without them.
+        """
+        written = row.written
+        assert written is not None
+        texts = self.request.library.texts(written.numbers) if written.numbers else {}
+        if gone := set(written.numbers) - texts.keys():
+            self._found = self._found.without(gone)
+            return None
+        self.generated_tokens += written.length
+        index = self.index
+        read = self._read(written.numbers, texts)
+        if not read and not written.ended:
+            self.forced = "max_positions"
+        self.rounds.append(self._found.round(index, read))
+        return [Event("reading", index, citation) for citation in read]
+
+    def unread_round(self) -> None:
+        """Note a round in which nothing could be named."""
+        self.rounds.append(self._found.round(self.index))
 
     def _read(
-        self,
-        question: _Question,
-        index: int,
-        texts: Mapping[int, StoredDocument],
-        wrote: Written | None,
+        self, numbers: Sequence[int], texts: Mapping[int, StoredDocument]
     ) -> tuple[Citation, ...]:
-        """Hand the named documents to the question, as far as there are positions for them."""
+        """Hand documents to the question, as far as there are positions for them."""
+        options, form, index = self.request.options, self.request.format, self.index
         documents: list[tuple[int, str]] = []
         citations: list[Citation] = []
-        for number in wrote.numbers if wrote else ():
+        for number in numbers:
             document = texts[number].document
             if any(document.text == citation.text for citation in citations):
                 continue  # a copy of what is read in this very round
             longer = [*documents, (number, document.content)]
-            context = self._encoder.context(
-                question.text, [*question.readings, Reading(tuple(longer))]
+            context = form.encoder.context(
+                self.request.question, [*self.readings, Reading(tuple(longer))]
             )
-            if self._room(question.text, context) < min(ANSWER_ROOM, self._options.max_new_tokens):
+            room = form.room(self.request.question, context, options)
+            if room < min(ANSWER_ROOM, options.max_new_tokens):
                 continue
             documents = longer
             citations.append(
                 Citation(document.id, number, document.title, document.text, round=index)
             )
         if documents:
-            question.readings.append(Reading(tuple(documents)))
-            question.citations += citations
-        elif wrote is not None and not wrote.ended:
-            question.forced = "max_positions"
+            self.readings.append(Reading(tuple(documents)))
+            self.citations += citations
         return tuple(citations)
 
-    def _room(self, question: str, context: LocalContext) -> int:
-        """Positions left for an answer that is given after this context."""
-        end = self._end_of_retrieve + self._encoder.restatement(question) + self._lead_in
-        return self._max_positions - self._top_k - len(context.input_ids) - len(end)
+    # ---- the answer
 
-    def check_length(self, question: str) -> None:
-        """Refuse a question that leaves no position for an answer.
+    def begin_answer(self) -> list[int]:
+        """Tokens that are put behind the prompt: end of retrieval, question, lead-in."""
+        form = self.request.format
+        handed = form.handed(self.request.question, self.request.options)
+        end = form.end_of_retrieve
+        self.prompt_tokens += len(handed) + (len(end) if self.forced else 0)  # else it was written
+        nothing = not self.citations and self.forced is None
+        self.refused = nothing and not self.request.options.allow_unread
+        return end + handed
 
-        Raises:
-            InputError: with the positions needed, and those that there are.
-        """
-        room = self._room(question, self._encoder.context(question))
-        if room < 1:
-            needed = self._max_positions - room + 1
-            raise InputError(
-                f"The question needs {needed} positions with its prompt and an answer; this model "
-                f"has {self._max_positions}. Ask a shorter question."
-            )
+    @property
+    def refusal(self) -> list[int]:
+        """Tokens whose probability is wanted where the answer begins; none if it is not."""
+        options = self.request.options
+        if options.refusal_threshold is None:
+            return []
+        return self.request.format.refusal(options)
 
-    def _answer(
-        self, questions: Sequence[_Question], decoder: Decoder, stream: bool
-    ) -> Iterator[tuple[int, Event]]:
-        """State the questions again and let the model answer, behind the cache of its prompt."""
-        handed = [self._encoder.restatement(q.text) + self._lead_in for q in questions]
-        for question, ids in zip(questions, handed, strict=True):
-            end = self._end_of_retrieve if question.forced else []  # else the model wrote it
-            question.prompt_tokens += len(ids) + len(end)
-        decoder.feed([self._end_of_retrieve + ids for ids in handed])
-        self._refuse_early(questions, decoder)
-        budgets = [
-            0 if q.refused else min(self._options.max_new_tokens, self._max_positions - start)
-            for q, start in zip(questions, decoder.positions, strict=True)
-        ]
-        samplers = [question.sampler for question in questions]
-        number = len(questions[0].rounds)  # of the last round; a stream has one question
-        held = questions[0].refused or self._refuses_late
-        pieces = AnswerPieces(self._answers)
-        texts = [Text() for _ in questions]
-        for texts in write_texts(decoder, samplers, self._answers.ends, budgets):
-            if stream and not held and (piece := pieces.push(texts[0].tokens[-1])):
-                yield questions[0].row, Event("token", number, piece)
-        answers = [self._finished(q, text) for q, text in zip(questions, texts, strict=True)]
-        if stream and (piece := answers[0].text if held else pieces.finish()):
-            yield questions[0].row, Event("token", number, piece)
-        for question, answer in zip(questions, answers, strict=True):
-            yield question.row, Event("answer", len(question.rounds), answer)
+    def judge_refusal(self, log_probability: float) -> None:
+        """Take in how likely the refusal is in place of an answer."""
+        self.scores[REFUSAL_LOGIT] = logit(log_probability)
+        if not self._refuses_late:
+            self._judge()
 
-    def _refuse_early(self, questions: Sequence[_Question], decoder: Decoder) -> None:
-        """Refuse before anything is written, where that can be told by then."""
-        for question in questions:
-            nothing = not question.citations and question.forced is None
-            question.refused = nothing and not self._options.allow_unread
-        if self._options.refusal_threshold is None or not self._refusal:
-            return
-        likely = decoder.log_probability(self._refusal)
-        for question, log_probability in zip(questions, likely, strict=True):
-            question.scores[REFUSAL_LOGIT] = logit(log_probability)
-            if not self._refuses_late:
-                self._judge(question)
+    def answering(self, position: int) -> TextRow:
+        """What writes the answer, from this position on."""
+        form, options = self.request.format, self.request.options
+        budget = min(options.max_new_tokens, form.max_positions - position)
+        return TextRow(self._sampler, form.answers.ends, 0 if self.refused else budget)
+
+    def pieces(self, row: TextRow) -> list[Event]:
+        """What of the answer has become certain since the last call."""
+        if not self.request.stream or self.refused or self._refuses_late:
+            return []
+        new, self._given = row.tokens[self._given :], len(row.tokens)
+        return self._token("".join(self._pieces.push(token) for token in new))
+
+    def finish(self, row: TextRow) -> list[Event]:
+        """The rest of the pieces, and the answer."""
+        held = self.refused or self._refuses_late
+        rest = self.pieces(row)
+        answer = self._finished(row)
+        if self.request.stream:
+            rest += self._token(answer.text if held else self._pieces.finish())
+        return [*rest, Event("answer", len(self.rounds), answer)]
+
+    def _token(self, piece: str) -> list[Event]:
+        return [Event("token", len(self.rounds), piece)] if piece else []
 
     @property
     def _refuses_late(self) -> bool:
         """Whether an answer must be written in full before it is known to be refused."""
-        options = self._options
+        options = self.request.options
         return options.refusal_threshold is not None and needs_answer(options.refusal_weights)
 
-    def _judge(self, question: _Question) -> None:
-        threshold = self._options.refusal_threshold
-        if threshold is None or not self._refusal:
+    def _judge(self) -> None:
+        threshold = self.request.options.refusal_threshold
+        if threshold is None or not self.refusal:
             return
-        score = refusal_score(question.scores, self._options.refusal_weights)
-        question.scores["refusal"] = score
-        question.refused |= score > threshold
+        score = refusal_score(self.scores, self.request.options.refusal_weights)
+        self.scores["refusal"] = score
+        self.refused |= score > threshold
 
-    def _finished(self, question: _Question, written: Text) -> Answer:
+    def _finished(self, row: TextRow) -> Answer:
         """The answer from what was written for it."""
-        question.generated_tokens += len(written.tokens)
-        text, stopped = self._answers.text(written.tokens), question.forced or "answered"
-        if not written.ended:
+        self.generated_tokens += len(row.tokens)
+        form, question = self.request.format, self.request.question
+        text, stopped = form.answers.text(row.tokens), self.forced or "answered"
+        if not row.ended:
             stopped = "max_tokens"
-        if written.tokens:
-            mean = written.log_probability / len(written.tokens)
-            question.scores[ANSWER_LOG_PROBABILITY] = mean
+        if row.tokens:
+            self.scores[ANSWER_LOG_PROBABILITY] = row.log_probability / len(row.tokens)
             if self._refuses_late:
-                self._judge(question)
-        citations = [
-            replace(c, span=find_span(c.text, text, question.text)) for c in question.citations
-        ]
-        if question.refused or is_refusal(text, self._encoder.template):
-            text, stopped, citations = self._encoder.template.refusal, "not_found", []
+                self._judge()
+        citations = [replace(c, span=find_span(c.text, text, question)) for c in self.citations]
+        template = form.encoder.template
+        if self.refused or is_refusal(text, template):
+            text, stopped, citations = template.refusal, "not_found", []
         usage = Usage(
-            prompt_tokens=question.prompt_tokens,
-            generated_tokens=question.generated_tokens,
-            routing_seconds=question.routing_seconds,
-            total_seconds=time.perf_counter() - question.started,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            routing_seconds=self.routing_seconds,
+            total_seconds=time.perf_counter() - self.started,
         )
         return Answer(
-            question=question.text,
+            question=question,
             text=text,
             citations=tuple(citations),
-            rounds=tuple(question.rounds),
+            rounds=tuple(self.rounds),
             usage=usage,
             stopped=stopped,
-            scores=question.scores,
+            scores=self.scores,
         )
 
 

@@ -72,6 +72,11 @@ class BankQuerySnapshot:
         """The view."""
         return self._view
 
+    @property
+    def generation(self) -> int:
+        """Of the bank, as it was seen."""
+        return self._view.generation
+
     def numbers(self, rows: Sequence[int]) -> list[int]:
         """See `QuerySnapshot.numbers`."""
         wanted = torch.tensor(list(rows), dtype=torch.int64)
@@ -108,7 +113,7 @@ class SnapshotCache:
         """
         self.bank = bank
         self._resident = resident
-        self._filtered: dict[str, BankSnapshot | ShardedSnapshot] = {}
+        self._known: dict[tuple[str, int], BankQuerySnapshot] = {}  # of filter and top_k
 
     def library(self, top_k: int, where: Filter | None = None) -> BankQuerySnapshot:
         """The bank as it is now.
@@ -122,7 +127,11 @@ class SnapshotCache:
             InputError: `where` is neither a mapping nor a function.
         """
         self._resident.refresh()
-        view = self._resident.view() if where is None else self._filtered_view(where)
+        key = (_filter_key(where), top_k)
+        known = self._known.get(key)
+        if known is not None and known.generation == self._resident.generation:
+            return known
+        view = self._resident.view() if where is None else self._resident.view(where)
         if not view.num_documents:
             if where is not None and len(self._resident):
                 raise EmptyBankError(
@@ -133,25 +142,28 @@ class SnapshotCache:
                 f"Bank '{self.bank.path}' holds no documents; add some with "
                 f"'msa index FILES... --bank {shlex.quote(str(self.bank.path))}' or MemoryBank.add."
             )
-        return BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
+        library = BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
+        if not callable(where):
+            if len(self._known) >= _VIEWS_KEPT:
+                self._known.clear()
+            self._known[key] = library
+        return library
 
-    def _filtered_view(self, where: Filter) -> BankSnapshot | ShardedSnapshot:
-        if callable(where):
-            return self._resident.view(where)
-        if not isinstance(where, Mapping):
-            raise InputError(
-                f"The filter is {type(where).__name__}; give a mapping of metadata values, or a "
-                "function of a document's metadata."
-            )
-        try:
-            key = json.dumps(where, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The filter holds what is no JSON value ({error}).") from error
-        known = self._filtered.get(key)
-        if known is not None and known.generation == self._resident.generation:
-            return known
-        view = self._resident.view(json.loads(key))
-        if len(self._filtered) >= _VIEWS_KEPT:
-            self._filtered.clear()
-        self._filtered[key] = view
-        return view
+
+def _filter_key(where: Filter | None) -> str:
+    """A text that is the same for filters that are alike; no function is like another.
+
+    Raises:
+        InputError: it is neither a mapping of JSON values nor a function.
+    """
+    if where is None or callable(where):
+        return "" if where is None else f"function {id(where)}"
+    if not isinstance(where, Mapping):
+        raise InputError(
+            f"The filter is {type(where).__name__}; give a mapping of metadata values, or a "
+            "function of a document's metadata."
+        )
+    try:
+        return json.dumps(where, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The filter holds what is no JSON value ({error}).") from error

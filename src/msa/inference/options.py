@@ -131,7 +131,7 @@ class AskOptions:
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise ConfigError(f"Unknown option {unknown[0]!r}; there are: {', '.join(known)}.")
-        return replace(self, **changes)
+        return replace(self, **changes) if changes else self
 
     def save(self, folder: str | Path) -> None:
         """Write the options beside a checkpoint; those that were there stay if that fails."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from copy import copy
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from msa.types import Content, Selection
@@ -35,6 +39,31 @@ class MSACache(DynamicCache):
             layer.keys = layer.keys[:, :, :length]
             layer.values = layer.values[:, :, :length]
 
+    def rows(self, index: Tensor | None) -> MSACache:
+        """Rows of the batch, [b] int64, as a cache of their own; None for all of them."""
+        part = MSACache()
+        part.contents, part.selections = dict(self.contents), dict(self.selections)
+        part.layers = [copy(layer) for layer in self.layers]
+        if index is not None:
+            part.batch_select_indices(index)
+        return part
+
+    def join(self, other: MSACache) -> None:
+        """Take in the rows of another cache behind the own ones; the shorter is padded in front."""
+        longest = max(self.get_seq_length(), other.get_seq_length())
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            ours.keys = _stacked(ours.keys, theirs.keys, longest)
+            ours.values = _stacked(ours.values, theirs.values, longest)
+        for layer, theirs_too in other.contents.items():
+            self.contents[layer] = _together(self.contents[layer], theirs_too)
+        self.selections = {}  # rows of several memories have nothing in common
+
+    def drop_first(self, columns: int) -> None:
+        """Forget the first local tokens of every row."""
+        for layer in self.layers:
+            layer.keys = layer.keys[:, :, columns:]
+            layer.values = layer.values[:, :, columns:]
+
     def _select_memory(self, rows: Tensor) -> None:
         for layer, content in self.contents.items():
             self.contents[layer] = Content(
@@ -59,3 +88,23 @@ class MSACache(DynamicCache):
         """Reorder the rows, for beam search."""
         super().reorder_cache(beam_idx)
         self._select_memory(beam_idx)
+
+
+def _stacked(first: Tensor, second: Tensor, length: int) -> Tensor:
+    """[B + b, G, length, D] of [B, G, S, D] and [b, G, s, D]."""
+    return torch.cat([F.pad(t, (0, 0, length - t.shape[2], 0)) for t in (first, second)])
+
+
+def _together(first: Content, second: Content) -> Content:
+    """Content of the rows of both, as wide as the wider one."""
+    rows = max(first.mask.shape[1], second.mask.shape[1])
+    both = (first, second)
+
+    def padded(t: Tensor) -> Tensor:
+        return F.pad(t, (*(0, 0) * (t.dim() - 2), 0, rows - t.shape[1]))
+
+    return Content(
+        torch.cat([padded(c.keys) for c in both]),
+        torch.cat([padded(c.values) for c in both]),
+        torch.cat([padded(c.mask) for c in both]),
+    )

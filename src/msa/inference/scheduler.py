@@ -1,0 +1,376 @@
+"""Continuous batching: many questions through one model, which join and leave as they come and go.
+
+A step prefills some of the prompts that wait, and lets every row that is writing write a token.
+Rows are prefilled together, whatever bank, filter or options their questions have; while they write
+they share the model's forward passes with the rows that came before them. What a question is
+answered does not depend on who else is asking (but for rounding: the products of a larger batch
+are summed in another order).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from msa.errors import MSAError
+from msa.inference.batch import prompt_batch
+from msa.inference.decoding import Decoder, RoundRow, TextRow, choose_next, feed_pending
+from msa.inference.interleave import Interleave, Request
+from msa.inference.trace import CandidateReader, candidates
+from msa.text.prompts import LocalContext
+from msa.types import Content, Event, MemoryReader, Selection
+
+if TYPE_CHECKING:
+    from msa.model.modeling_msa import MSAForCausalLM
+
+# Prompt tokens of one prefill, padding included; a longer prompt is prefilled alone.
+PREFILL_TOKENS = 2048
+# Rows write together if the longer cache has at most so many times the columns of the shorter.
+SIMILAR_LENGTH = 2.0
+
+
+@dataclass(slots=True)
+class _Cohort:
+    """Rows that write together.
+
+    Attributes:
+        decoder: of the rows.
+        runs: their questions.
+        rows: what each of them writes.
+    """
+
+    decoder: Decoder
+    runs: list[Interleave]
+    rows: list[RoundRow | TextRow]
+
+    def select(self, keep: Sequence[int]) -> _Cohort:
+        """Some of the rows; this cohort is not used any more, if no row is left out."""
+        decoder = self.decoder if len(keep) == len(self.runs) else self.decoder.select(keep)
+        return _Cohort(decoder, [self.runs[i] for i in keep], [self.rows[i] for i in keep])
+
+    def join(self, other: _Cohort) -> None:
+        self.decoder.join(other.decoder)
+        self.runs += other.runs
+        self.rows += other.rows
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Runs questions to their answers; one thread calls it.
+
+    Example::
+
+        scheduler = Scheduler(engine.model)
+        scheduler.add(engine.request("When was Erik Watts' father born?"))
+        while not scheduler.idle:
+            for request, event in scheduler.step():
+                ...
+
+    Attributes:
+        model: of all requests, in evaluation mode.
+        max_rows: questions that are under way together; further ones wait.
+        prefill_tokens: prompt tokens of one step, padding included.
+    """
+
+    model: MSAForCausalLM
+    max_rows: int = 16
+    prefill_tokens: int = PREFILL_TOKENS
+    _new: deque[Request] = field(default_factory=deque)
+    _waiting: list[Interleave] = field(default_factory=list)  # for their prefill
+    _cohorts: list[_Cohort] = field(default_factory=list)
+    _events: list[tuple[Request, Event | MSAError]] = field(default_factory=list)
+
+    @property
+    def idle(self) -> bool:
+        """True if there is nothing to do."""
+        return not (self._new or self._waiting or self._cohorts)
+
+    def __len__(self) -> int:
+        """Questions that are under way or wait."""
+        return len(self._new) + self._under_way
+
+    @property
+    def _under_way(self) -> int:
+        return len(self._waiting) + sum(len(cohort.runs) for cohort in self._cohorts)
+
+    def add(self, request: Request) -> None:
+        """Take a question, of `MemoryEngine.request`; it is begun in one of the next steps."""
+        self._new.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a question, wherever it is; no event of it comes any more."""
+        if request in self._new:
+            self._new.remove(request)
+        self._waiting = [run for run in self._waiting if run.request is not request]
+        self._leave(lambda run: run.request is request)
+
+    def clear(self) -> list[Request]:
+        """Forget all questions; those that were forgotten."""
+        runs = [*self._waiting, *(run for cohort in self._cohorts for run in cohort.runs)]
+        forgotten = [*self._new, *(run.request for run in runs)]
+        self._new.clear()
+        self._waiting, self._cohorts = [], []
+        return forgotten
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, Event | MSAError]]:
+        """Run the model a little.
+
+        Returns:
+            What happened, in order. A question's last event is its "answer", or the error of its
+            bank that ended it.
+
+        Raises:
+            ModelError: the model computes what is not a number; no question can go on.
+        """
+        self._events = []
+        while self._new and self._under_way < self.max_rows:
+            self._waiting.append(Interleave(self._new.popleft()))
+        if self._waiting:
+            self._prefill(self._next_prompts())
+        for cohort in self._cohorts.copy():
+            self._cohorts.remove(cohort)
+            self._advance(cohort)
+        return self._events
+
+    # ---- prefill
+
+    def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
+        """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
+        found = sorted(
+            ((run, run.context()) for run in self._waiting), key=lambda some: len(some[1].input_ids)
+        )
+        count = 1
+        while (
+            count < len(found)
+            and (count + 1) * len(found[count][1].input_ids) <= self.prefill_tokens
+        ):
+            count += 1
+        taken = found[:count]
+        gone = {id(run) for run, _ in taken}
+        self._waiting = [run for run in self._waiting if id(run) not in gone]
+        return taken
+
+    def _prefill(self, prompts: Sequence[tuple[Interleave, LocalContext]]) -> None:
+        """Run the model on whole contexts, routing included, and begin the round of each."""
+        runs = [run for run, _ in prompts]
+        contexts = [context for _, context in prompts]
+        form = runs[0].request.format
+        groups = _groups(runs)
+        readers = [
+            CandidateReader(runs[rows[0]].request.library.reader, form.top_k) for rows in groups
+        ]
+        memory = readers[0] if len(groups) == 1 else _Together(readers, groups)
+        decoder = Decoder(
+            self.model, prompt_batch(contexts, form.top_k, form.pad, form.device), memory, form.pad
+        )
+        sound: list[int] = []
+        for reader, rows in zip(readers, groups, strict=True):
+            sound += self._take_candidates(reader, [prompts[row] for row in rows], rows)
+        sound.sort()
+        naming, ending = [], []
+        writers: dict[int, RoundRow] = {}
+        for row in sound:
+            writer = runs[row].naming()
+            if writer is None:
+                runs[row].unread_round()
+                ending.append(row)
+            else:
+                writers[row] = writer
+                naming.append(row)
+        if ending:
+            self._begin_answers(decoder.select(ending), [runs[row] for row in ending])
+        if naming:
+            part = decoder if len(naming) == len(runs) else decoder.select(naming)
+            self._enter(
+                _Cohort(part, [runs[row] for row in naming], [writers[row] for row in naming])
+            )
+
+    def _take_candidates(
+        self,
+        reader: CandidateReader,
+        prompts: Sequence[tuple[Interleave, LocalContext]],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """Give the questions of one memory what they were routed to; rows that can go on."""
+        first = prompts[0][0].request
+        reader.check()  # an error of the model, not of this memory
+        try:
+            found = candidates(
+                reader, first.library, first.options, [run.query() for run, _ in prompts]
+            )
+        except MSAError as error:
+            self._events += [(run.request, error) for run, _ in prompts]
+            return []
+        going_on = []
+        for (run, context), some, row in zip(prompts, found, rows, strict=True):
+            tokens = len(context.input_ids)
+            if self._tried(run, partial(run.routed, some, tokens, reader.seconds)):
+                going_on.append(row)
+        return going_on
+
+    def _tried(self, run: Interleave, doing: Callable[[], Iterable[Event]]) -> bool:
+        """Do something for one question and pass its events on; False if it failed."""
+        try:
+            self._events += [(run.request, event) for event in doing()]
+        except MSAError as error:
+            self._events.append((run.request, error))
+            return False
+        return True
+
+    # ---- writing
+
+    def _enter(self, cohort: _Cohort) -> None:
+        """Let rows write, together with those whose caches are about as long."""
+        length = cohort.decoder.length
+        for other in self._cohorts:
+            lengths = sorted((length, other.decoder.length))
+            if lengths[1] <= SIMILAR_LENGTH * lengths[0]:
+                other.join(cohort)
+                return
+        self._cohorts.append(cohort)
+
+    def _leave(self, leaves: Callable[[Interleave], bool]) -> None:
+        """Take rows out of all cohorts."""
+        left = []
+        for cohort in self._cohorts:
+            keep = [i for i, run in enumerate(cohort.runs) if not leaves(run)]
+            if keep:
+                left.append(cohort.select(keep))
+        self._cohorts = left
+
+    def _advance(self, cohort: _Cohort) -> None:
+        """Write a token in every row; those that are done go their ways."""
+        choose_next(cohort.decoder, cohort.rows)
+        keep: list[int] = []
+        ending: list[int] = []
+        for i, row in enumerate(cohort.rows):
+            if isinstance(row, TextRow):
+                goes_on = self._wrote_text(cohort.runs[i], row)
+            else:
+                goes_on = not row.done or self._wrote_round(cohort, i, row, ending)
+            if goes_on:
+                keep.append(i)
+        if ending:
+            decoder = cohort.decoder.select(ending)
+            decoder.rewind(range(len(ending)))
+            self._begin_answers(decoder, [cohort.runs[i] for i in ending])
+        if keep:
+            rest = cohort.select(keep)
+            feed_pending(rest.decoder, rest.rows)
+            self._enter(rest)
+
+    def _wrote_text(self, run: Interleave, row: TextRow) -> bool:
+        """Pass on what a row has written of its answer; False if that is all."""
+        if row.done:
+            self._tried(run, partial(run.finish, row))
+            return False
+        return self._tried(run, partial(run.pieces, row))
+
+    def _wrote_round(self, cohort: _Cohort, i: int, row: RoundRow, ending: list[int]) -> bool:
+        """Read what a row has named: it waits for its next prompt then, or is put into `ending`.
+
+        Returns:
+            True if the round is to be written again.
+        """
+        run = cohort.runs[i]
+        again = False
+
+        def read() -> list[Event]:
+            nonlocal again
+            events = run.named(row)
+            again = events is None
+            return events or []
+
+        if not self._tried(run, read):
+            return False
+        if again:
+            writer = run.naming()
+            assert writer is not None
+            cohort.rows[i] = writer
+            cohort.decoder.rewind([i])
+        elif run.rounds[-1].read:
+            self._waiting.append(run)
+        else:
+            ending.append(i)
+        return again
+
+    def _begin_answers(self, decoder: Decoder, runs: list[Interleave]) -> None:
+        """State questions again behind their prompts, and let the model answer."""
+        decoder.feed([run.begin_answer() for run in runs])
+        for refusal in {tuple(run.refusal) for run in runs if run.refusal}:
+            likely = decoder.log_probability(refusal)
+            for run, log_probability in zip(runs, likely, strict=True):
+                if tuple(run.refusal) == refusal:
+                    run.judge_refusal(log_probability)
+        rows: list[RoundRow | TextRow] = [
+            run.answering(position) for run, position in zip(runs, decoder.positions, strict=True)
+        ]
+        keep = []
+        for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+            assert isinstance(row, TextRow)
+            if row.done:  # refused before anything was written
+                self._tried(run, partial(run.finish, row))
+            else:
+                keep.append(i)
+        if keep:
+            self._enter(_Cohort(decoder, runs, rows).select(keep))
+
+
+def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
+    """Rows whose questions go to one state of a memory in the same way."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, run in enumerate(runs):
+        key = id(run.request.library), id(run.request.options)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+class _Together:
+    """A `MemoryReader` for a batch whose rows go to different memories."""
+
+    def __init__(self, readers: Sequence[MemoryReader], groups: Sequence[Sequence[int]]) -> None:
+        self._parts = [
+            (reader, torch.tensor(rows)) for reader, rows in zip(readers, groups, strict=True)
+        ]
+        self._chosen: dict[int, list[Selection]] = {}
+
+    def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
+        """Choose documents for every row from its own memory; -1 where that has fewer."""
+        found = []
+        for reader, rows in self._parts:
+            index = rows.to(vectors.device)
+            found.append(reader.route(layer, vectors[index], routing_mask[index]))
+        self._chosen[layer] = found
+        width = max(some.documents.shape[1] for some in found)
+        shape = len(vectors), width
+        documents = found[0].documents.new_full(shape, -1)
+        scores = found[0].scores.new_full(shape, -torch.inf)
+        for (_, rows), some in zip(self._parts, found, strict=True):
+            columns = slice(None, some.documents.shape[1])
+            documents[rows, columns] = some.documents
+            scores[rows, columns] = some.scores
+        return Selection(documents, scores)
+
+    def content(self, layer: int, selection: Selection) -> Content:
+        """Content of what `route` chose in this layer, of every row from its own memory."""
+        found = [
+            reader.content(layer, some)
+            for (reader, _), some in zip(self._parts, self._chosen[layer], strict=True)
+        ]
+        batch, width = len(selection.documents), max(some.mask.shape[1] for some in found)
+        keys = found[0].keys.new_zeros(batch, width, *found[0].keys.shape[2:])
+        values = torch.zeros_like(keys)
+        mask = found[0].mask.new_zeros(batch, width)
+        for (_, rows), some in zip(self._parts, found, strict=True):
+            columns = slice(None, some.mask.shape[1])
+            keys[rows, columns] = some.keys
+            values[rows, columns] = some.values
+            mask[rows, columns] = some.mask
+        return Content(keys, values, mask)
