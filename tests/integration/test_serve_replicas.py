@@ -126,7 +126,7 @@ def test_the_whole_app_is_there(service):
         lambda: [j for j in service.ask("GET", "/api/banks/notes/jobs").json["data"]]
     )
     assert service.until(
-        lambda: service.ask("GET", f"/api/jobs/{jobs[0]['id']}").json["status"] == "completed"
+        lambda: service.ask("GET", f"/api/jobs/{jobs[0]['id']}").json["status"] == "done"
     )
     question = {"question": "When was Erik Watts born?"}
     answer = service.ask("POST", "/api/banks/notes/ask", question)

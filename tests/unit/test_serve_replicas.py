@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 
 import pytest
 
@@ -189,3 +190,23 @@ def test_an_app_that_fails_fails_here_too(serving):
         writer._app = app
 
     serving(work)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ray"], "msa serve --ray needs Ray Serve"),
+        (["--ray", "--replicas", "0"], "--replicas (MSA_REPLICAS): Input should be greater"),
+        (["--ray", "--shards", "0"], "--shards (MSA_SHARDS): Input should be greater"),
+    ],
+)
+def test_what_keeps_replicas_from_starting_is_one_line(
+    capsys, tmp_path, monkeypatch, options, message
+):
+    from msa.cli.main import main
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--bank", str(tmp_path / "bank"), "--port", "0", *options])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -41,6 +41,7 @@ from msa.serve.app import create_app
 from msa.serve.banks import BankState
 from msa.serve.errors import CLIENT_GONE, ServiceError, unavailable
 from msa.serve.gate import SAFE_METHODS, Gate
+from msa.serve.keys import Keys
 from msa.serve.request_log import REQUEST_ID, log_to_stderr
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
@@ -275,13 +276,14 @@ def serve_replicas(
         on_ready: called once requests are answered.
 
     Raises:
-        InputError: Ray is not installed.
+        ConfigError: Ray Serve is not installed, the cluster serves banks already, or the key file
+            cannot be used.
         WorkerError: no cluster, or it does not start what it should.
-        ConfigError: Ray Serve is not installed, or the cluster serves banks already.
         MSAError: the model or a bank cannot be loaded.
     """
-    ray = cluster.connect(settings.ray_address)
     serve = _ray_serve()
+    Keys.load(settings.api_key_file)  # what is wrong with it is said here, not by an actor
+    ray = cluster.connect(settings.ray_address)
     settings, paths = _absolute(settings), [path.resolve() for path in paths]
     stopped = _stop_signal()
     writer = _start_writer(ray, settings, paths)
