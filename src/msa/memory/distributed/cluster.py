@@ -68,13 +68,13 @@ def spawn(
         shared = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         named = [{"name": f"{name}/{i}", **shared} for i in range(count)]
     actor = ray.remote(kind)
-    how = dict(
-        num_cpus=0,  # they share what CPUs there are, as threads would
-        num_gpus=gpus,
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-        scheduling_strategy="SPREAD",
-    )
+    how: dict[str, Any] = {
+        "num_cpus": 0,  # they share what CPUs there are, as threads would
+        "num_gpus": gpus,
+        "max_restarts": RESTARTS,
+        "max_task_retries": RESTARTS,
+        "scheduling_strategy": "SPREAD",
+    }
     return [actor.options(**how, **named[i]).remote(*arguments[i]) for i in range(count)]
 
 

@@ -201,11 +201,10 @@ class _Shards:
         found: list[Any] = cluster.gather(refs, self._timeout, "a shard of the bank")
         return found
 
-    def release(self, *generations: int) -> None:
-        """Give up a state in every shard, or one in each; nothing is waited for."""
-        each = generations * len(self.actors) if len(generations) == 1 else generations
-        for actor, generation in zip(self.actors, each, strict=False):  # none once closed
-            actor.release.remote(generation)
+    def release(self, states: Sequence[ShardState]) -> None:
+        """Give up what each shard has loaded; nothing is waited for."""
+        for actor, state in zip(self.actors, states, strict=False):  # no actors once closed
+            actor.release.remote(state.generation)
 
 
 class _State:
@@ -216,7 +215,8 @@ class _State:
         self.generation = states[0].generation
         self.num_rows = sum(state.num_rows for state in states)
         self.num_documents = sum(state.num_documents for state in states)
-        weakref.finalize(self, shards.release, self.generation).atexit = False
+        self.release = weakref.finalize(self, shards.release, states)
+        self.release.atexit = False
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """See `_Shards.ask`."""
@@ -289,7 +289,7 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
     def close(self) -> None:
         """End the shards, or leave them to others; calling it twice does nothing."""
         if not self._ends_shards and hasattr(self, "_view"):
-            self._shards.release(self._view.generation)
+            self._view._state.release()
         actors, self._shards.actors = self._shards.actors, []
         for actor in actors if self._ends_shards else ():
             cluster.connect().kill(actor)
@@ -346,7 +346,7 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
             generations = [state.generation for state in states]
             if min(generations) == max(generations) >= least:
                 break
-            self._shards.release(*generations)
+            self._shards.release(states)
         else:
             found = ", ".join(str(state.generation) for state in states)
             raise WorkerError(
