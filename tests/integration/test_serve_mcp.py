@@ -201,6 +201,18 @@ def test_strangers_and_other_tenants_learn_nothing(serving):
     serving(work)
 
 
+def test_a_service_that_stops_takes_no_more_calls(serving):
+    async def work(served: Served) -> None:
+        served.service.state = "draining"
+        async with httpx2.AsyncClient(headers={"Authorization": "Bearer reader"}) as http:
+            refused = await http.post(f"{served.url}/mcp", json={})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["retry-after"]) >= 1
+
+    serving(work)
+
+
 class TestAClientThatGoes:
     """Its question stops, however it speaks."""
 

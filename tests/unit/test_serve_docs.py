@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+
+from msa.cli.main import app
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("mcp", reason="needs the extra 'serve'")
@@ -63,6 +66,14 @@ def test_lists_ignore_no_parameter_of_openais(conformance):
 def test_every_setting_is_in_the_page():
     page = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"MSA_[A-Z_]+", page)) >= names_of_settings()
+
+
+def test_every_option_of_the_command_is_in_the_page():
+    page = PAGE.read_text(encoding="utf-8")
+    options = typer.main.get_command(app).commands["serve"].params
+    names = {name for option in options for name in option.opts if name.startswith("--")}
+    assert names
+    assert not {name for name in names if f"`{name}" not in page}
 
 
 def test_every_route_of_the_native_api_is_in_the_page():

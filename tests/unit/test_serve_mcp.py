@@ -13,12 +13,14 @@ from msa import Document, MemoryBank
 from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptTemplate
+from msa.types import Answer, Citation, Usage
 
 mcp = pytest.importorskip("mcp", reason="needs the extra 'serve'")
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from msa.serve.keys import Principal  # noqa: E402
 from msa.serve.mcp_server import local  # noqa: E402
+from msa.serve.mcp_tools import Caller, _answered  # noqa: E402
 from msa.serve.service import Service  # noqa: E402
 from msa.serve.settings import ServeSettings  # noqa: E402
 
@@ -130,6 +132,17 @@ def test_ask_gives_the_engines_answer_and_tells_each_round_on_the_way(using, mod
     assert [message for _, message in told if "routing" in message] == routed
     reading = [message.rpartition(" ")[2] for _, message in told if "reading" in message]
     assert reading == read
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [("https://x.org/d/{}/{}", "https://x.org/d/people/1?span=17-21"), (None, "msa://people/1")],
+)
+def test_a_link_of_a_citation_highlights_the_answer_where_it_is_a_page(address, url):
+    citation = Citation("ada", 1, "Ada", "Ada was born in Rome.", 1, (17, 21))
+    answer = Answer(QUESTION, "Rome", (citation,), (), Usage(1, 1, 0.0, 0.0), "answered")
+    caller = Caller(READER, (address or "msa://{}/{}").format)
+    assert [c.url for c in _answered(caller, "people", answer).citations] == [url]
 
 
 def test_a_filter_holds_for_what_is_read(using):

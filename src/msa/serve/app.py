@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import msa
-from msa.serve import documents, health, job_routes, native, permalinks
+from msa.serve import documents, health, job_routes, native, page, permalinks
 from msa.serve.errors import ErrorBody, add_handlers
 from msa.serve.gate import Gate
 from msa.serve.mcp_server import serve_mcp
@@ -31,13 +31,14 @@ ROUTERS: tuple[APIRouter, ...] = (
     documents.router,
     job_routes.router,
     permalinks.router,
-    chat.router,
-    responses.router,
-    models.router,
-    models.absent,
     files.router,
     vector_stores.router,
     vector_store_files.router,
+    models.router,
+    chat.router,
+    responses.router,
+    models.absent,
+    page.router,
 )
 """The routes, in the order in which they are looked up."""
 

@@ -16,7 +16,7 @@ from msa.serve.job_store import FINISHED, Job, JobFile, Reason
 from msa.serve.jobs import JobBody
 from msa.serve.keys import WRITE, Principal
 from msa.serve.service import CallerDep, Service, ServiceDep
-from msa.serve.uploads import Form, receive_body, receive_form, unsupported
+from msa.serve.uploads import Form, receive_body, receive_form, removed_on_error, unsupported
 from msa.types import JSON
 
 router = APIRouter(prefix="/api", tags=["jobs"])
@@ -92,10 +92,11 @@ async def upload(
     served = service.registry.get(bank, caller, WRITE)
     service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
-    files, reasons = _files_of(form)
-    job = await service.jobs.submit(
-        served.name, "index", caller, files, reasons, on_duplicate=on_duplicate
-    )
+    with removed_on_error(service.jobs.store, form.files):
+        files, reasons = _files_of(form)
+        job = await service.jobs.submit(
+            served.name, "index", caller, files, reasons, on_duplicate=on_duplicate
+        )
     return await _accepted(service, job, wait_s, response)
 
 
@@ -114,7 +115,10 @@ async def add_lines(
     service.jobs.check_room()
     got = await receive_body(request, service.jobs.store, service.settings, "documents.jsonl")
     files = [JobFile(0, got.name, got.stored, None, {}, got.size)]
-    job = await service.jobs.submit(served.name, "index", caller, files, on_duplicate=on_duplicate)
+    with removed_on_error(service.jobs.store, [got]):
+        job = await service.jobs.submit(
+            served.name, "index", caller, files, on_duplicate=on_duplicate
+        )
     return await _accepted(service, job, wait_s, response)
 
 

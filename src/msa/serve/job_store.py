@@ -424,7 +424,12 @@ class JobStore:
             f"ON f.job = a.job AND f.position = a.position WHERE {where}",
             *values,
         )
-        return [Attachment(*row[:5], json.loads(row[5]), *row[6:]) for row in rows]
+        names = [field.name for field in fields(Attachment)]
+        found = (dict(zip(names, row, strict=True)) for row in rows)
+        return [
+            Attachment(**{**values, "attributes": json.loads(values["attributes"])})
+            for values in found
+        ]
 
     def set_attributes(self, bank: str, file_id: str, attributes: Mapping[str, JSON]) -> None:
         """Other attributes of a file in a vector store."""

@@ -366,6 +366,8 @@ def _in_turns(found: Iterable[list[Found]]) -> list[Found]:
 def _answered(caller: Caller, bank: str, answer: Answer) -> AskResult:
     def cited(citation: Citation) -> Cited:
         found = _found(caller, bank, citation.number, citation.title, citation.id)
+        if citation.span is not None and found.url.startswith("http"):
+            found.url += "?span={}-{}".format(*citation.span)  # opens with the answer highlighted
         return Cited(**found.model_dump(), document=citation.id, round=citation.round)
 
     rounds = [

@@ -225,7 +225,8 @@ def _page(
 
 def _marked(text: str, spans: Sequence[tuple[int, int]]) -> str:
     """The text as HTML; the first mark is `#answer`, so that a link can lead there."""
-    pieces, last = [], 0
+    pieces: list[str] = []
+    last = 0
     for start, end in spans:
         name = "" if pieces else ' id="answer"'
         pieces += [escape(text[last:start]), f"<mark{name}>{escape(text[start:end])}</mark>"]

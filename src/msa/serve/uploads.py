@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -84,6 +85,16 @@ async def receive_body(
         return part.upload
 
     return await _receive(request, part.write, finish, part.discard)
+
+
+@contextlib.contextmanager
+def removed_on_error(store: JobStore, uploads: Iterable[Upload]) -> Iterator[None]:
+    """Remove uploads from the disk if what they were sent for is refused."""
+    try:
+        yield
+    except BaseException:
+        store.remove_uploads(u.stored for u in uploads if u.stored is not None)
+        raise
 
 
 async def _receive(

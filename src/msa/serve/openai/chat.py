@@ -71,9 +71,9 @@ class ChatRequest(Sampling):
 
     messages: list[ChatMessage] = Field(min_length=1)
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1, le=4096)
-    max_tokens: int | None = Field(None, ge=1, le=4096)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
+    max_tokens: int | None = Field(default=None, ge=1, le=4096)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     n: Any = only(1)
     stop: Any = only([])
     logprobs: Any = only(False)
@@ -175,11 +175,8 @@ class _Writer:
         self._base = base
         self._form = body.msa.citations
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
 
     def completion(self, answer: Answer) -> ChatCompletion:
         """The answer as one object."""
@@ -187,7 +184,9 @@ class _Writer:
         message = ChatAnswer(content=text.text, annotations=self._annotations(text))
         choice = ChatChoice(message=message, finish_reason=_finish_reason(answer))
         return ChatCompletion(
-            **self._head,
+            id=self._id,
+            created=self._created,
+            model=self._body.model,
             choices=[choice],
             usage=_usage(answer),
             msa=self._extras(answer, cited),
@@ -216,15 +215,22 @@ class _Writer:
             self._chunk({}, finish_reason=_finish_reason(answer), msa=self._extras(answer, cited))
         )
         if self._usage:
-            usage = {"choices": [], "usage": _usage(answer).model_dump()}
-            chunks.append(frame({**self._head, "object": "chat.completion.chunk", **usage}))
+            usage = _usage(answer).model_dump()
+            chunks.append(frame({**self._head(), "choices": [], "usage": usage}))
         return [*chunks, DONE]
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         usage = {"usage": None} if self._usage else {}
-        head = {**self._head, "object": "chat.completion.chunk"}
-        return frame({**head, "choices": [choice], **usage, **more})
+        return frame({**self._head(), "choices": [choice], **usage, **more})
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._body.model,
+        }
 
     def _cited(self, answer: Answer) -> tuple[list[Source], CitedText]:
         cited = sources(answer, self._question.served.name, self._base)
@@ -262,6 +268,4 @@ def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
 
 def _usage(answer: Answer) -> ChatUsage:
     prompt, written = answer.usage.prompt_tokens, answer.usage.generated_tokens
-    return ChatUsage(
-        prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written
-    )
+    return ChatUsage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)

@@ -15,27 +15,34 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from msa.serve.openai.english import (
+    AUXILIARIES,
+    FUNCTION_WORDS,
+    PREPOSITIONS,
+    QUESTION_WORDS,
+    WORD,
+    names,
+    set_of,
+    words_of,
+)
 
 Kind = Literal["he", "she", "person", "place", "group", "thing"]
 
 MAX_TURNS = 40
 """Earlier turns that are looked at, the latest ones."""
 MAX_CHARACTERS = 2000
-"""What is read of each earlier turn."""
-MAX_WORDS = 12
-"""Words of the longest name that is put into a question."""
+"""What is read of each earlier turn; a longer question stays as it is."""
 _TITLE = 8  # words of a turn that only names what is to be spoken of
 _FRAGMENT = 5  # words of a question that may be the rest of a question
-
-_WORD = re.compile(r"[^\W_]+(?:['’.&-][^\W_]+)*")
 _PRONOUNS: dict[str, Kind] = {
-    **dict.fromkeys("he him his himself".split(), "he"),
-    **dict.fromkeys("she her hers herself".split(), "she"),
-    **dict.fromkeys("they them their theirs themselves".split(), "group"),
-    **dict.fromkeys("it its itself".split(), "thing"),
+    **dict.fromkeys(set_of("he him his himself"), "he"),
+    **dict.fromkeys(set_of("she her hers herself"), "she"),
+    **dict.fromkeys(set_of("they them their theirs themselves"), "group"),
+    **dict.fromkeys(set_of("it its itself"), "thing"),
     "there": "place",
 }
 _POSSESSIVES = {"his", "her", "hers", "their", "theirs", "its"}
@@ -47,51 +54,29 @@ _SUITS: dict[Kind, set[Kind | None]] = {
     "place": {"place"},
 }
 _SUITS_AT_NEED: dict[Kind, set[Kind | None]] = {
-    "he": {"thing"},
-    "she": {"thing"},
+    "he": {"thing", "group"},
+    "she": {"thing", "group"},
     "group": {"he", "she", "person", "place", "thing"},
 }
+_ANSWER_KINDS: dict[str, Kind] = {
+    "who": "person",
+    "whom": "person",
+    "where": "place",
+    "what": "thing",
+    "which": "thing",
+}
 _REFERRING = {"this", "these", "those", "else", "other", "another", "happened"}
+_CLASS_NOUNS = set_of(
+    "band group team company club film movie album song single book novel series show game party "
+    "country city town village school university river island ship artist author singer"
+)
+"""The N may be called by name: "the band INXS"."""
 _OPENING = re.compile(
     r"^\W*(?:(?:and|but|so|or|also|then|ok|okay)\b\W*)*(?:(?:what|how) about\b)?\W*", re.IGNORECASE
 )
+_WHO_DID = re.compile(rf"\W*who (?!(?:else|{'|'.join(AUXILIARIES)})\b)")
 _YEAR = re.compile(r"\b[12]\d{3}\b")
 _NUMBER = re.compile(r"\b\d+\b")
-_ANSWER_KINDS: dict[str, Kind] = {
-    "who": "person", "whom": "person", "where": "place", "what": "thing", "which": "thing"
-}
-_QUESTION_WORDS = {"who", "whom", "whose", "what", "which", "when", "where", "why", "how"}
-_AUXILIARIES = set(
-    "is are was were am be been do does did has have had can could will would shall should may "
-    "might must isn't aren't wasn't weren't don't doesn't didn't hasn't haven't hadn't".split()
-)
-_PREPOSITIONS = set(
-    "in on at of for from to with by about during after before since until under over between "
-    "against into as near".split()
-)
-_FUNCTION_WORDS = (
-    set(_PRONOUNS)
-    | _QUESTION_WORDS
-    | _AUXILIARIES
-    | _PREPOSITIONS
-    | set(
-        "a an the this that these those there then and or but so not no yes i you we me us my your "
-        "our any some other another else more most many much ever also only just than too very all "
-        "both each if because while s t don didn doesn please tell ok okay thanks thank hi hello "
-        "hey".split()
-    )
-)
-"""Words that name nothing."""
-_NO_NAMES = set(
-    "january february march april june july august september october november december monday "
-    "tuesday wednesday thursday friday saturday sunday".split()
-)
-_JOINERS = set("of the and de la le van von der den du da di del al bin ibn for & 'n'".split())
-_CLASS_NOUNS = set(
-    "band group team company club film movie album song single book novel series show game party "
-    "country city town village school university river island ship artist author singer".split()
-)
-"""The N may be called by name: "the band INXS"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +101,14 @@ class _Mention:
         kind: None until the conversation shows it.
         asked: named in a question, or as the answer to one: what the conversation is about.
         count: how often it was spoken of.
+        turn: in which it was so the last time.
     """
 
     name: str
     kind: Kind | None
     asked: bool
     count: int = 0
+    turn: int = 0
 
 
 def complete_question(question: str, earlier: Sequence[Turn]) -> str:
@@ -148,38 +135,51 @@ class _Conversation:
         self._mentions: list[_Mention] = []
         self._question = ""
         self._said: set[str] = set()  # words of all turns
+        self._turn = 0
 
     def ask(self, question: str) -> None:
         """Take in a question of the user's."""
+        self._turn += 1
         whole = self.complete(question)
-        self._said.update(_words(question))
+        self._said.update(words_of(question))
         title = _title(question)
-        if not title:
+        if set(words_of(whole)) & (AUXILIARIES | QUESTION_WORDS):
             self._question = whole
         for name in reversed([title] if title else list(names(whole))):
-            self._put_first(name)
+            place = re.search(rf"\b(?:in|at) (?:the )?{re.escape(name)}", whole)
+            self._put_first(name, "place" if place else None)
 
     def answer(self, text: str) -> None:
         """Take in an answer; one that is only a name is what is spoken of from now on."""
-        self._said.update(_words(text))
-        asked = next((word for word in _words(self._question) if word in _QUESTION_WORDS), "")
+        self._turn += 1
+        self._said.update(words_of(text))
         question = self._question.casefold()
-        for i, name in enumerate(names(text, first=True)):
-            if name.casefold() in question:
-                continue
-            if i == 0 and asked in _ANSWER_KINDS and name == text.strip(" .,"):
+        asked = next((word for word in words_of(question) if word in QUESTION_WORDS), "")
+        only = next(names(text, first=True), None) == text.strip(" .,")
+        new = [n for n in names(text, first=only) if n.casefold() not in question]
+        if new and _WHO_DID.match(question):
+            self._mark_things(question)
+        for i, name in enumerate(new):
+            person = i == 0 and asked in ("who", "whom")
+            if only and asked in _ANSWER_KINDS:
                 self._put_first(name, _ANSWER_KINDS[asked])
             elif self._known(name) is None:
-                person = i == 0 and asked in ("who", "whom")
                 self._mentions.append(_Mention(name, "person" if person else None, asked=person))
+
+    def _mark_things(self, question: str) -> None:
+        """What somebody did something to is, unless known better, no person."""
+        for mention in self._mentions:
+            if mention.kind is None and mention.name.casefold() in question:
+                mention.kind = "thing"
 
     def complete(self, question: str) -> str:
         """The question, whole."""
-        if not self._question and not self._mentions:
+        known = self._question or self._mentions
+        if not known or len(question) > MAX_CHARACTERS:
             return question
         whole = self._from_fragment(question) or question
-        words = _words(whole)
-        if not set(words) & _FUNCTION_WORDS:
+        words = words_of(whole)
+        if not set(words) & FUNCTION_WORDS:
             return question
         replaced = self._without_pronoun(whole)
         if replaced != whole:
@@ -196,7 +196,8 @@ class _Conversation:
             known = _Mention(name, kind, asked=True)
         else:
             self._mentions.remove(known)
-        known.asked, known.kind, known.count = True, known.kind or kind, known.count + 1
+        known.asked, known.kind = True, known.kind or kind
+        known.count, known.turn = known.count + 1, self._turn
         self._mentions.insert(0, known)
 
     def _known(self, name: str) -> _Mention | None:
@@ -213,6 +214,7 @@ class _Conversation:
         asked = [mention for mention in self._mentions if mention.asked]
         others = [mention for mention in self._mentions if not mention.asked]
         found = [m for m in asked if m.kind in _SUITS[kind]]
+        found.sort(key=lambda m: (-m.turn, m.kind != kind))
         found += [m for m in asked if m.kind in _SUITS_AT_NEED.get(kind, ())]
         found += [m for m in others if m.kind in _SUITS[kind]]
         if not found:
@@ -225,13 +227,17 @@ class _Conversation:
 
     def _without_pronoun(self, question: str) -> str:
         """The question with a name in place of its first pronoun that means nothing in it."""
-        for found in _WORD.finditer(question):
+        tried: set[Kind] = set()
+        for found in WORD.finditer(question):
             word = re.sub(r"['’]s$", "", found.group().casefold())
             before, behind = question[: found.start()], question[found.end() :]
             kind = _PRONOUNS.get(word)
-            if kind is None or _means_nothing(word, before, behind):
+            if kind is None or kind in tried or _means_nothing(word, before, behind):
                 continue
-            mention = None if list(names(before)) else self._antecedent(kind)
+            if next(names(before), None) is not None:
+                break  # it may mean that
+            tried.add(kind)
+            mention = self._antecedent(kind)
             if mention is None:
                 continue
             name = f"in {mention.name}" if kind == "place" else mention.name
@@ -245,7 +251,8 @@ class _Conversation:
         for name in names(question):
             known = None if " " in name else self._known(name)
             if known is not None and " " in known.name:
-                return question.replace(name, known.name, 1)
+                pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+                return re.sub(pattern, lambda _: known.name, question, count=1)  # noqa: B023
         return question
 
     def _with_subject(self, question: str, words: list[str]) -> str:
@@ -274,19 +281,19 @@ class _Conversation:
             Empty if it is no such rest of a question.
         """
         rest = _OPENING.sub("", question).strip(" ?!.")
-        words = _words(rest)
+        words = words_of(rest)
         if not self._question or not words or len(words) > _FRAGMENT:
             return ""
         before = self._question.rstrip(" ?!.")
-        if words[0] in _QUESTION_WORDS and len(words) == 1:
+        if words[0] in QUESTION_WORDS and len(words) == 1:
             return _asked_again(before, rest) + "?"
-        if set(words) & (_AUXILIARIES | _QUESTION_WORDS):
+        if set(words) & (AUXILIARIES | QUESTION_WORDS):
             return ""
         for pattern in (_YEAR, _NUMBER):
             if pattern.search(before) and (new := pattern.search(rest)):
                 return pattern.sub(new.group(), before, count=1) + "?"
         new_name = next(names(rest, first=True), None)
-        if words[0] in _PREPOSITIONS:
+        if words[0] in PREPOSITIONS:
             same = re.search(rf"\b{words[0]} (?:the )?(?=[A-Z])", before)
             old = next(names(before[same.end() :], first=True), None) if same else None
             if same and old:
@@ -298,88 +305,41 @@ class _Conversation:
         return ""
 
 
-def names(text: str, *, first: bool = False) -> Iterator[str]:
-    """Names in a text, in the order in which they stand: runs of capitalized words.
-
-    Args:
-        text: of any length.
-        first: a capitalized word that begins a sentence, with none behind it, is a name too.
-    """
-    run: list[re.Match[str]] = []
-    for word in _WORD.finditer(text):
-        gap = text[run[-1].end() : word.start()] if run else ""
-        if run and not (gap in (" ", " & ") or (gap == ". " and len(run[-1].group()) == 1)):
-            yield from _name(run, text, first)
-            run = []
-        if word.group()[0].isupper() or (run and word.group() in _JOINERS):
-            run.append(word)
-        elif run:
-            yield from _name(run, text, first)
-            run = []
-    yield from _name(run, text, first)
-
-
-def _name(run: list[re.Match[str]], text: str, first: bool) -> Iterator[str]:
-    """The name that a run of words is, if it is one."""
-    words = [found.group().casefold() for found in run]
-    start, end = 0, len(run)
-    while end and words[end - 1] in _JOINERS:
-        end -= 1
-    while start < end and words[start] in _FUNCTION_WORDS - {"the"}:
-        start += 1
-    words = words[start:end]
-    if len(words) > MAX_WORDS or set(words) <= _FUNCTION_WORDS | _NO_NAMES:
-        return
-    begin = run[start].start()
-    if len(words) == 1 and not first and not start and _begins_sentence(text, begin):
-        return
-    yield re.sub(r"['’]s?$", "", text[begin : run[end - 1].end()])
-
-
-def _begins_sentence(text: str, position: int) -> bool:
-    before = text[max(0, position - 8) : position].rstrip(" \"'“‘([")
-    return not before or before[-1] in ".!?:\n"
-
-
 def _title(text: str) -> str:
     """The text without brackets if it is only a name: "The Birth of a Nation"; else empty."""
     text = re.sub(r"\s*\([^()]*\)", "", text).strip(" .")
-    words = _WORD.findall(text)
-    folded = set(_words(text))
-    if not words or len(words) > _TITLE or folded & (_AUXILIARIES | _QUESTION_WORDS):
+    words = WORD.findall(text)
+    folded = set(words_of(text))
+    if not words or len(words) > _TITLE or folded & (AUXILIARIES | QUESTION_WORDS):
         return ""
-    named = [word for word in words if word.casefold() not in _FUNCTION_WORDS]
+    named = [word for word in words if word.casefold() not in FUNCTION_WORDS]
     return text if named and words[0][0].isupper() and all(w[0].isupper() for w in named) else ""
-
-
-def _words(text: str) -> list[str]:
-    return [word.casefold() for word in _WORD.findall(text)]
 
 
 def _means_nothing(word: str, before: str, behind: str) -> bool:
     """True for the "it" of "Is it true that", "What time is it?", and the "there" of "is there"."""
     if word == "there":
-        return re.search(r"\b(?:is|are|was|were|been|be)\s+$", before, re.IGNORECASE) is not None
+        return re.search(r"\b(?:is|are|was|were|been|be) $", before[-8:], re.IGNORECASE) is not None
     if word != "it":
         return False
     return bool(
-        re.match(r"\s+(?:true|possible|correct|raining|take|cost)\b.*\b(?:that|to)\b", behind)
-        or re.search(r"\b(?:time|day|date|year) (?:is|was) $", before)
+        re.match(r"\s+(?:true|possible|correct|raining|take|cost)\b.*\b(?:that|to)\b", behind[:80])
+        or re.search(r"\b(?:time|day|date|year) (?:is|was) $", before[-12:])
     )
 
 
 def _owns(behind: str) -> bool:
     """Whether what follows "her" is hers."""
     following = re.match(r"\s+([^\W\d_]+)", behind)
-    return following is not None and following.group(1).casefold() not in _FUNCTION_WORDS
+    return following is not None and following.group(1).casefold() not in FUNCTION_WORDS
 
 
 def _asked_again(before: str, word: str) -> str:
     """A question with another question word: "When did they part", "Why" - "Why did they part"."""
     begin, _, rest = before.partition(" ")
     word = word.capitalize()
-    if begin.casefold() in ("when", "where", "why", "how") and _words(rest)[:1] != []:
+    if begin.casefold() in ("when", "where", "why", "how") and words_of(rest)[:1] != []:
         return f"{word} {rest}"
-    if begin.casefold() in _AUXILIARIES:
+    if begin.casefold() in AUXILIARIES:
         return f"{word} {begin.lower()} {rest}"
     return f"{before}, and {word.lower()}"

@@ -17,7 +17,7 @@ from msa.serve.openai.file_ids import cited_file, document_number
 from msa.serve.openai.filters import missing
 from msa.serve.permalinks import stored_document
 from msa.serve.service import CallerDep, Service, ServiceDep
-from msa.serve.uploads import receive_form, unsupported
+from msa.serve.uploads import receive_form, removed_on_error, unsupported
 
 router = APIRouter(prefix="/v1/files", tags=["openai"])
 MAX_PAGE = 10_000
@@ -111,8 +111,7 @@ async def create(request: Request, service: ServiceDep, caller: CallerDep) -> Fi
     _check_scope(caller)
     service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
-    uploads = [upload.stored for upload in form.files if upload.stored is not None]
-    try:
+    with removed_on_error(service.jobs.store, form.files):
         purpose = _checked(form.fields, len(form.files))
         upload = form.files[0]
         if upload.stored is None:
@@ -121,9 +120,6 @@ async def create(request: Request, service: ServiceDep, caller: CallerDep) -> Fi
         stored = await asyncio.to_thread(
             service.jobs.store.add_file, caller.name, name, purpose, upload.size, upload.stored
         )
-    except BaseException:
-        service.jobs.store.remove_uploads(uploads)
-        raise
     return _object(stored)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel
@@ -69,8 +70,8 @@ def _model(served: ServedBank) -> Model:
     return Model(id=MODEL_PREFIX + served.name, created=served.created_at)
 
 
-def _absence(message: str) -> object:
-    async def absent() -> NoReturn:
+def _absence(message: str) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def absent() -> None:
         raise ServiceError(404, None, "not_supported", message)
 
     return absent
@@ -80,4 +81,4 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 absent = APIRouter(prefix="/v1", dependencies=[Depends(principal)], include_in_schema=False)
 """What clients of OpenAI may look for, and what to do in its place."""
 for _path, _message in _ABSENT.items():
-    absent.add_api_route(_path, _absence(_message), methods=_METHODS, response_model=None)  # type: ignore[arg-type]
+    absent.add_api_route(_path, _absence(_message), methods=_METHODS, response_model=None)

@@ -96,7 +96,10 @@ def _text(content: Any) -> Any:
 
 _PART_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+    "properties": {
+        "type": {"enum": ["text", "input_text", "output_text"]},
+        "text": {"type": "string"},
+    },
     "required": ["type", "text"],
 }
 Text = Annotated[
@@ -125,14 +128,14 @@ class MsaOptions(Strict):
     citations: CitationForm = "annotations"
     trace: bool = False
     standalone: bool = False
-    max_rounds: int | None = Field(None, ge=1, le=16)
-    max_documents_per_round: int | None = Field(None, ge=1, le=16)
-    min_documents_per_round: int | None = Field(None, ge=1, le=16)
-    candidates: int | None = Field(None, ge=1, le=4096)
-    lexical_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
-    prior_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
-    prior_temperature: float | None = Field(None, gt=0, allow_inf_nan=False)
-    refusal_threshold: float | None = Field(None, ge=0, le=1)
+    max_rounds: int | None = Field(default=None, ge=1, le=16)
+    max_documents_per_round: int | None = Field(default=None, ge=1, le=16)
+    min_documents_per_round: int | None = Field(default=None, ge=1, le=16)
+    candidates: int | None = Field(default=None, ge=1, le=4096)
+    lexical_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    prior_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    prior_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    refusal_threshold: float | None = Field(default=None, ge=0, le=1)
     allow_unread: bool | None = None
 
 
@@ -147,19 +150,19 @@ class Sampling(Strict):
 
     model: str = Field(max_length=200)
     stream: bool | None = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
     service_tier: Any = only("auto", "default")
     store: Any = only(False)
     top_logprobs: Any = only(0)
     moderation: Any = only()
     prompt_cache_options: Any = only()
     prompt_cache_retention: Any = only()
-    msa: MsaOptions = Field(default_factory=MsaOptions)
+    msa: MsaOptions = MsaOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,16 +243,12 @@ def whole_question(turns: Sequence[tuple[Role, str]], param: str, standalone: bo
     return complete_question(question, earlier)
 
 
-def ask_changes(
-    body: Sampling, max_new_tokens: int | None, **more: JsonValue
-) -> dict[str, Any]:
+def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -> dict[str, Any]:
     """What a request changes of the bank's `AskOptions`."""
-    asked = {
-        **more,
-        **body.msa.model_dump(include=_OPTIONS),
+    sampling = {
         "temperature": body.temperature,
         "top_p": body.top_p,
         "max_new_tokens": max_new_tokens,
     }
-    return {name: value for name, value in asked.items() if value is not None}
-
+    asked = [more, sampling, body.msa.model_dump(include=_OPTIONS)]  # a later one counts
+    return {name: value for some in asked for name, value in some.items() if value is not None}

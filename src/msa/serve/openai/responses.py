@@ -45,7 +45,7 @@ class RankingOptions(Strict):
     """Which results are listed."""
 
     ranker: Any = only("auto", "default-2024-11-15", "default_2024_08_21")
-    score_threshold: float = Field(0.0, ge=0, le=1)
+    score_threshold: float = Field(default=0.0, ge=0, le=1)
 
 
 class FileSearch(Strict):
@@ -59,7 +59,7 @@ class FileSearch(Strict):
 
     type: Literal["file_search"]
     vector_store_ids: list[str] = Field(min_length=1, max_length=1)
-    max_num_results: int = Field(RESULTS, ge=1, le=50)
+    max_num_results: int = Field(default=RESULTS, ge=1, le=50)
     filters: dict[str, JsonValue] | None = None
     ranking_options: RankingOptions | None = None
 
@@ -101,9 +101,9 @@ class ResponseRequest(Sampling):
 
     input: Annotated[str | list[InputMessage], BeforeValidator(_messages)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=4096)
-    max_tool_calls: int | None = Field(None, ge=1, le=16)
-    tools: list[FileSearch] | None = Field(None, max_length=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, le=4096)
+    max_tool_calls: int | None = Field(default=None, ge=1, le=16)
+    tools: list[FileSearch] | None = Field(default=None, max_length=1)
     tool_choice: Any = only("auto", "required", {"type": "file_search"})
     include: list[Literal["file_search_call.results"]] | None = None
     parallel_tool_calls: bool | None = None
@@ -191,7 +191,10 @@ async def create_response(
             on_error=response.failure,
             on_end=ask.stop,
         )
-    return await while_connected(request, response.whole(ask))
+    try:
+        return await while_connected(request, response.whole(ask))
+    finally:
+        ask.stop()
 
 
 def _tool(body: ResponseRequest, bank: str) -> FileSearch:
@@ -354,14 +357,12 @@ class _Response:
         content = self._resource.output[-1]["content"][0]
         content["text"] += piece
         place = {"item_id": self._message, "content_index": 0}
-        delta = self._item_event(
-            "response.output_text.delta", **place, delta=piece, logprobs=[]
-        )
+        delta = self._item_event("response.output_text.delta", **place, delta=piece, logprobs=[])
         return [*begin, delta]
 
     def _message_begins(self) -> list[str]:
         self._message = _new_id("msg")
-        item = {
+        item: dict[str, Any] = {
             "id": self._message,
             "type": "message",
             "status": "in_progress",

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from msa.errors import EmptyBankError
 from msa.serve.banks import ServedBank
-from msa.serve.errors import invalid
+from msa.serve.errors import ServiceError, invalid
 from msa.serve.job_store import Attachment
 from msa.serve.keys import ADMIN, WRITE
 from msa.serve.openai.file_ids import cited_file
@@ -175,7 +174,7 @@ async def create(given: CreateInput, service: ServiceDep, caller: CallerDep) -> 
     if given.metadata:
         await asyncio.to_thread(service.jobs.store.set_store_metadata, name, given.metadata)
     if given.file_ids:
-        wanted = [(file_id, {}) for file_id in given.file_ids]
+        wanted: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in given.file_ids]
         await submit_files(service, served, caller, wanted, "file_batch", "file_ids")
     return await asyncio.to_thread(_object, service, served)
 
@@ -227,8 +226,10 @@ async def search(
         results = await service.asking.searches(
             served, queries, given.max_num_results, conditions, caller, client=request
         )
-    except EmptyBankError:
-        results = []
+    except ServiceError as error:
+        if error.code != "empty_bank":
+            raise
+        results = []  # nothing there, or nothing that passes the filter
     found: dict[int, Hit] = {}
     for hit in chain.from_iterable(results):
         known = found.get(hit.number)
