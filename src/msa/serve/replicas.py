@@ -53,6 +53,7 @@ REPLICA = "MSA-Replica"
 START_SECONDS = 600.0  # to load a model and banks
 CATCH_UP_SECONDS = 10.0
 WRITER_SECONDS = 10.0  # to say how far the banks have come
+WAKE_SECONDS = 5.0
 CALLS_AT_ONCE = 1000  # of the writer; streams of jobs' events are calls too
 _LOAD_PAUSE = 0.05
 
@@ -107,7 +108,7 @@ class Writer:
         Raises:
             MSAError: they cannot be.
         """
-        if self._life is None:  # of an actor that Ray made anew, nobody asks this explicitly
+        if self._life is None:  # of an actor that Ray has started again, by the first call
             self._life = asyncio.create_task(self._live())
         await _loaded(self._service, self._life)
 
@@ -291,7 +292,8 @@ def serve_replicas(
         cluster.gather(writer.ready.remote(), START_SECONDS, "the process that writes")
         _start_replicas(serve, settings)
         on_ready()
-        stopped.wait()
+        while not stopped.wait(WAKE_SECONDS):
+            writer.ready.remote()  # one that died and was started again loads and resumes its jobs
     finally:
         with contextlib.suppress(Exception):  # of a cluster that is gone; the next steps matter too
             serve.delete(APP_NAME)
