@@ -26,7 +26,7 @@ pytest.importorskip("ray.serve", reason="needs the extra 'replicas'", exc_type=I
 SECONDS = 400  # to start several processes with a model, on a busy machine
 COMMAND = "import sys; from msa.cli.main import main; main(sys.argv[1:])"
 CLIENTS = 3
-ROUNDS = 4
+ROUNDS = 3
 READS = 4  # after every write, side by side
 
 
@@ -45,8 +45,19 @@ class Service:
                 stderr=log,
                 env={**os.environ, "MSA_SHARDS": "1", "MSA_REPLICAS": "2"},
             )
+        self.port = 0
+
+    def until_ready(self) -> None:
         address = r"Serving at http://127\.0\.0\.1:(\d+)"
         self.port = int(self.until(lambda: re.search(address, self.log.read_text()))[1])
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
 
     def until(self, found):
         deadline = time.monotonic() + SECONDS
@@ -74,14 +85,12 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    service = None
+    service = Service(tmp_path_factory.mktemp("replicas"))
     try:
-        service = Service(tmp_path_factory.mktemp("replicas"))
+        service.until_ready()
         yield service
     finally:
-        if service is not None and service.process.poll() is None:
-            service.process.terminate()
-            service.process.wait(60)
+        service.end()
 
 
 def test_every_replica_knows_what_its_client_wrote_before(service):
