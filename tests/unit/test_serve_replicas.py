@@ -13,7 +13,9 @@ for name in ("fastapi", "pydantic_settings", "prometheus_client", "multipart"):
 httpx = pytest.importorskip("httpx2", reason="needs the extra 'dev'")
 
 from msa import Document, MemoryBank  # noqa: E402
+from msa.errors import WorkerError  # noqa: E402
 from msa.inference.options import AskOptions  # noqa: E402
+from msa.memory.loaded.loaded_bank import BankSnapshot  # noqa: E402
 from msa.model.checkpoint import Checkpoint  # noqa: E402
 from msa.serve import replicas  # noqa: E402
 from msa.serve.app import create_app  # noqa: E402
@@ -102,6 +104,18 @@ def test_banks_that_the_writer_makes_and_removes_come_and_go(serving):
             response = await client.post("/api/banks/made/search", json=SEARCH)
             assert response.status_code == 404
             assert response.json()["error"]["code"] == "bank_not_found"
+
+    serving(work)
+
+
+def test_a_shard_that_died_is_a_reason_to_ask_again(serving, monkeypatch):
+    async def work(client, writer):
+        def route(self, *given):
+            raise WorkerError("shard 0 of 1 was restarted; ask again")
+
+        monkeypatch.setattr(BankSnapshot, "route", route)
+        response = await client.post("/api/banks/notes/search", json=SEARCH)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_away")
 
     serving(work)
 
