@@ -35,7 +35,7 @@ from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from msa.errors import ConfigError, WorkerError
+from msa.errors import ConfigError, MSAError, WorkerError
 from msa.memory.distributed import cluster
 from msa.serve.app import create_app
 from msa.serve.banks import BankState
@@ -286,24 +286,29 @@ def serve_replicas(
     Keys.load(settings.api_key_file)  # what is wrong with it is said here, not by an actor
     ray = cluster.connect(settings.ray_address)
     settings, paths = _absolute(settings), [path.resolve() for path in paths]
-    stopped = _stop_signal()
     writer = _start_writer(ray, settings, paths)
     try:
         cluster.gather(writer.ready.remote(), START_SECONDS, "the process that writes")
         _start_replicas(serve, settings)
+        stopped = _stop_signal()
         on_ready()
         while not stopped.wait(WAKE_SECONDS):
             writer.ready.remote()  # one that died and was started again loads and resumes its jobs
     finally:
-        with contextlib.suppress(Exception):  # of a cluster that is gone; the next steps matter too
-            serve.delete(APP_NAME)
-        with contextlib.suppress(WorkerError):
-            seconds = 2 * settings.shutdown_seconds + WRITER_SECONDS
-            cluster.gather(writer.stop.remote(), seconds, "the process that writes")
-        ray.kill(writer)
-        if settings.ray_address is None:
-            serve.shutdown()
-        ray.shutdown()
+        _stop(ray, serve, settings, writer)
+
+
+def _stop(ray: Any, serve: Any, settings: ServeSettings, writer: Any) -> None:
+    """End the replicas, then the writer with the shards, and leave the cluster."""
+    with contextlib.suppress(Exception):  # there may be no replicas yet, or no cluster any more
+        serve.delete(APP_NAME)
+    with contextlib.suppress(MSAError):
+        seconds = 2 * settings.shutdown_seconds + WRITER_SECONDS
+        cluster.gather(writer.stop.remote(), seconds, "the process that writes")
+    ray.kill(writer)
+    if settings.ray_address is None:
+        serve.shutdown()
+    ray.shutdown()
 
 
 def _start_writer(ray: Any, settings: ServeSettings, paths: Sequence[Path]) -> Any:
