@@ -123,6 +123,22 @@ def test_files_of_one_name_in_two_folders_stay_apart_and_gone_ones_are_pruned(
     assert not {"bob.md", "../two/ada.txt"} & ids(run, bank)
 
 
+def test_a_file_that_was_refused_is_not_where_the_document_of_its_id_came_from(
+    run, model_folder, tmp_path
+):
+    folder, bank = tmp_path / "later", tmp_path / "bank"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("The file's.")
+    words = ("--bank", bank, "--model", model_folder)
+    with MemoryBank.create(bank, load(model_folder)) as made:
+        made.catalog.origins.remember_root(str(folder))
+        made.add([Document("mine.txt", "Somebody else's.")])
+    assert run("index", folder, *words, "--skip", "--json").json[0]["failed"] == 1
+    (folder / "mine.txt").unlink()
+    assert run("index", folder, *words, "--prune", "--json").json[0]["pruned"] == 0
+    assert "mine.txt" in ids(run, bank)
+
+
 def test_a_bank_of_an_earlier_version_keeps_its_ids(run, bank, model_folder, tmp_path):
     folder = tmp_path / "more"
     folder.mkdir()

@@ -188,6 +188,7 @@ def test_a_key_learns_nothing_of_the_bank_of_another(service):
         ({"question": "a", "options": {"max_rounds": 0}}, "invalid_value", "options.max_rounds"),
         ({"question": "a", "filter": {"year": {"near": 1}}}, "invalid_value", None),
         ({"question": "a", "filter": {"user": "nobody"}}, "empty_bank", None),
+        ({"question": "a " * 16_000}, "question_too_long", None),
     ],
 )
 def test_what_cannot_be_asked_is_named(service, body, code, param):

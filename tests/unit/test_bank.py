@@ -21,6 +21,7 @@ from msa.errors import (
 from msa.memory.bank import MemoryBank
 from msa.memory.ingest import pipeline
 from msa.memory.ingest.encoder import DocumentEncoder
+from msa.memory.ingest.pipeline import content_hash
 from msa.memory.store.origins import Origin
 
 
@@ -549,7 +550,12 @@ def test_origins_are_kept_until_the_document_is_deleted(bank):
     assert origins.held_as("a/old.txt", "old.txt", None)
     origins.remember_root("/files")
     bank.add([Document(name, name) for name in ("x", "../y", "../../z", "d/x", "dd/x")])
-    origins.record(Origin(s.document.id, s.document.id) for s in bank.documents(offset=3))
+    origins.record(
+        {
+            Origin(s.document.id, s.document.id): content_hash(s.document)
+            for s in bank.documents(offset=3)
+        }
+    )
     assert origins.root() == "/files"
 
     def below(path):
@@ -564,7 +570,8 @@ def test_origins_are_kept_until_the_document_is_deleted(bank):
     assert below("nothing") == []
     assert origins.held_as("a/old.txt", "old.txt", None)
     assert not origins.held_as("a/x", "x", None)  # newer than the root
-    origins.record([Origin("old.txt", "a/old.txt")])
+    text = bank.get("old.txt").document
+    origins.record({Origin("old.txt", "a/old.txt"): content_hash(text)})
     assert origins.held_as("a/old.txt", "old.txt", None)
     assert not origins.held_as("b/old.txt", "old.txt", None)
     origins.adopt_records("b/rows.jsonl", "rows.jsonl")

@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 
-from msa.errors import InputError, ModelError
+from msa.errors import EmptyBankError, InputError, ModelError
 from msa.serve import asking
 from msa.serve.asking import AskService, while_connected
 from msa.serve.errors import ServiceError
@@ -28,17 +28,22 @@ ALICE = Principal("alice", frozenset({"read"}), ("*",))
 BOB = Principal("bob", frozenset({"read"}), ("*",))
 
 
+class Request(SimpleNamespace):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 class Engine:
     """Makes requests: the question is a number of tokens, "for ever", or what goes wrong."""
 
     def __init__(self):
         self.begun = []
 
-    def request(self, question, *, filter=None, **changes):
+    def request(self, question, *, filter=None, stream=False, **changes):
         if question == "wrong":
             raise InputError("this question is wrong")
         self.begun.append(question)
-        return SimpleNamespace(question=question, events=self.events(question))
+        return Request(question=question, events=self.events(question))
 
     @staticmethod
     def events(question):
@@ -51,11 +56,6 @@ class Engine:
 
     def retrieve(self, queries, top_k, filter):
         return [[f"{query} {i}" for i in range(top_k)] for query in queries]
-
-
-class Hashable(SimpleNamespace):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
 
 
 class Scheduler:
@@ -74,6 +74,9 @@ class Scheduler:
     def remove(self, request):
         self.requests.remove(request)
 
+    def clear(self):
+        self.requests.clear()
+
     def step(self):
         time.sleep(0.002)
         happened = []
@@ -91,10 +94,6 @@ class Scheduler:
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch):
-    def make_request(engine, question, filter, changes):
-        return Hashable(**vars(engine.request(question, filter=filter, **changes)))
-
-    monkeypatch.setattr(asking, "make_request", make_request)
     monkeypatch.setattr(asking, "Scheduler", Scheduler)
 
 
@@ -215,11 +214,11 @@ def test_a_question_ends_at_its_deadline():
         error = await refusal(
             service.answer(served, "for ever", principal=ANONYMOUS, deadline_s=0.1)
         )
-        assert (error.status, error.code) == (504, "deadline_exceeded")
+        assert (error.status, error.code) == (408, "deadline_exceeded")
         error = await refusal(
             service.answer(served, "for ever", principal=ANONYMOUS, deadline_s=99)
         )
-        assert error.code == "deadline_exceeded"  # the service's own comes first
+        assert (error.status, error.code) == (504, "deadline_exceeded")  # the service's own
 
     in_service(run, ask_seconds=0.2)
 
@@ -281,6 +280,17 @@ def test_a_search_runs_between_the_steps_of_questions():
         assert await service.search(served, "q", 2, None, ANONYMOUS) == ["q 0", "q 1"]
         ask.stop()
         assert service.admission.inside == 0
+
+    in_service(run)
+
+
+def test_a_search_of_an_empty_bank_finds_nothing():
+    async def run(service, served):
+        def retrieve(queries, top_k, filter):
+            raise EmptyBankError("/home/x holds no documents")
+
+        served.engine.retrieve = retrieve
+        assert await service.search(served, "q", 2, None, ANONYMOUS) == []
 
     in_service(run)
 

@@ -8,11 +8,15 @@ pytest.importorskip("fastapi")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("multipart")
+pytest.importorskip("httpx2")
+
+from starlette.testclient import TestClient
 
 from msa import Document, MemoryBank
 from msa.errors import BankError, BankNotFoundError
 from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
+from msa.serve.app import create_app
 from msa.serve.banks import BankRegistry
 from msa.serve.errors import ServiceError
 from msa.serve.keys import ANONYMOUS, Principal
@@ -120,10 +124,42 @@ def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint
             assert answer.question == "Who is here?"
             (hit,) = await service.asking.search(served, "Ada", 3, None, ANONYMOUS)
             assert hit.id == "a"
+            figures = service.metrics.text(with_banks=True).decode()
+            assert 'msa_bank_documents{bank="notes"} 1.0' in figures
+            assert 'msa_asks_total{outcome="answered"} 1.0' in figures
+            assert "notes" not in service.metrics.text(with_banks=False).decode()
         with pytest.raises(BankError, match="closed"):
             served.bank.check_open()
 
     asyncio.run(run())
+
+
+def test_pages_of_allowed_origins_may_call_and_others_may_not(tmp_path):
+    banks = {"notes": tmp_path / "notes"}
+    settings = ServeSettings.load(banks=banks, cors_origins=["https://chat.example"])
+    client = TestClient(create_app(settings), base_url="http://localhost")  # nothing is loaded
+    wanted = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    for origin, allowed in (("https://chat.example", True), ("https://evil.example", False)):
+        headers = {"Origin": origin}
+        before = client.options("/api/banks/notes/ask", headers={**headers, **wanted})
+        answer = client.get("/healthz", headers=headers)
+        assert (before.status_code == 200) == allowed
+        for response in (before, answer):
+            given = response.headers.get("access-control-allow-origin")
+            assert given == (origin if allowed else None)
+
+
+def test_nothing_is_asked_before_the_banks_are_loaded(tmp_path):
+    settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+    client = TestClient(create_app(settings), base_url="http://localhost")
+    assert client.get("/readyz").json() == {"status": "loading"}
+    refused = client.post("/api/banks/notes/ask", json={"question": "Who?"})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "loading"
+    assert int(refused.headers["retry-after"]) > 0
 
 
 def test_a_service_that_cannot_load_says_why(tmp_path):

@@ -21,6 +21,7 @@ from msa.errors import (
     DuplicateDocumentError,
     EmptyBankError,
     InputError,
+    QuestionTooLongError,
     StorageError,
 )
 from msa.serve.errors import add_handlers, service_error
@@ -193,6 +194,7 @@ def test_counters_name_routes_not_addresses(client):
     ("error", "status", "code"),
     [
         (InputError("the question is empty"), 400, "invalid_value"),
+        (QuestionTooLongError("it needs 9 positions"), 400, "question_too_long"),
         (EmptyBankError("Bank '/home/x' holds no documents"), 400, "empty_bank"),
         (DocumentNotFoundError("bank '/home/x' holds none"), 404, "document_not_found"),
         (DuplicateDocumentError("'a' is there"), 409, "duplicate_document"),

@@ -104,7 +104,7 @@ class Intake:
         self._waiting: list[LoadedDocument] = []
         self._ids: set[str] = set()
         self._files: set[str] = set()
-        self._unrecorded: dict[str, str] = {}  # id -> origin
+        self._unrecorded: dict[Origin, bytes] = {}  # and their content
         self._old_files: set[tuple[str, str]] = set()  # origin, and the name in ids of its lines
 
     def has_documents(self) -> bool:
@@ -115,19 +115,21 @@ class Intake:
 
     def documents(self) -> Iterator[Document]:
         """The documents, read as they are asked for."""
+        from msa.memory.ingest.pipeline import content_hash
+        from msa.memory.store.origins import Origin
+
         waiting, self._waiting = self._waiting, []
         for loaded in chain(waiting, self._usable()):
-            self._ids.add(loaded.document.id)
+            document = loaded.document
+            self._ids.add(document.id)
             self._files.add(loaded.origin)
-            self._unrecorded[loaded.document.id] = loaded.origin
-            yield loaded.document
+            self._unrecorded[Origin(document.id, loaded.origin)] = content_hash(document)
+            yield document
 
     def record(self, origins: Origins) -> None:
         """Let the bank know where the documents came from that were read so far."""
-        from msa.memory.store.origins import Origin
-
         found, self._unrecorded = self._unrecorded, {}
-        origins.record(Origin(*pair) for pair in found.items())
+        origins.record(found)
 
     def find_gone(self, origins: Origins) -> None:
         """See what the bank has of these files that they did not give, now that all are read.

@@ -182,12 +182,13 @@ class MemorySystem:
 
     def _outcome(self, answer: Answer, seconds: float) -> Outcome:
         ranked = answer.rounds[0].ranked if answer.rounds else ()
+        read = [citation.id for turn in answer.rounds for citation in turn.read]
         said_no = is_refusal(answer.text, self._engine.bank.template)
         return Outcome(
             answer=answer.text,
             refused=answer.stopped == "not_found" or said_no,
             ranked=_whole([d.id for d in ranked], self._known)[:RANKED],
-            named=_whole([citation.id for citation in answer.citations], self._known),
+            named=_whole(read, self._known),  # a refusal cites nothing
             rounds=len(answer.rounds),
             stopped=answer.stopped,
             seconds=seconds,

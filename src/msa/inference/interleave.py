@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msa.errors import InputError
+from msa.errors import QuestionTooLongError
 from msa.inference.answers import AnswerPieces, AnswerText
 from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
@@ -105,12 +105,12 @@ class AskFormat:
         """Refuse a question that leaves no position for an answer.
 
         Raises:
-            InputError: with the positions needed, and those that there are.
+            QuestionTooLongError: with the positions needed, and those that there are.
         """
         room = self.room(question, self.encoder.context(question), options)
         if room < 1:
             needed = self.max_positions - room + 1
-            raise InputError(
+            raise QuestionTooLongError(
                 f"The question needs {needed} positions with its prompt and an answer; this model "
                 f"has {self.max_positions}. Ask a shorter question."
             )

@@ -12,6 +12,8 @@ from typing import Any
 
 from msa.errors import ConfigError
 
+LEAST_TEMPERATURE = 0.001
+"""Above 0; scores that are divided by less overflow."""
 ASK_OPTIONS_FILE = "ask_options.json"
 _COUNTS = (
     "max_rounds",
@@ -52,7 +54,7 @@ class AskOptions:
             named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
             a prior that the model has not seen.
         prior_temperature: tau of the softmax over the fused scores.
-        temperature: 0 writes the likeliest token; above 0 samples.
+        temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
             that generator's seed from torch's global one.
@@ -107,6 +109,10 @@ class AskOptions:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; give 0, or at least {LEAST_TEMPERATURE}."
+            )
         if not _is_finite(self.prior_temperature) or self.prior_temperature <= 0:
             raise ConfigError(
                 f"prior_temperature is {self.prior_temperature!r}; give a number above 0."

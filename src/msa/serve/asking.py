@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 
-from msa.errors import MSAError
+from msa.errors import EmptyBankError, MSAError
+from msa.inference.interleave import Request
+from msa.inference.scheduler import Scheduler
 from msa.memory.store.filters import Filter
 from msa.serve.banks import ServedBank
 from msa.serve.errors import CLIENT_GONE, ServiceError, draining, service_error, unavailable
@@ -20,7 +22,6 @@ from msa.serve.fairness import Turns
 from msa.serve.keys import Principal
 from msa.serve.limits import Admission, Ticket, too_many
 from msa.serve.metrics import Metrics
-from msa.serve.round_robin import Request, Scheduler, make_request
 from msa.serve.settings import ServeSettings
 from msa.types import Answer, Event, Hit
 
@@ -76,6 +77,7 @@ class Ask(Waiting):
         self.served = served
         self.deadline = deadline
         self.arrived = time.monotonic()
+        self.late = _too_slow(504)
         self.pieces = 0  # of the answer, so far; the model's thread counts
         self.request: Request | None = None
         self.make: Callable[[], Request] | None = None
@@ -158,7 +160,6 @@ class AskService:
         )
         metrics.queue_depth.set_function(lambda: self.admission.inside)
         self._scheduler: Scheduler | None = None
-        self._model: MSAForCausalLM | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()  # guards the next four
         self._lanes: OrderedDict[str, deque[Waiting]] = OrderedDict()
@@ -172,7 +173,6 @@ class AskService:
 
     def open(self, model: MSAForCausalLM) -> None:
         """Start the thread, once the model is there."""
-        self._model = model
         self._scheduler = Scheduler(model, max_rows=self._settings.max_rows)
         self._thread = threading.Thread(target=self._run, name="msa-model", daemon=True)
         self._thread.start()
@@ -218,6 +218,7 @@ class AskService:
         filter: Filter | None = None,
         changes: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
+        stream: bool = True,
         client: HTTPRequest | None = None,
     ) -> Ask:
         """A question that the model has begun with; whoever gets it must read it or stop it.
@@ -231,13 +232,16 @@ class AskService:
             filter: see `msa.memory.store.filters`.
             changes: fields of `AskOptions`.
             deadline_s: seconds until it is ended; the settings' are the most.
+            stream: whether "token" events are wanted.
             client: the request, its body read: if it goes away, the question leaves the queue.
 
         Raises:
             ServiceError: 429 when too many wait; 503 while stopping; 400 for what cannot be asked.
         """
         ticket = self._admit(principal)
-        ask = self._new(served, question, filter, changes, principal.name, deadline_s)
+        ask = self._new(
+            served, question, filter, changes, principal.name, deadline_s, stream=stream
+        )
         ask.on_end(ticket.leave)
         await self._begun(ask, client)
         return ask
@@ -260,7 +264,7 @@ class AskService:
         **options: Any,
     ) -> Answer:
         """The answer to one question; arguments and errors as of `start`."""
-        ask = await self.start(served, question, client=client, **options)
+        ask = await self.start(served, question, client=client, stream=False, **options)
         try:
             return await while_connected(client, _last(ask))
         finally:
@@ -282,7 +286,9 @@ class AskService:
 
         async def one(question: str) -> Answer:
             async with slots:
-                ask = self._new(served, question, filter, changes, principal.name, deadline_s)
+                ask = self._new(
+                    served, question, filter, changes, principal.name, deadline_s, stream=False
+                )
                 await self._begun(ask, None)
                 try:
                     return await _last(ask)
@@ -322,11 +328,9 @@ class AskService:
         principal: Principal,
         client: HTTPRequest | None = None,
     ) -> list[list[Hit]]:
-        """Documents for each of several queries; errors as of `start`."""
+        """Documents for each of several queries, none of an empty bank; errors as of `start`."""
         with self._admit(principal):
-            call = _Call(
-                principal.name, lambda: served.engine.retrieve(list(queries), top_k, filter)
-            )
+            call = _Call(principal.name, lambda: _retrieved(served, queries, top_k, filter))
             found: list[list[Hit]] = await self._begun(call, client)
             return found
 
@@ -367,10 +371,16 @@ class AskService:
         changes: Mapping[str, Any] | None,
         lane: str,
         deadline_s: float | None,
+        *,
+        stream: bool,
     ) -> Ask:
-        seconds = min(deadline_s or self._settings.ask_seconds, self._settings.ask_seconds)
+        most = self._settings.ask_seconds
+        seconds = most if deadline_s is None else min(deadline_s, most)
         ask = Ask(self, served, lane, time.monotonic() + seconds)
-        ask.make = lambda: make_request(served.engine, question, filter, changes or {})
+        ask.late = _too_slow(504 if seconds == most else 408)
+        ask.make = lambda: served.engine.request(
+            question, filter=filter, stream=stream, **(changes or {})
+        )
         return ask
 
     async def _begun(self, waiting: Waiting, client: HTTPRequest | None) -> Any:
@@ -492,7 +502,7 @@ class AskService:
             self._end(ask, None)
         now = time.monotonic()
         for ask in [ask for ask in self._running.values() if ask.deadline < now]:
-            self._end(ask, _too_slow())
+            self._end(ask, ask.late)
 
     def _end(self, ask: Ask, error: ServiceError | None) -> None:
         if ask.request is not None and self._running.pop(ask.request, None) is not None:
@@ -505,13 +515,22 @@ class AskService:
             ask.tell(ask.push, error)
 
     def _restart(self, error: ServiceError) -> None:
-        """The step itself failed: end all, with a new scheduler for those to come."""
-        assert self._model is not None
+        """The step itself failed: end all that run, so that others can come."""
+        assert self._scheduler is not None
         running, self._running = self._running, {}
         self._metrics.asks_ended.labels("failed").inc(len(running))
-        self._scheduler = Scheduler(self._model, max_rows=self._settings.max_rows)
+        self._scheduler.clear()
         for ask in running.values():
             ask.tell(ask.push, error)
+
+
+def _retrieved(
+    served: ServedBank, queries: Sequence[str], top_k: int, filter: Filter | None
+) -> list[list[Hit]]:
+    try:
+        return served.engine.retrieve(list(queries), top_k, filter)
+    except EmptyBankError:
+        return [[] for _ in queries]
 
 
 async def while_connected(client: HTTPRequest | None, work: Coroutine[Any, Any, Result]) -> Result:
@@ -564,8 +583,9 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
     return error
 
 
-def _too_slow() -> ServiceError:
+def _too_slow(status: int) -> ServiceError:
+    """408 for a client's own deadline, 504 for that of the service; not to be tried again."""
     headers = {"x-should-retry": "false"}
     return ServiceError(
-        504, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
+        status, None, "deadline_exceeded", "The question took longer than it may.", headers=headers
     )

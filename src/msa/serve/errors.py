@@ -32,6 +32,7 @@ CLIENT_GONE = 499
 """Status in logs and metrics of a request whose client went away; nobody receives it."""
 RETRY_SECONDS = 2
 _TYPES = {
+    408: "timeout_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -202,4 +203,4 @@ def _of_validation(error: RequestValidationError) -> ServiceError:
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported here."
         return invalid(message, param, "unsupported_parameter")
-    return invalid(f"{param}: {first['msg']}", param)
+    return invalid(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)

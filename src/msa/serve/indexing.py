@@ -247,9 +247,11 @@ class IndexRun:
             stored[position] -= 1
             step.reasons.append(Reason(position, name, reason))
         failed = {name for name, _ in report.failed}
-        found = (
-            Origin(*pair) for pair in piece.origins.items() if printable(pair[0]) not in failed
-        )
+        found = {
+            Origin(name, path): content_hash(piece.documents[name][0])
+            for name, path in piece.origins.items()
+            if printable(name) not in failed
+        }
         self._bank.catalog.origins.record(found)
 
     def _fate(self, file: JobFile) -> FileStatus:

@@ -7,8 +7,17 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
+from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
 from msa.serve.errors import ServiceError
@@ -21,8 +30,16 @@ from msa.types import Answer
 router = APIRouter(prefix="/api", tags=["banks"])
 
 MOST_QUESTIONS = 64
-Question = Annotated[str, Field(min_length=1, max_length=32_768)]
+Question = Annotated[str, Field(min_length=1, max_length=32_768, pattern=r"\S")]
 BankPath = Annotated[str, Path(pattern=f"^{BANK_NAME.pattern}$", description="Name of a bank.")]
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 7.0 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 MOST_NESTED = 32
 """Objects and lists within each other, in a filter."""
 
@@ -45,29 +62,50 @@ def _sound(conditions: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"is nested more than {MOST_NESTED} times")
 
 
-FilterBody = Annotated[dict[str, Any], AfterValidator(_sound)]
+_ANYTHING: dict[str, Any] = {}
+_LIMIT = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": MAX_TEXT}]}
+_OPERATORS = {
+    **dict.fromkeys(("eq", "ne"), _ANYTHING),
+    **dict.fromkeys(("gt", "gte", "lt", "lte"), _LIMIT),
+    **{name: {"type": "array"} for name in ("in", "nin")},
+}
+_SCALAR_OR_OPERATORS = [
+    {"type": ["string", "number", "boolean", "null"]},
+    {"type": "object", "properties": _OPERATORS, "additionalProperties": False, "minProperties": 1},
+]
+_CONDITION = {"anyOf": [*_SCALAR_OR_OPERATORS, {"type": "array"}]}
+_PARTS = {"type": "array", "items": {"type": "object", "additionalProperties": _CONDITION}}
+_FILTER_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: {"anyOf": [*_SCALAR_OR_OPERATORS, _PARTS]} for name in ("and", "or")},
+    "additionalProperties": _CONDITION,
+    "description": "Conditions on the metadata of documents; those of 'and' and 'or' nest.",
+}
+FilterBody = Annotated[
+    dict[str, Any], AfterValidator(_sound), WithJsonSchema(_FILTER_SCHEMA, mode="validation")
+]
 """Conditions on the metadata of documents; see `msa.memory.store.filters`."""
 
 
 class Body(BaseModel):
-    """Base of bodies: a field that is not known is refused."""
+    """Base of bodies: a field that is not known, or of another type, is refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class AskChanges(Body):
     """How a question is asked, where it differs from the model's own way; see `AskOptions`."""
 
-    max_rounds: Annotated[int, Field(ge=1, le=32)] | None = None
-    max_documents_per_round: Annotated[int, Field(ge=1, le=64)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    candidates: Annotated[int, Field(ge=1, le=4096)] | None = None
-    lexical_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    prior_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    prior_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_rounds: Annotated[Whole, Field(ge=1, le=32)] | None = None
+    max_documents_per_round: Annotated[Whole, Field(ge=1, le=64)] | None = None
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=4096)] | None = None
+    candidates: Annotated[Whole, Field(ge=1, le=4096)] | None = None
+    lexical_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0.001, le=1)] | None = None
+    seed: Annotated[Whole, Field(ge=0, lt=2**53)] | None = None
     refusal_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def given(self) -> dict[str, Any]:
@@ -88,13 +126,30 @@ class AskBody(Body):
         deadline_s: seconds after which it is given up; the service has a limit of its own.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "required": ["question"],
+                    "not": {"required": ["questions"]},
+                    "properties": {"question": {"type": "string"}},
+                },
+                {
+                    "required": ["questions"],
+                    "not": {"required": ["question"]},
+                    "properties": {"questions": {"type": "array"}, "stream": {"const": False}},
+                },
+            ]
+        }
+    )
+
     question: Question | None = None
     questions: list[Question] | None = Field(None, min_length=1, max_length=MOST_QUESTIONS)
     filter: FilterBody | None = None
     options: AskChanges = AskChanges()
     trace: bool = False
     stream: bool = False
-    deadline_s: float | None = Field(None, gt=0, le=3600)
+    deadline_s: float | None = Field(None, ge=1, le=3600)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -121,7 +176,7 @@ class SearchBody(Body):
     """
 
     query: Question
-    top_k: int = Field(10, ge=1, le=100)
+    top_k: Whole = Field(10, ge=1, le=100)
     filter: FilterBody | None = None
 
 

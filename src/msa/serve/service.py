@@ -143,6 +143,7 @@ class Service:
         await asyncio.to_thread(self.jobs.forget_bank, name)
         await self._fail_asks(served)
         await self.asking.call(lambda: self.registry.remove(name, principal))
+        await asyncio.to_thread(self.jobs.forget_bank, name)  # of what came meanwhile
 
     async def follow(self, states: Mapping[str, BankState], seconds: float) -> None:
         """Have the same banks as the process that writes them, none of them older.

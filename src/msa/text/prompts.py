@@ -78,9 +78,12 @@ class PromptTemplate:
         return ("<|im_start|>", self.end, self.end_of_read, self.end_of_retrieve)
 
     def save(self, folder: str | Path) -> None:
-        """Write the template beside a checkpoint."""
+        """Write the template beside a checkpoint; the one that was there stays if that fails."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        Path(folder, PROMPT_TEMPLATE_FILE).write_text(text + "\n", encoding="utf-8")
+        path = Path(folder, PROMPT_TEMPLATE_FILE)
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(text + "\n", encoding="utf-8")
+        scratch.replace(path)
 
     @classmethod
     def load(cls, folder: str | Path) -> PromptTemplate:

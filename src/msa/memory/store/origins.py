@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -99,12 +99,21 @@ class Origins:
                 return bool(owner[0] == path)
             return int(found[0]) < int(_setting(db, "first_new") or 0)
 
-    def record(self, origins: Iterable[Origin]) -> None:
-        """Say where documents came from; an id that is known gets its new origin."""
-        rows = [(origin.document, origin.path) for origin in origins]
+    def record(self, origins: Mapping[Origin, bytes]) -> None:
+        """Say where documents came from; an id that is known gets its new origin.
+
+        Args:
+            origins: origin -> content hash of the document that the file gave. If the bank holds
+                another under that id, that one did not come from the file, and nothing is noted.
+        """
+        query = (
+            "INSERT OR REPLACE INTO origins SELECT ?, ? "
+            "WHERE EXISTS (SELECT 1 FROM documents WHERE source = ? AND content_hash = ?)"
+        )
+        rows = [(o.document, o.path, o.document, content) for o, content in origins.items()]
         if rows:
             with self._writing("write the origins of documents to") as db:
-                db.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?)", rows)
+                db.executemany(query, rows)
 
     def has_old(self) -> bool:
         """Whether there are documents from before a root was remembered."""
