@@ -160,7 +160,7 @@ def test_a_follow_up_is_answered_as_the_whole_question_is(service):
 @pytest.mark.parametrize(
     ("question", "msa", "code"),
     [
-        ("Where? " * 4000, {}, "invalid_value"),
+        ("Where? " * 4000, {}, "question_too_long"),
         ("Where?", {"filter": {"user": "nobody"}}, "empty_bank"),
         ("Where?", {"filter": {"user": {"like": "a"}}}, "invalid_value"),
         ("Where?", {"min_documents_per_round": 9, "max_documents_per_round": 1}, "invalid_value"),

@@ -513,6 +513,8 @@ def test_output_that_a_client_sends_back_is_taken(client, asking):
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"given": [{"type": "function_call_output", "output": "1", "call_id": "c"}]}, "input"),
         ({"given": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        ({"given": [{"role": "robot", "content": "Where?"}]}, "input.0.role"),
+        ({"given": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"given": []}, "input"),
         ({"given": ""}, "input"),
         ({"extra_body": {"msa": {"citations": "open_webui"}}}, "msa.citations"),
@@ -561,6 +563,9 @@ def test_an_error_in_a_stream_reaches_the_client(client, asking):
     assert "The service is stopping" in str(error)
     assert events[-1].type == "response.failed"
     assert events[-1].response.error.code == "server_error"
+    assert [item.status for item in events[-1].response.output] == ["completed"] * 3 + [
+        "incomplete"
+    ]
     assert all(ask.is_stopped.is_set() for ask in asking.asks)
 
 
@@ -573,6 +578,20 @@ def test_a_stream_ends_with_done_and_only_if_it_is_whole(app):
                 assert text.endswith(end or "}\n\n")
                 last = text.rstrip().splitlines()[-1].removeprefix("data: ")
                 assert end or json.loads(last)["error"]["code"] == "draining"
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_half_a_character_is_refused(app):
+    with TestClient(app) as client:
+        for path, body in (
+            ("chat/completions", '{"model": "msa/notes", "user": "\\ud800", "messages": []}'),
+            ("responses", '{"model": "msa/notes", "input": "Where?", "metadata": {"\\udfff": ""}}'),
+        ):
+            answer = client.post(f"/v1/{path}", content=body, headers=JSON)
+            assert answer.status_code == 400
+            assert "not valid Unicode" in answer.json()["error"]["message"]
 
 
 # ---- other transports

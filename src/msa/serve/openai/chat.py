@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, JsonValue
+from pydantic_core import to_jsonable_python
 
-from msa.cli.output import to_json
 from msa.serve.asking import Ask
 from msa.serve.links import base_url
 from msa.serve.openai.citations import (
@@ -258,7 +258,7 @@ def extras(answer: Answer, cited: Sequence[Source], trace: bool) -> dict[str, An
         },
     }
     if trace:
-        found["rounds"] = to_json(answer.rounds)
+        found["rounds"] = to_jsonable_python(answer.rounds, inf_nan_mode="null")
     return found
 
 

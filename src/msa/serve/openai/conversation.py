@@ -8,7 +8,8 @@ own is not touched. Who or what the conversation is about is followed from turn 
 - a fragment is completed from the question before: "And in 1995?", "What about Anna?", "Why?";
 - "the band", "this album", or a question that names nothing at all gets the subject added.
 
-A language other than English, and a question for which nothing is found, stay as they are.
+Names are known by their capital letters. A language other than English, and a question for which
+nothing is found, stay as they are.
 """
 
 from __future__ import annotations
@@ -229,8 +230,11 @@ class _Conversation:
         """The question with a name in place of its first pronoun that means nothing in it."""
         tried: set[Kind] = set()
         for found in WORD.finditer(question):
-            word = re.sub(r"['’]s$", "", found.group().casefold())
-            before, behind = question[: found.start()], question[found.end() :]
+            word = found.group().casefold()
+            end = found.end()
+            if word.endswith(("'s", "’s")):  # of "he's"
+                word, end = word[:-2], end - 2
+            before, behind = question[: found.start()], question[end:]
             kind = _PRONOUNS.get(word)
             if kind is None or kind in tried or _means_nothing(word, before, behind):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,15 +15,17 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
 from msa.serve.keys import Principal
+from msa.serve.native import FilterBody
 from msa.serve.openai.citations import without_marks
 from msa.serve.openai.conversation import Turn, complete_question
 from msa.serve.service import Service
@@ -94,21 +97,14 @@ def _text(content: Any) -> Any:
     return "\n".join(pieces)
 
 
-_PART_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["text", "input_text", "output_text"]},
-        "text": {"type": "string"},
-    },
-    "required": ["type", "text"],
-}
-Text = Annotated[
-    str,
-    BeforeValidator(_text),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}, {"type": "null"}]}
-    ),
-]
+class TextPart(TypedDict):
+    """A part of a message."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
 """Text of a message, or a list of parts that are text."""
 
 
@@ -124,7 +120,7 @@ class MsaOptions(Strict):
     The others are fields of `msa.inference.options.AskOptions`.
     """
 
-    filter: dict[str, JsonValue] | None = None
+    filter: FilterBody | None = None
     citations: CitationForm = "annotations"
     trace: bool = False
     standalone: bool = False
@@ -163,6 +159,17 @@ class Sampling(Strict):
     prompt_cache_options: Any = only()
     prompt_cache_retention: Any = only()
     msa: MsaOptions = MsaOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_unicode(cls, value: Any) -> Any:
+        """Half a surrogate pair can be written in JSON, and sent back in nothing."""
+        if isinstance(value, dict):
+            try:
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:
+                raise PydanticCustomError("unicode", "is not valid Unicode text") from None
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,5 +257,9 @@ def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -
         "top_p": body.top_p,
         "max_new_tokens": max_new_tokens,
     }
-    asked = [more, sampling, body.msa.model_dump(include=_OPTIONS)]  # a later one counts
+    asked: list[Mapping[str, Any]] = [
+        more,
+        sampling,
+        body.msa.model_dump(include=_OPTIONS),
+    ]  # a later one counts
     return {name: value for some in asked for name, value in some.items() if value is not None}

@@ -60,7 +60,7 @@ class FileSearch(Strict):
     type: Literal["file_search"]
     vector_store_ids: list[str] = Field(min_length=1, max_length=1)
     max_num_results: int = Field(default=RESULTS, ge=1, le=50)
-    filters: dict[str, JsonValue] | None = None
+    filters: dict[str, Any] | None = None
     ranking_options: RankingOptions | None = None
 
 
@@ -99,7 +99,10 @@ class ResponseRequest(Sampling):
         tools: one `file_search`, or none.
     """
 
-    input: Annotated[str | list[InputMessage], BeforeValidator(_messages)]
+    input: Annotated[
+        list[InputMessage],
+        BeforeValidator(_messages, json_schema_input_type=str | list[InputMessage]),
+    ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=4096)
     max_tool_calls: int | None = Field(default=None, ge=1, le=16)
@@ -174,7 +177,6 @@ async def create_response(
     if body.msa.citations == "open_webui":
         raise invalid("This form is for chats.", "msa.citations")
     tool = _tool(body, served.name)
-    assert isinstance(body.input, list)
     turns = [(message.role, message.content) for message in body.input]
     question = Question(
         served,
@@ -289,10 +291,12 @@ class _Response:
         """The last events of a response that failed: what it came to, and the error."""
         detail = error.body()["error"]
         self._resource.status = "failed"
+        for item in self._resource.output[-1:]:
+            item["status"] = "incomplete" if item["status"] == "in_progress" else item["status"]
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self._resource.error = {"code": code, "message": detail["message"]}
         failed = self._event("response.failed", response=self._snapshot())
-        return failed + self._event("error", error=detail, **detail_without_type(detail))
+        return failed + self._event("error", error=detail, **_without_type(detail))
 
     # ---- searches
 
@@ -447,7 +451,7 @@ class _Response:
         return self._resource.model_dump()
 
 
-def detail_without_type(detail: Mapping[str, Any]) -> dict[str, Any]:
+def _without_type(detail: Mapping[str, Any]) -> dict[str, Any]:
     """Code, message and param: they stand in the event itself too."""
     return {name: value for name, value in detail.items() if name != "type"}
 
