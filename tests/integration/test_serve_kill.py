@@ -19,7 +19,9 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
-httpx2 = pytest.importorskip("httpx2")
+pytest.importorskip("httpx2")
+
+import httpx2
 
 KILLS = int(os.environ.get("MSA_TEST_KILLS", "3"))
 FILES = 4  # of each upload: three texts and a JSONL file

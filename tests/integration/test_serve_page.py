@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -261,22 +263,23 @@ def test_stop_ends_the_answer_and_the_model(page, checkpoint, monkeypatch):
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
-def test_what_is_copied_runs(page, url):
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_what_is_copied_runs_and_asks_the_same(page, url, language):
+    needed = {"curl": shutil.which("curl"), "Python": importlib.util.find_spec("openai")}
+    if needed[language] is None:
+        pytest.skip(f"{'openai' if language == 'Python' else 'curl'} is not installed")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_text("Only some documents").click()
+    page.fill("#ask-filter", "user!=it's me")
     card = ask(page, TWO_HOPS)
-    card.get_by_role("button", name="Copy as Python").click()
-    expect(page.locator(".toast")).to_contain_text("copied")
-    code = page.evaluate("navigator.clipboard.readText()")
-    compile(code, "copied", "exec")
-    assert f"{url}v1" in code
-    assert "msa/worlds" in code
-    card.get_by_role("button", name="Copy as curl").click()
-    expect(page.locator(".toast").last).to_contain_text("curl")
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    command = page.evaluate("navigator.clipboard.readText()")
-    done = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60)
-    assert json.loads(done.stdout)["text"] == "Cornelius Vidal"
+    card.get_by_role("button", name=f"Copy as {language}").click()
+    expect(page.locator(".toast")).to_contain_text(f"{language}")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert f"{url}{'api' if language == 'curl' else 'v1'}" in copied
+    command = ["sh", "-c", copied] if language == "curl" else [sys.executable, "-c", copied]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120, text=True)
+    said = json.loads(done.stdout)["text"] if language == "curl" else done.stdout.strip()
+    assert said == "Cornelius Vidal"
 
 
 def events(*some):
@@ -406,6 +409,7 @@ def test_what_is_deleted_is_gone_in_the_next_answer_and_undo_keeps_it(page, url)
     page.get_by_role("button", name="Undo").click()
     expect(row).to_be_visible()
     row.get_by_role("button", name="Delete").click()
+    expect(row).to_be_hidden()
     page.keyboard.press("u")
     expect(row).to_be_visible()
     row.get_by_role("button", name="Delete").click()
@@ -415,6 +419,26 @@ def test_what_is_deleted_is_gone_in_the_next_answer_and_undo_keeps_it(page, url)
     expect(card.locator(".chips")).not_to_contain_text("Renata Clements")
     page.click("#to-memory")
     expect(row).to_have_count(0)
+
+
+def test_deleting_a_part_that_was_found_deletes_the_whole(page, url):
+    text = " ".join(f"The glass organ of Vessel {i} was tuned in {1600 + i}." for i in range(120))
+    put(url, "organs", text=text)
+    page.click("#to-memory")
+    page.fill("#search", "When was the glass organ of Vessel 7 tuned?")
+    page.keyboard.press("Enter")
+    rows = page.locator("#documents > li[data-id^='organs#']")
+    expect(rows.first).to_be_visible()
+    rows.first.get_by_role("button", name="Delete").click()
+    expect(page.locator(".toast")).to_contain_text(
+        re.compile(r"“organs, all \d+ parts” is deleted")
+    )
+    page.select_option("#search-by", "words")
+    page.fill("#search", "Vessel")
+    page.locator("#to-ask").click()
+    ask(page, TWO_HOPS)  # sends the delete
+    page.click("#to-memory")
+    expect(page.locator("#list-about")).to_have_text("No documents")
 
 
 def test_markup_in_documents_is_text_and_runs_nothing(page):
@@ -496,9 +520,15 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("?")
     expect(page.locator("#help-box")).to_be_visible()
     page.keyboard.press("Escape")
+    page.evaluate("scrollTo(0, 9999)")
     page.keyboard.press("m")
     expect(page.locator("#memory")).to_be_visible()
     expect(page.locator("#to-memory")).to_have_attribute("aria-current", "page")
+    assert page.evaluate("scrollY") == 0
+    page.locator("#skip").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    expect(page.locator("#memory")).to_be_visible()
 
 
 def test_screen_readers_are_told_the_answer_once(page):

@@ -579,3 +579,54 @@ def test_origins_are_kept_until_the_document_is_deleted(bank):
     bank.delete("x")
     bank.add([Document("x", "of somebody else")])
     assert below("x") == []
+
+
+def test_before_each_batch_the_caller_may_wait_or_stop(bank):
+    calls = []
+    documents = [make_document(f"d{i}", words=12) for i in range(6)]
+    bank.add(documents[:3], before_batch=lambda: calls.append(1), batch_tokens=1)
+    assert len(calls) == 3
+
+    class StoppedError(Exception):
+        pass
+
+    def stop():
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        bank.add(documents[3:], before_batch=stop)
+    assert ids_of(bank) == ["d0", "d1", "d2"]
+    bank.add(documents[3:])
+    assert ids_of(bank) == [f"d{i}" for i in range(6)]
+
+
+def test_metadata_is_changed_in_one_commit_without_encoding(bank):
+    bank.add([make_document("a"), make_document("b")])
+    numbers = {s.document.id: s.number for s in bank.documents()}
+    generation = bank.generation
+    bank.set_metadata({"a": {"user": "x"}, "b": {"user": "y"}})
+    assert bank.generation == generation + 1
+    assert {s.document.id: s.number for s in bank.documents()} == numbers
+    assert bank.get("b").document.metadata == {"user": "y"}
+    assert bank.catalog.passing({"user": "x"}) == [numbers["a"]]
+    with pytest.raises(DocumentNotFoundError):
+        bank.set_metadata({"a": {}, "none": {}})
+    with pytest.raises(InputError, match="metadata cannot be written as JSON"):
+        bank.set_metadata({"a": {"n": float("nan")}})
+    assert bank.get("a").document.metadata == {"user": "x"}
+
+
+def test_pages_behind_a_number_do_not_shift(bank):
+    bank.add([make_document(name) for name in "abcd"])
+    first = bank.documents(2)
+    bank.delete("a")
+    assert [s.document.id for s in bank.documents(2, after=first[-1].number)] == ["c", "d"]
+    with pytest.raises(InputError, match="after"):
+        bank.documents(after=-1)
+
+
+def test_ids_are_found_by_how_they_begin(bank):
+    bank.add([make_document(name) for name in ("f1/a", "f1/b", "f1", "f10/a", "f1\U0010fffe")])
+    assert bank.catalog.sources("f1/") == ["f1/a", "f1/b"]
+    assert bank.catalog.sources("f2") == []
+    assert bank.catalog.sources("\ud800") == []

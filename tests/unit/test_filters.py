@@ -222,3 +222,9 @@ def test_a_damaged_index_is_found_and_repaired(bank, damage, words):
     bank.repair()
     assert bank.verify().ok
     assert passing_ids(bank, {"seed": 1}) == ["a"]
+
+
+def test_half_of_a_surrogate_pair_is_refused():
+    for filter in ({"a": "\ud800"}, {"\ud800": 1}, {"a": {"in": ["x", "\ud800"]}}):
+        with pytest.raises(InputError, match="no JSON value"):
+            metadata_test(filter)

@@ -596,3 +596,31 @@ def docx(text: str) -> bytes:
             "</w:body></w:document>",
         )
     return packed.getvalue()
+
+
+def test_a_packed_file_gives_what_lies_within_the_bound_and_says_where_it_ends(tmp_path):
+    lines = b'{"id": "a", "text": "x"}\n' + b" " * 5000 + b"\n"
+    packed = write(tmp_path / "a.jsonl.gz", gzip.compress(lines))
+    documents, failures = load(packed, max_unpacked_bytes=4000)
+    assert list(documents) == ["a"]
+    assert ["unpacks to more than" in f.reason for f in failures] == [True]
+    assert list(load(packed, max_unpacked_bytes=6000)[0]) == ["a"]
+    text = write(tmp_path / "b.txt.gz", gzip.compress(b"y" * 5000))
+    assert "unpacks to more than" in only_failure(text, max_unpacked_bytes=4000).reason
+    assert not load(text)[1]
+
+
+def test_a_docx_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "MAX_UNPACKED_BYTES", 1000)
+    path = tmp_path / "a.docx"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", "z" * 1001)
+    assert "unpacks to more than" in only_failure(path).reason
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("a.MD", ".md"), ("b.jsonl.gz", ".jsonl.gz"), ("c", ""), ("d.PDF", ".pdf")]
+)
+def test_the_type_of_a_file_is_told_by_its_name(name, suffix):
+    assert loaders.type_suffix(name) == suffix
+    assert (loaders.why_not_read(name) is None) == bool(suffix)

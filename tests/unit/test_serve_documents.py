@@ -12,9 +12,8 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
 pytest.importorskip("httpx2")
 
-from serve_tools import FACTS, error_of, put, running
-
 import msa
+from serve_tools import FACTS, error_of, put, running
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
 pytest.importorskip("httpx2")
 
-from serve_tools import FACTS, error_of, finished, put, running
-
 import msa
 from msa.errors import BankLockedError
 from msa.serve import indexing
@@ -26,6 +24,7 @@ from msa.serve.fairness import Turns
 from msa.serve.indexing import Desk
 from msa.serve.job_store import JobFile, JobStore
 from msa.serve.uploads import clean_name
+from serve_tools import FACTS, error_of, finished, put, running
 
 JOBS = "/api/banks/notes/jobs"
 
@@ -233,6 +232,9 @@ def test_too_many_jobs_are_refused_before_anything_is_read(tmp_path, checkpoint,
         assert len(uploads_of(client)) == 2
         waiting = client.get(f"/api/jobs/{second['id']}").json()
         assert waiting["status"] == "queued"
+        figures = client.get("/metrics").text
+        assert 'msa_jobs{status="queued"} 1.0' in figures
+        assert 'msa_jobs{status="running"} 1.0' in figures
         assert client.delete(f"/api/jobs/{second['id']}").json()["status"] == "cancelled"
         held[0].set()
         assert finished(client, first["id"])["status"] == "done"

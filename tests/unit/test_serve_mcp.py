@@ -222,7 +222,7 @@ def test_a_long_text_is_fetched_in_parts_and_deleted_as_one(using):
     ("tool", "arguments", "said"),
     [
         ("ask", {"question": QUESTION}, "Name a bank with `bank`; there are: people, places."),
-        ("ask", {"question": " ", "bank": "people"}, "The question is empty"),
+        ("ask", {"question": " ", "bank": "people"}, "is empty; ask something"),
         ("ask", {"question": QUESTION, "bank": "other"}, "There is no such bank."),
         ("ask", {"question": QUESTION, "bank": "people", "filter": {"user": {"x": 1}}}, "user"),
         ("search", {}, "query"),

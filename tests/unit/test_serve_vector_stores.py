@@ -12,9 +12,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("pydantic_settings")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
-from serve_tools import FACTS, put, running
+import openai
 
 import msa
 from msa.memory.store.filters import metadata_test
@@ -22,6 +22,7 @@ from msa.serve.errors import ServiceError
 from msa.serve.fairness import Turns
 from msa.serve.openai.file_ids import cited_file, document_number
 from msa.serve.openai.filters import bank_filter
+from serve_tools import FACTS, put, running
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from pydantic import BaseModel, Field, JsonValue
 
+from msa.errors import LexicalIndexError
 from msa.memory.bank import MemoryBank
 from msa.memory.store.catalog import Known
 from msa.memory.store.reports import StoredDocument
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
 from msa.serve.keys import WRITE
+from msa.serve.native import Body
 from msa.serve.permalinks import address
 from msa.serve.service import CallerDep, Service, ServiceDep
 from msa.types import Document
@@ -27,6 +29,7 @@ MAX_PAGE = 100
 MAX_DELETED = 10_000
 SNIPPET = 280
 
+DocumentId = Annotated[str, Path(max_length=512, description="As the caller likes; no part's.")]
 Outcome = Literal["added", "updated", "unchanged"]
 IfMatch = Annotated[str | None, Header(description="Only if the document is still this one.")]
 IfNoneMatch = Annotated[
@@ -34,7 +37,7 @@ IfNoneMatch = Annotated[
 ]
 
 
-class DocumentInput(BaseModel):
+class DocumentInput(Body):
     """A document to store.
 
     Attributes:
@@ -43,11 +46,9 @@ class DocumentInput(BaseModel):
         metadata: JSON values of the caller's own; returned, and filtered on.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    text: str
+    text: str = Field(min_length=1, pattern=r"\S")
     title: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class Part(BaseModel):
@@ -135,10 +136,8 @@ class Page(BaseModel):
     next: int | None
 
 
-class DeleteInput(BaseModel):
+class DeleteInput(Body):
     """Ids to delete."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ids: list[str] = Field(min_length=1, max_length=MAX_DELETED)
 
@@ -196,19 +195,17 @@ async def put_document(
 
     def put() -> PutResult:
         bank = served.bank
-        with service.jobs.desk(served.name).turn():
-            _check_conditions(bank, document.id, if_match, if_none_match)
-            report = bank.add(
-                [document], on_duplicate="update", before_batch=_taking_turns(service)
-            )
-            if report.failed:
-                raise invalid(f"The document cannot be stored: {report.failed[0][1]}.", "text")
-            outcome: Outcome = (
-                "added" if report.added else "updated" if report.updated else "unchanged"
-            )
-            return PutResult(outcome, _etag(bank, document.id) or "", bank.parts(document.id))
+        _check_conditions(bank, document.id, if_match, if_none_match)
+        report = bank.add([document], on_duplicate="update", before_batch=take_turn)
+        if report.failed:
+            raise invalid(f"The document cannot be stored: {report.failed[0][1]}.", "text")
+        outcome: Outcome = "added" if report.added else "updated" if report.updated else "unchanged"
+        return PutResult(outcome, _etag(bank, document.id) or "", bank.parts(document.id))
 
-    return await asyncio.to_thread(put)
+    def take_turn() -> None:
+        service.turns.encode()
+
+    return await service.jobs.write(served.name, put)
 
 
 async def delete_documents(
@@ -223,23 +220,24 @@ async def delete_documents(
 
     def delete() -> DeleteResult:
         bank = served.bank
-        with service.jobs.desk(served.name).turn():
-            known = {name: bank.catalog.known(name) for name in dict.fromkeys(ids)}
-            for name, found in known.items():
-                if found.part_of is not None:
-                    message = f"{name!r} is a part of {found.part_of!r}; delete that."
-                    raise invalid(message, "ids", "document_part")
-            there = [name for name, found in known.items() if found.numbers]
-            bank.delete(there)
+        known = {name: bank.catalog.known(name) for name in dict.fromkeys(ids)}
+        for name, found in known.items():
+            if found.part_of is not None:
+                message = f"{name!r} is a part of {found.part_of!r}; delete that."
+                raise invalid(message, "ids", "document_part")
+        there = [name for name, found in known.items() if found.numbers]
+        bank.delete(there)
         return DeleteResult(there, [name for name, found in known.items() if not found.numbers])
 
-    return await asyncio.to_thread(delete)
+    return await service.jobs.write(served.name, delete)
 
 
-@router.put("/documents/{document_id:path}", response_model=PutBody)
+@router.put(
+    "/documents/{document_id:path}", response_model=PutBody, responses={201: {"model": PutBody}}
+)
 async def put(
     bank: str,
-    document_id: str,
+    document_id: DocumentId,
     given: DocumentInput,
     request: Request,
     response: Response,
@@ -264,10 +262,14 @@ async def put(
     )
 
 
-@router.get("/documents/{document_id:path}", response_model=DocumentBody)
+@router.get(
+    "/documents/{document_id:path}",
+    response_model=DocumentBody,
+    responses={304: {"description": "The client has it."}},
+)
 async def get(
     bank: str,
-    document_id: str,
+    document_id: DocumentId,
     request: Request,
     response: Response,
     service: ServiceDep,
@@ -303,7 +305,9 @@ async def get(
 
 
 @router.delete("/documents/{document_id:path}", response_model=DeleteBody)
-async def delete(bank: str, document_id: str, service: ServiceDep, caller: CallerDep) -> DeleteBody:
+async def delete(
+    bank: str, document_id: DocumentId, service: ServiceDep, caller: CallerDep
+) -> DeleteBody:
     """Delete a document; its text is erased at once. 404 if there is none (any more)."""
     served = service.registry.get(bank, caller, WRITE)
     result = await delete_documents(service, served, [document_id])
@@ -341,7 +345,7 @@ async def list_documents(
 
     def find() -> list[StoredDocument]:
         if q is not None:
-            (hits,) = served.bank.lexical_search([q], limit, filter=conditions)
+            (hits,) = _word_search(served.bank, q, limit, conditions)
             found = served.bank.get_many(number for number, _ in hits)
             return [found[number] for number, _ in hits if number in found]
         if conditions is None:
@@ -353,6 +357,20 @@ async def list_documents(
     page, has_more = stored[:limit], len(stored) > limit
     rows = [_row(document, served.name, request) for document in page]
     return Page(data=rows, has_more=has_more, next=page[-1].number if has_more else None)
+
+
+def _word_search(
+    bank: MemoryBank, words: str, limit: int, conditions: dict[str, Any] | None
+) -> list[list[tuple[int, float]]]:
+    """See `MemoryBank.lexical_search`.
+
+    Raises:
+        ServiceError: 400 for a bank that cannot be searched by words.
+    """
+    try:
+        return bank.lexical_search([words], limit, filter=conditions)
+    except LexicalIndexError:
+        raise invalid("This bank cannot be searched by words.", "q") from None
 
 
 def _row(stored: StoredDocument, bank: str, request: Request) -> Row:
@@ -382,13 +400,6 @@ def _parts(stored: Sequence[StoredDocument], bank: str, request: Request) -> lis
         )
         for part in stored
     ]
-
-
-def _taking_turns(service: Service) -> Any:
-    def before_batch() -> None:
-        service.turns.encode()
-
-    return before_batch
 
 
 def _etag(bank: MemoryBank, document_id: str) -> str | None:

@@ -21,7 +21,7 @@ from msa.text.loaders import LoadedDocument, LoadFailure, common_root, load_docu
 from msa.types import Document
 
 SLICE_DOCUMENTS = 64
-SLICE_CHARACTERS = 48_000
+SLICE_CHARACTERS = 24_000
 """Of a slice, about: who else writes to the bank waits for one slice at most."""
 BATCH_TOKENS = 2048
 """Tokens of one batch of the encoder: after each of them questions may go first."""
@@ -76,7 +76,8 @@ class _Slice:
 
     @property
     def is_full(self) -> bool:
-        return len(self.documents) >= SLICE_DOCUMENTS or self.characters >= SLICE_CHARACTERS
+        count = len(self.documents) + len(self.step.reasons)
+        return count >= SLICE_DOCUMENTS or self.characters >= SLICE_CHARACTERS
 
 
 Taken = tuple[int, LoadedDocument | LoadFailure | None]
@@ -105,15 +106,17 @@ class IndexRun:
         desk: Desk,
         *,
         max_unpacked_bytes: int,
-        before_batch: Callable[[], object],
+        before_batch: Callable[[], None],
         ticket: int | None = None,
     ) -> None:
         self._store, self._job, self._bank, self._desk = store, job, bank, desk
         self._max_unpacked_bytes = max_unpacked_bytes
         self._before_batch = before_batch
         self._ticket = ticket
+        if "paths" in job.options:
+            store.reset(job.id)  # its files may have changed: it begins again
         self._files = {file.position: file for file in store.files_of(job.id)}
-        self._failures: dict[int, int] = {}
+        self._failed = {r.position for r in store.reasons_of(job.id) if not r.ignored}
 
     def run(self, on_commit: Callable[[], None]) -> None:
         """Store everything; `on_commit` is called after each slice.
@@ -201,36 +204,36 @@ class IndexRun:
 
     def _commit(self, piece: _Slice) -> None:
         """Store a slice, and note what became of it before anybody else writes."""
+        self._before_batch()  # here, so that nobody at the desk waits for questions along with it
         ticket, self._ticket = self._ticket, None
         with self._desk.turn(ticket):
-            self._before_batch()
             stored = dict.fromkeys(piece.taken, 0)
             if piece.documents:
                 self._add(piece, stored)
             step = piece.step
-            for reason in step.reasons:
-                failed = self._failures.get(reason.position, 0) + (not reason.ignored)
-                self._failures[reason.position] = failed
+            self._failed.update(r.position for r in step.reasons if not r.ignored)
             for position in dict.fromkeys([*piece.taken, *piece.ended]):
-                file = self._files[position]
-                file = replace(
-                    file,
-                    status="running",
-                    taken=piece.taken.get(position, file.taken),
-                    documents=file.documents + stored.get(position, 0),
-                )
-                if position in piece.ended:
-                    file = replace(file, status=self._fate(file))
+                file = self._counted(self._files[position], piece, stored.get(position, 0))
                 self._files[position] = step.files[position] = file
             self._store.advance(self._job.id, step)
+
+    def _counted(self, file: JobFile, piece: _Slice, stored: int) -> JobFile:
+        """A file after a slice that has stored so many documents of it."""
+        documents = file.documents + stored
+        status: FileStatus = "running"
+        if file.position in piece.ended:
+            failed = file.position in self._failed
+            status = "done" if documents else "failed" if failed else "skipped"
+        taken = piece.taken.get(file.position, file.taken)
+        return replace(file, status=status, taken=taken, documents=documents)
 
     def _add(self, piece: _Slice, stored: dict[int, int]) -> None:
         """Put the documents into the bank; `stored` counts them by file."""
         report = self._bank.add(
             [document for document, _ in piece.documents.values()],
-            on_duplicate="skip" if self._job.options.get("on_duplicate") == "skip" else "update",
+            on_duplicate=self._job.options.get("on_duplicate", "update"),
             batch_tokens=BATCH_TOKENS,
-            before_batch=lambda: (self._before_batch(), None)[1],
+            before_batch=self._before_batch,
         )
         step = piece.step
         step.added, step.updated, step.unchanged, step.tokens = (
@@ -253,12 +256,6 @@ class IndexRun:
             if printable(name) not in failed
         }
         self._bank.catalog.origins.record(found)
-
-    def _fate(self, file: JobFile) -> FileStatus:
-        """What has become of a file that has given all."""
-        if file.documents:
-            return "done"
-        return "failed" if self._failures.get(file.position) else "skipped"
 
 
 def _renamed(

@@ -59,6 +59,9 @@ _JSONL: dict[str, Any] = {
         "content": {"application/jsonl": {"schema": {"type": "string"}}},
     }
 }
+_ENDED: dict[int | str, dict[str, Any]] = {
+    200: {"model": JobBody, "description": "It has ended within `wait_s`."}
+}
 
 
 class JobList(BaseModel):
@@ -75,7 +78,7 @@ def _job(job_id: str, service: ServiceDep, caller: CallerDep) -> Job:
 JobDep = Annotated[Job, Depends(_job)]
 
 
-@router.post("/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY)
+@router.post("/banks/{bank}/jobs", status_code=202, openapi_extra=_BODY, responses=_ENDED)
 async def upload(
     bank: str,
     request: Request,
@@ -90,7 +93,7 @@ async def upload(
     When this answers, the files are on disk and will be indexed, whatever happens to the service.
     """
     served = service.registry.get(bank, caller, WRITE)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
     with removed_on_error(service.jobs.store, form.files):
         files, reasons = _files_of(form)
@@ -100,7 +103,9 @@ async def upload(
     return await _accepted(service, job, wait_s, response)
 
 
-@router.post("/banks/{bank}/documents:batch", status_code=202, openapi_extra=_JSONL)
+@router.post(
+    "/banks/{bank}/documents:batch", status_code=202, openapi_extra=_JSONL, responses=_ENDED
+)
 async def add_lines(
     bank: str,
     request: Request,
@@ -112,7 +117,7 @@ async def add_lines(
 ) -> JobBody:
     """Index documents given as JSONL: id, text, title and metadata of one on each line."""
     served = service.registry.get(bank, caller, WRITE)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     got = await receive_body(request, service.jobs.store, service.settings, "documents.jsonl")
     files = [JobFile(0, got.name, got.stored, None, {}, got.size)]
     with removed_on_error(service.jobs.store, [got]):
@@ -156,11 +161,15 @@ async def follow_job(job: JobDep, service: ServiceDep) -> AsyncIterator[ServerSe
 @router.delete("/jobs/{job_id}", status_code=202)
 async def cancel_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobBody:
     """Cancel a job. What it has committed stays in the bank, and its message says how much."""
-    job = service.jobs.find(job_id, caller, WRITE)
-    return await asyncio.to_thread(lambda: service.jobs.describe(service.jobs.cancel(job)))
+
+    def cancel() -> JobBody:
+        job = service.jobs.find(job_id, caller, WRITE)
+        return service.jobs.describe(service.jobs.cancel(job))
+
+    return await asyncio.to_thread(cancel)
 
 
-@router.post("/banks/{bank}:compact", status_code=202)
+@router.post("/banks/{bank}:compact", status_code=202, responses=_ENDED)
 async def compact(
     bank: str,
     response: Response,
@@ -172,7 +181,7 @@ async def compact(
     return await _maintain("compact", bank, service, caller, wait_s, response)
 
 
-@router.post("/banks/{bank}:verify", status_code=202)
+@router.post("/banks/{bank}:verify", status_code=202, responses=_ENDED)
 async def verify(
     bank: str,
     response: Response,

@@ -333,6 +333,17 @@ class JobStore:
             query = "UPDATE jobs SET status = 'running', started = COALESCE(started, ?) "
             db.execute(query + "WHERE id = ? AND status = 'queued'", (time.time(), job_id))
 
+    def reset(self, job_id: str) -> None:
+        """The job begins from the start, as if it had done nothing."""
+        with self._changing() as db:
+            db.execute("DELETE FROM job_files WHERE job = ?", (job_id,))
+            db.execute("DELETE FROM reasons WHERE job = ?", (job_id,))
+            db.execute(
+                "UPDATE jobs SET added = 0, updated = 0, unchanged = 0, rejected = 0, tokens = 0 "
+                "WHERE id = ?",
+                (job_id,),
+            )
+
     def advance(self, job_id: str, step: Step) -> None:
         """What the bank holds now, as the job knows it."""
         with self._changing() as db:

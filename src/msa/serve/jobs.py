@@ -7,15 +7,16 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from msa.serve.banks import BankRegistry, ServedBank
-from msa.serve.errors import ServiceError, service_error, unavailable
+from msa.serve.errors import ServiceError, log_failure, service_error, unavailable
 from msa.serve.fairness import Turns
 from msa.serve.indexing import Desk, IndexRun
 from msa.serve.job_store import (
@@ -34,7 +35,11 @@ from msa.serve.settings import ServeSettings
 from msa.text.loaders import MAX_UNPACKED_BYTES
 
 RETRY_SECONDS = 5.0
+WRITERS = 8
+MAX_WRITES = 64
+"""Writes of single documents that wait for their turn."""
 MAINTENANCE = ("compact", "verify")
+T = TypeVar("T")
 
 
 class FileFate(BaseModel):
@@ -122,6 +127,8 @@ class Jobs:
     def __init__(self, settings: ServeSettings, registry: BankRegistry, turns: Turns) -> None:
         self._settings, self._registry, self._turns = settings, registry, turns
         self._store: JobStore | None = None
+        self._writers = ThreadPoolExecutor(WRITERS, "msa-write")
+        self._writes = 0
         self._desks: dict[str, Desk] = {}
         self._changed = threading.Condition()
         self._watchers: set[_Watcher] = set()
@@ -169,6 +176,7 @@ class Jobs:
             self._stopping = True
             self._changed.notify_all()
         self._tell_watchers()
+        await asyncio.to_thread(self._writers.shutdown)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
         if self._store is not None:
@@ -179,17 +187,45 @@ class Jobs:
         with self._changed:
             return self._desks.setdefault(bank, Desk())
 
+    async def write(self, bank: str, function: Callable[[], T]) -> T:
+        """What a function gives that writes to a bank, called when it is its turn.
+
+        Raises:
+            ServiceError: 429 when too many writes wait; 503 when the service stops.
+        """
+        self._check_running()
+        if self._writes >= MAX_WRITES:
+            raise too_many("queue_full", "Too many writes are waiting.", RETRY_SECONDS)
+
+        def at_desk() -> T:
+            with self.desk(bank).turn():
+                return function()
+
+        self._writes += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._writers, at_desk)
+        finally:
+            self._writes -= 1
+
+    def _check_running(self) -> None:
+        """Refuse new work when the service stops.
+
+        Raises:
+            ServiceError: 503.
+        """
+        if self._stopping:
+            raise unavailable("draining", "The service is stopping.")
+
     # ---- asking for work
 
-    def check_room(self) -> None:
+    async def check_room(self) -> None:
         """Refuse when too many jobs wait; to be called before an upload is read.
 
         Raises:
             ServiceError: 429, or 503 when the service stops.
         """
-        if self._stopping:
-            raise unavailable("draining", "The service is stopping.")
-        if len(self.store.unfinished()) > self._settings.max_encode_jobs:
+        self._check_running()
+        if len(await asyncio.to_thread(self._todo)) > self._settings.max_encode_jobs:
             raise too_many("queue_full", "Too many jobs are waiting.", RETRY_SECONDS)
 
     async def submit(
@@ -214,7 +250,7 @@ class Jobs:
         Raises:
             ServiceError: see `check_room`.
         """
-        self.check_room()
+        await self.check_room()
         job = await asyncio.to_thread(
             self.store.add_job, bank, kind, principal.name, options, files, reasons
         )
@@ -230,10 +266,12 @@ class Jobs:
         """
         self._registry.get(bank, principal, "write")
         given = [str(path.resolve()) for path in paths]
-        for waiting in self.store.unfinished():
-            if waiting.bank == bank and waiting.options.get("paths") == given:
-                return self.describe(waiting)  # asked for before a restart
-        return self.describe(await self.submit(bank, "index", principal, paths=given))
+        for job in await asyncio.to_thread(self._todo):
+            if job.bank == bank and job.options.get("paths") == given:
+                break  # asked for before a restart
+        else:
+            job = await self.submit(bank, "index", principal, paths=given)
+        return await asyncio.to_thread(self.describe, job)
 
     # ---- looking at it
 
@@ -250,6 +288,10 @@ class Jobs:
             message = f"This key may not do this: it lacks the scope '{scope}'."
             raise ServiceError(403, None, "bank_forbidden", message)
         return job
+
+    def counts(self) -> dict[str, int]:
+        """Status -> number of jobs that are remembered."""
+        return {} if self._store is None or self._stopping else self._store.counts()
 
     def describe(self, job: Job, *, with_files: bool = True) -> JobBody:
         """A job as clients see it."""
@@ -328,9 +370,10 @@ class Jobs:
     def cancel(self, job: Job) -> Job:
         """End a job. What it has committed stays; a running one stops at its next batch."""
         with self._changed:
+            now = self.store.job(job.id) or job
             if self._running is not None and self._running.id == job.id:
                 self._cancelled.add(job.id)
-            elif job.status not in FINISHED:
+            elif now.status not in FINISHED:
                 self.store.finish(job.id, "cancelled", self._what_is_left(job))
         self._tell_watchers()
         return self.store.job(job.id) or job
@@ -350,12 +393,26 @@ class Jobs:
         while (job := self._next()) is not None:
             try:
                 self._do(job)
+            except Exception as error:  # not even its end could be noted: is the disk full?
+                log_failure(error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, RETRY_SECONDS)
             finally:
+                self._give_up_ticket(job.bank)
                 with self._changed:
                     self._running = None
                     self._cancelled.discard(job.id)
                     self._changed.notify_all()
                 self._tell_watchers()
+        if self._running is not None:
+            self._give_up_ticket(self._running.bank)
+
+    def _give_up_ticket(self, bank: str) -> None:
+        """Let the next one go to the desk, if the run of an interrupted job has not done so."""
+        if self._ticket is not None:
+            ticket, self._ticket = self._ticket, None
+            with self.desk(bank).turn(ticket):
+                pass
 
     def _next(self) -> Job | None:
         """The job to do next, when there is one; None when the service stops."""
@@ -368,9 +425,13 @@ class Jobs:
         return None
 
     def _first(self) -> Job | None:
-        """The first job of a bank that is served."""
+        """The job to do next, if there is one."""
+        return next(iter(self._todo()), None)
+
+    def _todo(self) -> list[Job]:
+        """Jobs that run or wait, of banks that are served."""
         served = {bank.name for bank in self._registry.all()}
-        return next((job for job in self.store.unfinished() if job.bank in served), None)
+        return [job for job in self.store.unfinished() if job.bank in served]
 
     def _do(self, job: Job) -> None:
         """Do a job, and say how it ended."""
@@ -389,14 +450,8 @@ class Jobs:
             self.store.finish(job.id, "cancelled", self._what_is_left(job))
         except Exception as error:
             self.store.finish(job.id, "failed", service_error(error).message)
-        finally:
-            if self._ticket is not None:  # the run has not come to use it
-                ticket, self._ticket = self._ticket, None
-                with self.desk(job.bank).turn(ticket):
-                    pass
 
     def _index(self, job: Job, served: ServedBank) -> None:
-        ticket, self._ticket = self._ticket, None
         run = IndexRun(
             self.store,
             job,
@@ -404,8 +459,9 @@ class Jobs:
             self.desk(job.bank),
             max_unpacked_bytes=MAX_UNPACKED_BYTES,
             before_batch=lambda: self._before_batch(job.id),
-            ticket=ticket,
+            ticket=self._ticket,
         )
+        self._ticket = None
         run.run(self._tell_watchers)
 
     def _maintain(self, job: Job, served: ServedBank) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -67,6 +67,14 @@ class Metrics:
         """Have the figures of banks read whenever somebody asks for them."""
         self.bank_registry.register(_Banks(banks))
 
+    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Have the jobs counted whenever somebody asks for the figures.
+
+        Args:
+            counts: status -> number of jobs.
+        """
+        self.registry.register(_Jobs(counts))
+
     def token(self, first_seconds: float | None) -> None:
         """Count a piece of an answer; with the seconds it took to come if it is the first."""
         self.tokens.labels("generated").inc()
@@ -110,3 +118,21 @@ class _Banks(Collector):
             size.add_metric([served.name], info.segment_bytes + info.catalog_bytes)
             generation.add_metric([served.name], info.generation)
         yield from (documents, size, generation)
+
+
+class _Jobs(Collector):
+    """Jobs as they are when asked for."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is known before the state folder is open."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The one figure."""
+        jobs = GaugeMetricFamily("msa_jobs", "Jobs that are remembered.", labels=["status"])
+        for status, count in sorted(self._counts().items()):
+            jobs.add_metric([status], count)
+        yield jobs

@@ -62,6 +62,7 @@ class Service:
         self.metrics.watch_banks(self.registry.all)
         self.asking = AskService(settings, self.metrics, self.turns)
         self.jobs = Jobs(settings, self.registry, self.turns)
+        self.metrics.watch_jobs(self.jobs.counts)
         self.checkpoint: Checkpoint | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None

@@ -172,7 +172,9 @@ def parse(filter: Mapping[str, Any]) -> Group:
         InputError: it is none; the message says what is wrong with which part.
     """
     try:
-        plain = json.loads(json.dumps(filter, allow_nan=False))  # tuples are lists, and so on
+        text = json.dumps(filter, allow_nan=False, ensure_ascii=False)
+        text.encode()  # no half of a surrogate pair
+        plain = json.loads(text)  # tuples are lists, and so on
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"The filter holds what is no JSON value ({error}).") from error
     for key in filter:

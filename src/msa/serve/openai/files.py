@@ -92,24 +92,21 @@ def page_of(
     """
     listed = list(items if order == "asc" else reversed(items))
     ids = [name(item) for item in listed]
-    start, end = 0, len(ids)
     for cursor, param in ((after, "after"), (before, "before")):
         if cursor is not None and cursor not in ids:
             raise invalid(f"There is no {cursor!r} in this list (any more).", param)
-    if after is not None:
-        start = ids.index(after) + 1
-    if before is not None:
-        end = ids.index(before)
-        start = max(start, end - limit) if after is None else start
-    chosen = listed[start:end][:limit]
-    return chosen, start + len(chosen) < len(listed)
+    start = 0 if after is None else ids.index(after) + 1
+    end = len(ids) if before is None else ids.index(before)
+    if before is not None and after is None:  # the page that ends there
+        return listed[max(0, end - limit) : end], end > limit
+    return listed[start:end][:limit], end - start > limit
 
 
 @router.post("", openapi_extra=_BODY)
 async def create(request: Request, service: ServiceDep, caller: CallerDep) -> FileObject:
     """Upload a file; only the key that did so sees it."""
     _check_scope(caller)
-    service.jobs.check_room()
+    await service.jobs.check_room()
     form = await receive_form(request, service.jobs.store, service.settings)
     with removed_on_error(service.jobs.store, form.files):
         purpose = _checked(form.fields, len(form.files))
@@ -156,7 +153,7 @@ async def retrieve(file_id: str, service: ServiceDep, caller: CallerDep) -> File
 @router.get(
     "/{file_id}/content",
     response_class=Response,
-    responses={200: {"content": {"application/octet-stream": {}}}},
+    responses={200: {"content": {"application/octet-stream": {}, "text/plain": {}}}},
 )
 async def content(file_id: str, service: ServiceDep, caller: CallerDep) -> Response:
     """What a file holds, as it was sent; of a document, its text."""

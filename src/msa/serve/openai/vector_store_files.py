@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from msa.memory.bank import MemoryBank
 from msa.serve.banks import ServedBank
@@ -15,6 +15,7 @@ from msa.serve.documents import delete_documents
 from msa.serve.errors import ServiceError, conflict, invalid
 from msa.serve.job_store import OPEN_FILES, Attachment, FileStatus, Job, JobFile
 from msa.serve.keys import WRITE, Principal
+from msa.serve.native import Body
 from msa.serve.openai.files import Order, own_file, page_of
 from msa.serve.openai.filters import missing
 from msa.serve.service import CallerDep, Service, ServiceDep
@@ -37,17 +38,13 @@ _STATUS: dict[str, Status] = {
 Attributes = Annotated[
     dict[
         Annotated[str, Field(max_length=64)],
-        Annotated[str, Field(max_length=512)] | bool | int | float,
+        Annotated[str, Field(max_length=512)] | bool | int | FiniteFloat,
     ],
     Field(max_length=16),
 ]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ChunkingStrategy(_Body):
+class ChunkingStrategy(Body):
     """How long texts are cut; a bank always does it in its own way."""
 
     type: str
@@ -144,7 +141,7 @@ class FileBatch(BaseModel):
     file_counts: FileCounts
 
 
-class AttachInput(_Body):
+class AttachInput(Body):
     """A file to put into the vector store."""
 
     file_id: str
@@ -152,13 +149,13 @@ class AttachInput(_Body):
     chunking_strategy: ChunkingStrategy | None = None
 
 
-class AttributesInput(_Body):
+class AttributesInput(Body):
     """Other attributes of a file."""
 
     attributes: Attributes | None
 
 
-class BatchInput(_Body):
+class BatchInput(Body):
     """Files to put into the vector store: with one set of attributes, or each with its own."""
 
     file_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH)] | None = None
@@ -167,7 +164,9 @@ class BatchInput(_Body):
     chunking_strategy: ChunkingStrategy | None = None
 
 
-class _ListQuery(_Body):
+class _ListQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     after: str | None = None
     before: str | None = None
     filter: Status | None = None
@@ -233,15 +232,14 @@ async def set_attributes(
     attributes = given.attributes or {}
 
     def change() -> VectorStoreFile:
-        with service.jobs.desk(served.name).turn():
-            ids = served.bank.catalog.sources(f"{file_id}/")
-            served.bank.set_metadata(
-                {name: _changed(served.bank, name, known.attributes, attributes) for name in ids}
-            )
-            service.jobs.store.set_attributes(served.name, file_id, attributes)
+        ids = served.bank.catalog.sources(f"{file_id}/")
+        served.bank.set_metadata(
+            {name: _changed(served.bank, name, known.attributes, attributes) for name in ids}
+        )
+        service.jobs.store.set_attributes(served.name, file_id, attributes)
         return _attached(service, served, file_id)
 
-    return await asyncio.to_thread(change)
+    return await service.jobs.write(served.name, change)
 
 
 @router.delete("/files/{file_id}")
@@ -251,7 +249,7 @@ async def detach(
     """Take a file out of a vector store, with all its documents; the file itself stays."""
     served = service.registry.get(vector_store_id, caller, WRITE)
     known = await asyncio.to_thread(_find, service, served, file_id)
-    job = service.jobs.store.job(known.job)
+    job = await asyncio.to_thread(service.jobs.store.job, known.job)
     if known.status in OPEN_FILES and job is not None and job.kind == "index":
         await asyncio.to_thread(service.jobs.cancel, job)
         await service.jobs.ended(job.id, CANCEL_SECONDS)

@@ -8,12 +8,13 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
 from msa.serve.job_store import Attachment
 from msa.serve.keys import ADMIN, WRITE
+from msa.serve.native import Body
 from msa.serve.openai.file_ids import cited_file
 from msa.serve.openai.files import Order, page_of
 from msa.serve.openai.filters import bank_filter
@@ -74,11 +75,7 @@ class VectorStoreDeleted(BaseModel):
     deleted: bool = True
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class CreateInput(_Body):
+class CreateInput(Body):
     """A new vector store; its name is that of the bank."""
 
     name: str | None = None
@@ -88,7 +85,7 @@ class CreateInput(_Body):
     expires_after: dict[str, Any] | None = None
 
 
-class UpdateInput(_Body):
+class UpdateInput(Body):
     """Other metadata of a vector store."""
 
     name: str | None = None
@@ -96,14 +93,14 @@ class UpdateInput(_Body):
     expires_after: dict[str, Any] | None = None
 
 
-class RankingOptions(_Body):
+class RankingOptions(Body):
     """How results are ranked; there is one ranker."""
 
     ranker: Literal["auto", "none", "default-2024-11-15"] = "auto"
     score_threshold: float = Field(default=0.0, ge=0, le=1)
 
 
-class SearchInput(_Body):
+class SearchInput(Body):
     """A search."""
 
     query: str | Annotated[list[str], Field(min_length=1, max_length=MAX_QUERIES)]

@@ -1,5 +1,7 @@
 // The service's native API, as this page uses it. Nothing else here makes a request.
 
+import { remember, remembered } from "./storage.js";
+
 /**
  * @typedef {{id: string, number: number, title: string | null, text: string, round: number,
  *   span: [number, number] | null}} Citation
@@ -37,13 +39,16 @@ export class ApiError extends Error {
 }
 
 const KEY = "msa-api-key";
+let held = remembered(KEY, "sessionStorage");
 
 /** @returns {string | null} the key that was given in this tab */
-export const key = () => sessionStorage.getItem(KEY);
+export const key = () => held;
 
 /** @param {string | null} value */
-export const setKey = (value) =>
-  value === null ? sessionStorage.removeItem(KEY) : sessionStorage.setItem(KEY, value);
+export function setKey(value) {
+  held = value;
+  remember(KEY, value, "sessionStorage");
+}
 
 /** @type {(why: string) => Promise<boolean>} asks the user for a key; set by the page */
 let askForKey = async () => false;
@@ -78,7 +83,6 @@ export const passage = (bank, number) => json(`d/${encodeURIComponent(bank)}/${n
 
 /** @returns {Record<string, string>} */
 function headers() {
-  const held = key();
   return { Accept: "application/json", ...(held ? { Authorization: `Bearer ${held}` } : {}) };
 }
 
@@ -159,8 +163,10 @@ export async function* ask(bank, body, signal) {
  * @param {object} [filter]
  * @returns {Promise<StoredDocument[]>} best first
  */
-export const search = async (bank, query, filter) =>
-  (await json(ofBank(bank, "/search"), { method: "POST", body: { query, top_k: 20, filter } })).data;
+export async function search(bank, query, filter) {
+  const body = { query, top_k: 20, filter };
+  return (await json(ofBank(bank, "/search"), { method: "POST", body })).data;
+}
 
 /**
  * @param {string} bank
@@ -193,7 +199,7 @@ export const deleteDocuments = (bank, ids, leaving = false) =>
  */
 export async function upload(bank, files, onProgress, signal) {
   const form = new FormData();
-  for (const file of files) form.append("files", file, file.webkitRelativePath || file.name);
+  for (const file of files) form.append("files", file);
   const sent = await sentForm(address(ofBank(bank, "/jobs")), form, onProgress, signal);
   if (sent.status === 401 && (await askForKey("This API key is not valid."))) {
     return upload(bank, files, onProgress, signal);
@@ -234,7 +240,8 @@ export const jobs = async (bank) => (await json(ofBank(bank, "/jobs"))).data;
 export const job = (id) => json(`api/jobs/${encodeURIComponent(id)}`);
 
 /** @param {string} id @returns {Promise<Response>} */
-export const cancelJob = (id) => request(`api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const cancelJob = (id) =>
+  request(`api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 
 /**
  * Server-sent events of a response, with their data read as JSON.
@@ -259,7 +266,10 @@ async function* events(response) {
   }
 }
 
-/** @param {string} block lines between two empty ones @returns {{event: string, data: any} | null} */
+/**
+ * @param {string} block lines between two empty ones
+ * @returns {{event: string, data: any} | null} null where there are only comments
+ */
 function parsedEvent(block) {
   let event = "message";
   const data = [];

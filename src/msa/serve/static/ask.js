@@ -1,7 +1,8 @@
 // Asking: a card per question, filled while the service's events come.
 
 import * as api from "./api.js";
-import { $, copy, fromTemplate, make, number, parseFilter, plural, say, seconds, show } from "./dom.js";
+import { $, copy, fromTemplate, make, parseFilter, say, show } from "./dom.js";
+import { number, plural, seconds } from "./dom.js";
 import { openPassage } from "./passage.js";
 import { trace } from "./trace.js";
 
@@ -247,7 +248,7 @@ class Card {
    */
   showChips(citations, refused = false) {
     const chips = this.part(".chips");
-    chips.setAttribute("aria-label", refused ? "Read in vain" : "Sources");
+    chips.setAttribute("aria-label", refused ? "Read, without finding the answer" : "Sources");
     chips.replaceChildren(
       ...citations.map((citation, place) => make("li", {}, this.chip(citation, place + 1))),
     );
@@ -316,6 +317,6 @@ function asLiteral(value) {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (value === null) return "None";
   if (typeof value !== "object") return JSON.stringify(value);
-  const items = Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${asLiteral(item)}`);
-  return `{${items.join(", ")}}`;
+  const pairs = Object.entries(value);
+  return `{${pairs.map((pair) => pair.map(asLiteral).join(": ")).join(", ")}}`;
 }

@@ -48,7 +48,7 @@ export const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? 
 
 /** @param {number} value @returns {string} seconds in words */
 export const seconds = (value) =>
-  value < 60 ? `${value.toFixed(1)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  value < 60 ? `${value.toFixed(1)} s` : `${Math.round(value / 60)} min`;
 
 /** @param {number} value @returns {string} bytes in decimal units */
 export function size(value) {

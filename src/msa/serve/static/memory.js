@@ -19,6 +19,9 @@ const pending = /** @type {Map<string, {bank: string, close: () => void, timer: 
   new Map()
 );
 
+/** Done when it is known what the document that is to be deleted is a part of. */
+let looking = Promise.resolve();
+
 export function startMemory() {
   $("search-form").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
@@ -39,6 +42,7 @@ export async function showMemory(name) {
   if (name !== bank) await sendDeletes();
   bank = name;
   const about = await api.bankInfo(name);
+  if (name !== bank) return about;
   mayWrite = about.scopes?.includes("write") ?? true;
   showNumbers(about);
   return about;
@@ -118,7 +122,7 @@ function row(stored) {
   const name = stored.title || stored.id;
   const open = make("button", { type: "button", class: "name", "aria-expanded": "false" }, name);
   open.addEventListener("click", () => openNumber(bank, stored.number, open));
-  const part = stored.num_parts && stored.num_parts > 1 ? `part ${stored.part} of ${stored.num_parts}` : null;
+  const part = stored.part_of ? `part ${stored.part} of ${stored.num_parts}` : null;
   const facts = [
     stored.id === name ? null : stored.id,
     part,
@@ -133,18 +137,17 @@ function row(stored) {
     make("p", { class: "snippet" }, stored.snippet ?? stored.text?.slice(0, 400) ?? ""),
     make("p", { class: "id" }, facts.filter(Boolean).join(" · ")),
   );
-  const id = stored.part_of || stored.id;
-  element.dataset.source = id;
-  element.hidden = pending.has(id);
-  if (mayWrite) element.append(removeButton(id, name));
+  element.dataset.source = stored.part_of || stored.id;
+  element.hidden = pending.has(element.dataset.source);
+  if (mayWrite) element.append(removeButton(stored));
   return element;
 }
 
 /** @param {any} value of metadata */
 const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
-/** @param {string} id @param {string} name */
-function removeButton(id, name) {
+/** @param {StoredDocument} stored */
+function removeButton(stored) {
   const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   icon.setAttribute("viewBox", "0 0 20 20");
   icon.setAttribute("aria-hidden", "true");
@@ -152,9 +155,37 @@ function removeButton(id, name) {
   path.setAttribute("d", "M4 6h12M8 6V4h4v2m-6 0 .7 10h6.6L14 6M8.5 9v4.5m3-4.5v4.5");
   icon.append(path);
   const button = make("button", { type: "button", class: "icon remove", title: "Delete" }, icon);
-  button.setAttribute("aria-label", `Delete ${name}`);
-  button.addEventListener("click", () => remove(id, name));
+  button.setAttribute("aria-label", `Delete ${stored.title || stored.id}`);
+  button.addEventListener("click", () => {
+    looking = removeWhole(stored);
+  });
   return button;
+}
+
+/** @param {StoredDocument} stored a document, or a part of one */
+async function removeWhole(stored) {
+  try {
+    const { part_of, num_parts } = await partOf(stored);
+    const name = part_of ? `${part_of}, all ${num_parts} parts` : stored.title || stored.id;
+    remove(part_of || stored.id, name);
+  } catch (error) {
+    toast(`Not deleted: ${/** @type {Error} */ (error).message}`, { alert: true });
+  }
+}
+
+/**
+ * What a document is a part of. Lists say so; of what was found it has to be asked.
+ * @param {StoredDocument} stored
+ * @returns {Promise<StoredDocument>}
+ */
+async function partOf(stored) {
+  if (stored.part_of !== undefined) return stored;
+  const about = await api.passage(bank, stored.number);
+  for (const element of $("documents").children) {
+    const { id } = element.dataset;
+    if (about.part_of && id.startsWith(`${about.part_of}#`)) element.dataset.source = about.part_of;
+  }
+  return about;
 }
 
 /**
@@ -196,6 +227,7 @@ function setHidden(id, hidden) {
  * @param {boolean} [leaving] true while the page goes away
  */
 export async function sendDeletes(leaving = false) {
+  if (!leaving) await looking;
   const all = [...pending];
   pending.clear();
   for (const [, { close, timer }] of all) {

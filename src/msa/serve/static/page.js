@@ -5,6 +5,7 @@ import { clearAnswers, openSource, startAsking, stop } from "./ask.js";
 import { $, make, plural, show, toast } from "./dom.js";
 import { list, sendDeletes, showMemory, startMemory } from "./memory.js";
 import { closePassage } from "./passage.js";
+import { remember, remembered } from "./storage.js";
 import { showRunning, startUploads } from "./upload.js";
 
 const THEMES = ["system", "light", "dark"];
@@ -31,6 +32,10 @@ async function start() {
   startKeys();
   addEventListener("hashchange", showView);
   $("banks").addEventListener("change", () => choose($("banks").value));
+  $("skip").addEventListener("click", (/** @type {Event} */ event) => {
+    event.preventDefault(); // the address tells the view
+    $("main").focus();
+  });
   $("help").addEventListener("click", () => $("help-box").showModal());
   showView();
   await loadBanks();
@@ -42,7 +47,7 @@ async function loadBanks() {
     $("banks").replaceChildren(...names.map((name) => new Option(name, name)));
     $("banks").disabled = names.length < 2;
     if (!names.length) return show($("ask-about"), "There is no memory bank for you here.");
-    const last = localStorage.getItem("msa-bank");
+    const last = remembered("msa-bank");
     await choose(last && names.includes(last) ? last : names[0]);
   } catch (error) {
     tellWhyNot(/** @type {Error} */ (error));
@@ -70,9 +75,11 @@ async function choose(name) {
   }
   bank = name;
   $("banks").value = name;
-  localStorage.setItem("msa-bank", name);
+  remember("msa-bank", name);
   try {
-    about = await showMemory(name);
+    const told = await showMemory(name);
+    if (bank !== name) return; // another was chosen meanwhile
+    about = told;
   } catch (error) {
     toast(/** @type {Error} */ (error).message, { alert: true, seconds: 8 });
     return;
@@ -80,7 +87,7 @@ async function choose(name) {
   const { num_ids: count, num_tokens: tokens } = about.info;
   document.title = `${name} · MSA`;
   $("empty").hidden = count > 0;
-  $("add-files").hidden = !mayWrite();
+  for (const id of ["add-files", "empty-how"]) $(id).hidden = !mayWrite();
   $("ask-about").textContent = count
     ? `${plural(count, "document")}, ${plural(tokens, "token")}`
     : "Nothing is in it yet";
@@ -100,13 +107,13 @@ function go(name) {
 }
 
 function showView() {
-  if (!["", "#ask", "#memory"].includes(location.hash)) return;
   for (const name of ["ask", "memory"]) {
     $(name).hidden = name !== view();
     if (name === view()) $(`to-${name}`).setAttribute("aria-current", "page");
     else $(`to-${name}`).removeAttribute("aria-current");
   }
   closePassage();
+  scrollTo(0, 0);
   if (view() === "memory") list();
   else if (matchMedia("(hover: hover)").matches) $("question").focus();
 }
@@ -152,7 +159,7 @@ function startColors() {
   $("theme").addEventListener("click", () => {
     const at = THEMES.indexOf(root.dataset.theme ?? "system");
     root.dataset.theme = THEMES[(at + 1) % THEMES.length];
-    localStorage.setItem("msa-theme", root.dataset.theme);
+    remember("msa-theme", root.dataset.theme ?? null);
     name();
   });
   name();
@@ -162,8 +169,8 @@ function startColors() {
 
 function startKeys() {
   const box = $("use-keys");
-  box.checked = localStorage.getItem(NO_KEYS) !== "1";
-  box.addEventListener("change", () => localStorage.setItem(NO_KEYS, box.checked ? "0" : "1"));
+  box.checked = remembered(NO_KEYS) !== "1";
+  box.addEventListener("change", () => remember(NO_KEYS, box.checked ? null : "1"));
   addEventListener("keydown", (event) => {
     if (document.querySelector("dialog:modal")) return;
     if (event.key === "Escape") {
@@ -181,7 +188,7 @@ function startKeys() {
 function press(key) {
   if (key === "/") {
     go("ask");
-    $(view() === "ask" ? "question" : "search").focus();
+    $("question").focus();
   } else if (key === "m") go("memory");
   else if (key === "a") go("ask");
   else if (key === "u") $("toasts").lastElementChild?.querySelector("button")?.click();

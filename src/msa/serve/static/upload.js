@@ -8,6 +8,7 @@ import { $, copy, fromTemplate, make, number, plural, say, seconds, show, toast 
 
 const FIRST = 8; // files that are shown
 const POLL_MS = 500;
+const MOST_BYTES = 200 * 2 ** 20; // of one request; more files go in several
 const ENDS = ["done", "failed", "cancelled"];
 const WORDS = /** @type {Record<string, string>} */ ({
   queued: "waiting",
@@ -50,7 +51,12 @@ export function startUploads(given) {
     event.preventDefault();
     depth = 0;
     $("drop").hidden = true;
-    if (context.mayWrite()) add(await dropped(/** @type {DataTransfer} */ (event.dataTransfer)));
+    if (!context.mayWrite()) return toast("This key may not add documents.", { alert: true });
+    try {
+      add(await dropped(/** @type {DataTransfer} */ (event.dataTransfer)));
+    } catch (error) {
+      toast(`This cannot be read: ${/** @type {Error} */ (error).message}`, { alert: true });
+    }
   });
 }
 
@@ -64,14 +70,17 @@ export async function showRunning(bank) {
 
 /** @param {DataTransfer} data @returns {Promise<File[]>} files, those in folders too */
 async function dropped(data) {
-  const entries = [...data.items].map((item) => item.webkitGetAsEntry?.() ?? null);
-  const found = await Promise.all(entries.map((e) => (e ? filesOf(e) : [])));
-  return found.some((some) => some.length) ? found.flat() : [...data.files];
+  const entries = [...data.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!entries.length) return [...data.files];
+  return (await Promise.all(entries.map(filesOf))).flat();
 }
 
-/** @param {any} entry @returns {Promise<File[]>} */
+/** @param {any} entry @returns {Promise<File[]>} named by their paths */
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    return [new File([file], entry.fullPath.slice(1))];
+  }
   const reader = entry.createReader();
   const files = [];
   for (;;) {
@@ -83,9 +92,25 @@ async function filesOf(entry) {
 
 /** @param {File[]} files */
 function add(files) {
-  if (!files.length || !context.bank()) return;
-  context.reveal();
-  new Upload(context.bank(), files).send();
+  if (!context.bank()) return;
+  if (!files.length) toast("There is no file in what was dropped.", { alert: true });
+  else context.reveal();
+  for (const some of batches(files)) new Upload(context.bank(), some).send();
+}
+
+/** @param {File[]} files @returns {File[][]} as many together as one request may carry */
+function batches(files) {
+  const found = /** @type {File[][]} */ ([]);
+  let bytes = Infinity;
+  for (const file of files) {
+    bytes += file.size;
+    if (bytes > MOST_BYTES) {
+      found.push([]);
+      bytes = file.size;
+    }
+    found[found.length - 1].push(file);
+  }
+  return found;
 }
 
 /** Files on their way into a bank. */
@@ -104,9 +129,7 @@ class Upload {
     this.part(".report").addEventListener("click", () => {
       copy(JSON.stringify(this.job, null, 2), "Report");
     });
-    this.part("h2").textContent = files.length
-      ? `Adding ${plural(files.length, "file")} to ${bank}`
-      : `Adding to ${bank}`;
+    this.part("h2").textContent = `${plural(files.length, "file")} for ${bank}`;
     this.part("progress").setAttribute("aria-label", "Progress");
   }
 
@@ -171,6 +194,7 @@ class Upload {
   /** @param {Job} job */
   show(job) {
     this.job = job;
+    this.part("h2").textContent = `${plural(job.total, "file")} for ${this.bank}`;
     const bar = this.part("progress");
     bar.value = job.total ? job.done / job.total : 0;
     this.part(".about").textContent = [
@@ -191,7 +215,8 @@ class Upload {
       return count ? `${number(count)} ${WORDS[status]}` : null;
     });
     const tokens = job.tokens ? plural(job.tokens, "token") : null;
-    this.finish([counts.filter(Boolean).join(", "), tokens, job.message].filter(Boolean).join(" · "));
+    const summary = [counts.filter(Boolean).join(", "), tokens, job.message];
+    this.finish(summary.filter(Boolean).join(" · "));
     context.changed();
   }
 
@@ -214,8 +239,9 @@ class Upload {
 
   /** @param {(JobFile & {sent?: number})[]} files those that failed first */
   showFiles(files) {
-    const bad = (/** @type {JobFile} */ file) => Number(!["failed", "skipped"].includes(file.status));
-    const sorted = [...files].sort((a, b) => bad(a) - bad(b));
+    const order = (/** @type {JobFile} */ file) =>
+      ["failed", "skipped"].includes(file.status) ? 0 : 1;
+    const sorted = [...files].sort((a, b) => order(a) - order(b));
     const rest = sorted.length - FIRST;
     this.part(".files").replaceChildren(
       ...sorted.slice(0, FIRST).map(fileRow),
