@@ -210,6 +210,7 @@ def test_an_app_that_fails_fails_here_too(serving):
     ("options", "message"),
     [
         (["--ray"], "msa serve --ray needs Ray Serve"),
+        (["--shards", "2"], "--shards (MSA_SHARDS) is for several processes; give --ray"),
         (["--ray", "--replicas", "0"], "--replicas (MSA_REPLICAS): Input should be greater"),
         (["--ray", "--shards", "0"], "--shards (MSA_SHARDS): Input should be greater"),
     ],

@@ -169,6 +169,7 @@ def serve(
             f"msa serve needs {error.name}; install it: pip install 'msa-memory[serve]'"
         ) from None
     settings = ServeSettings.load(banks=bank or None, **given)
+    _check_ray(settings)
     _check_banks(settings)
     if paths and not settings.banks:
         raise ConfigError(f"{paths[0]} is to be indexed into which bank? give --bank DIR")
@@ -176,6 +177,21 @@ def serve(
         _run_replicas(settings, paths or [])
     else:
         _run(settings, paths or [])
+
+
+def _check_ray(settings: ServeSettings) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    unused = settings.model_fields_set & {"ray_address", "replicas", "shards"}
+    if unused and not settings.ray:
+        name = min(unused)
+        raise ConfigError(
+            f"--{name.replace('_', '-')} (MSA_{name.upper()}) is for several processes; give --ray "
+            "(MSA_RAY=1) too, or leave it out"
+        )
 
 
 def _check_banks(settings: ServeSettings) -> None:
