@@ -39,7 +39,13 @@ from msa.errors import ConfigError, MSAError, WorkerError
 from msa.memory.distributed import cluster
 from msa.serve.app import create_app
 from msa.serve.banks import BankState
-from msa.serve.errors import CLIENT_GONE, ServiceError, unavailable
+from msa.serve.errors import (
+    CLIENT_GONE,
+    ServiceError,
+    log_failure,
+    service_error,
+    unavailable,
+)
 from msa.serve.gate import SAFE_METHODS, Gate
 from msa.serve.keys import Keys
 from msa.serve.request_log import REQUEST_ID, log_to_stderr
@@ -214,8 +220,8 @@ class Replica:
             elif not (safe and _ALIKE.fullmatch(path)):
                 await self._handed_on(scope, receive, send)
                 return
-        except ServiceError as error:
-            await error.response()(scope, receive, send)
+        except MSAError as error:
+            await service_error(error).response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -238,10 +244,10 @@ class Replica:
                 async for message in messages:
                     sent = True
                     await send(message)
-        except ServiceError:
+        except ServiceError as error:
             if not sent:
                 raise
-            # The server sees a response without its end, and breaks off the connection.
+            log_failure(error)  # the server sees a response without its end, and breaks off
 
     def _once_loaded(self, send: Send) -> Send:
         """Says that the replica has started when it can answer."""
