@@ -287,7 +287,7 @@ def test_a_search_runs_between_the_steps_of_questions():
 def test_a_search_of_an_empty_bank_finds_nothing():
     async def run(service, served):
         def retrieve(queries, top_k, filter):
-            raise EmptyBankError("/home/x holds no documents")
+            raise EmptyBankError("/srv/x holds no documents")
 
         served.engine.retrieve = retrieve
         assert await service.search(served, "q", 2, None, ANONYMOUS) == []

@@ -195,16 +195,16 @@ def test_counters_name_routes_not_addresses(client):
     [
         (InputError("the question is empty"), 400, "invalid_value"),
         (QuestionTooLongError("it needs 9 positions"), 400, "question_too_long"),
-        (EmptyBankError("Bank '/home/x' holds no documents"), 400, "empty_bank"),
-        (DocumentNotFoundError("bank '/home/x' holds none"), 404, "document_not_found"),
+        (EmptyBankError("Bank '/srv/x' holds no documents"), 400, "empty_bank"),
+        (DocumentNotFoundError("bank '/srv/x' holds none"), 404, "document_not_found"),
         (DuplicateDocumentError("'a' is there"), 409, "duplicate_document"),
-        (StorageError("/home/x: full"), 507, "disk_full"),
-        (BankError("bank '/home/x' is closed"), 500, "internal_error"),
-        (RuntimeError("/home/x"), 500, "internal_error"),
+        (StorageError("/srv/x: full"), 507, "disk_full"),
+        (BankError("bank '/srv/x' is closed"), 500, "internal_error"),
+        (RuntimeError("/srv/x"), 500, "internal_error"),
     ],
 )
 def test_errors_of_the_library_are_told_without_folders_of_this_machine(error, status, code):
     told = service_error(error)
     assert (told.status, told.code) == (status, code)
-    assert "/home" not in told.message
+    assert "/srv" not in told.message
     assert (told.headers or {}).get("x-should-retry") == ("false" if status == 409 else None)

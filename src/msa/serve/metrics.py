@@ -43,7 +43,7 @@ class Metrics:
         )
         self.first_token_seconds = Histogram(
             "msa_time_to_first_token_seconds",
-            "From the arrival of a question to the first token of its answer.",
+            "From the arrival of a streamed question to the first token of its answer.",
             buckets=_SECONDS,
             registry=own,
         )
