@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -351,6 +352,7 @@ def _start_replicas(serve: Any, settings: ServeSettings) -> None:
         return _replica(settings)
 
     quiet = {"enable_access_log": False, "log_level": "WARNING"}  # the app writes its own lines
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
     deployment = serve.deployment(
         serve.ingress(build)(),
