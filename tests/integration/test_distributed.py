@@ -123,6 +123,26 @@ def test_shards_select_and_fetch_what_one_process_does(bank, shards):
             assert (mine.text, mine.citations) == (theirs.text, theirs.citations)
 
 
+def test_processes_share_shards_until_the_one_that_writes_closes(bank):
+    with (
+        ShardedBank(bank, shards=2, timeout=PATIENCE, shared=True) as memory,
+        MemoryBank.open(bank.path, bank.model, bank.tokenizer, read_only=True) as reading,
+    ):
+        actors = list(memory._shards.actors)
+        with ShardedBank(reading, shards=2, timeout=PATIENCE, shared=True) as other:
+            assert pids(other._shards.actors) == pids(actors)
+            before = memory.view()
+            old = before.route(2, *queries(1, 3)).documents
+            bank.add([make_document("new")])
+            assert other.refresh()  # and gives up the state that `before` goes on to ask
+            assert len(other) == len(before) + 1
+            assert before.route(2, *queries(1, 3)).documents.tolist() == old.tolist()
+        assert memory.refresh()
+        same_answers(memory.view(), LoadedBank(bank).view())
+    with pytest.raises(ray.exceptions.RayActorError):
+        pids(actors)
+
+
 def test_fewer_documents_than_shards_and_none(model, tiny_tokenizer, tmp_path):
     with (
         MemoryBank.create(tmp_path / "few", model, tiny_tokenizer) as bank,

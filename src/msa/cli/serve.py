@@ -132,6 +132,27 @@ def serve(
             metavar="S",
         ),
     ] = None,
+    ray: Annotated[
+        bool | None, _option("Answer by several processes, on Ray Serve.", "RAY", "--ray")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        _option(
+            "Ray cluster to use: one is started on this machine if not given.",
+            "RAY_ADDRESS",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        _option("Processes that answer, with --ray: 2 if not given.", "REPLICAS", metavar="N"),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        _option(
+            "Processes that hold each bank, with --ray: 1 if not given.", "SHARDS", metavar="N"
+        ),
+    ] = None,
 ) -> None:
     """Serve banks over HTTP: for clients of OpenAI and MCP, with a native API and a page.
 
@@ -148,10 +169,29 @@ def serve(
             f"msa serve needs {error.name}; install it: pip install 'msa-memory[serve]'"
         ) from None
     settings = ServeSettings.load(banks=bank or None, **given)
+    _check_ray(settings)
     _check_banks(settings)
     if paths and not settings.banks:
         raise ConfigError(f"{paths[0]} is to be indexed into which bank? give --bank DIR")
-    _run(settings, paths or [])
+    if settings.ray:
+        _run_replicas(settings, paths or [])
+    else:
+        _run(settings, paths or [])
+
+
+def _check_ray(settings: ServeSettings) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    unused = settings.model_fields_set & {"ray_address", "replicas", "shards"}
+    if unused and not settings.ray:
+        name = min(unused)
+        raise ConfigError(
+            f"--{name.replace('_', '-')} (MSA_{name.upper()}) is for several processes; give --ray "
+            "(MSA_RAY=1) too, or leave it out"
+        )
 
 
 def _check_banks(settings: ServeSettings) -> None:
@@ -195,6 +235,21 @@ def _run(settings: ServeSettings, paths: list[Path]) -> None:
         listening.close()
     if service.failure is not None:
         raise service.failure
+
+
+def _run_replicas(settings: ServeSettings, paths: list[Path]) -> None:
+    """Serve on a cluster until told to stop.
+
+    Raises:
+        MSAError: see `msa.serve.replicas.serve_replicas`.
+    """
+    from msa.serve.replicas import serve_replicas
+
+    with _listen(settings.host, settings.port) as free:  # taken again by Ray Serve
+        address = _address(free)
+        settings = settings.model_copy(update={"port": free.getsockname()[1]})
+    output.print_note(f"Starting {settings.replicas} replicas")
+    serve_replicas(settings, paths, lambda: output.print_note(f"Serving at {address}"))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -51,17 +51,19 @@ def create_app(
     settings: ServeSettings,
     checkpoint: Checkpoint | Callable[[], Checkpoint] | None = None,
     paths: Sequence[Path] = (),
+    *,
+    read_only: bool = False,
 ) -> FastAPI:
     """The app of one service; `app.state.service` is there at once, loaded once it runs.
 
     Args:
         settings: how it runs.
-        checkpoint, paths: see `Service`.
+        checkpoint, paths, read_only: see `Service`.
 
     Raises:
         ConfigError: the key file cannot be used.
     """
-    service = Service(settings, checkpoint, paths)
+    service = Service(settings, checkpoint, paths, read_only=read_only)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +15,10 @@ from typing import TYPE_CHECKING
 from msa.errors import BankError, BankNotFoundError
 from msa.inference.engine import MemoryEngine
 from msa.memory.bank import MemoryBank
+from msa.memory.distributed.sharded_bank import ShardedBank
+from msa.memory.loaded import memory_plan
 from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.memory_plan import MemoryPlan
 from msa.memory.store.manifest import BANK_FILE
 from msa.serve.errors import ServiceError, conflict, invalid, unavailable
 from msa.serve.keys import ADMIN, READ, Principal
@@ -21,6 +26,23 @@ from msa.serve.settings import BANK_NAME, ServeSettings
 
 if TYPE_CHECKING:
     from msa.model.checkpoint import Checkpoint
+    from msa.model.modeling_msa import MSAForCausalLM
+
+
+CATCH_UP_PAUSE = 0.01  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class BankState:
+    """How far a bank has come.
+
+    Attributes:
+        created: when it was made; tells it from one of the same name that was removed.
+        generation: see `MemoryBank.generation`.
+    """
+
+    created: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +53,7 @@ class ServedBank:
         name: in addresses and models' names.
         bank: open for writing, unless the registry is read-only.
         engine: asks it.
-        memory: the bank as it is loaded.
+        memory: the bank as it is loaded, by this process or by shards.
         created_at: seconds since 1970.
         removable: whether it was made over the API, and may be removed over it.
     """
@@ -39,9 +61,21 @@ class ServedBank:
     name: str
     bank: MemoryBank
     engine: MemoryEngine
-    memory: LoadedBank
+    memory: LoadedBank | ShardedBank
     created_at: int
     removable: bool
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What of the bank lies where; of one in shards, as if one process held it."""
+        if isinstance(self.memory, LoadedBank):
+            return self.memory.plan
+        return memory_plan.plan(self.bank, memory=sys.maxsize)
+
+    @property
+    def state(self) -> BankState:
+        """The bank as it is on disk."""
+        return BankState(self.bank.manifest.created, self.bank.generation)
 
     def close(self) -> None:
         """Give up the memory, then the bank; waits for a thread that is writing."""
@@ -162,6 +196,41 @@ class BankRegistry:
         served.close()
         shutil.rmtree(served.bank.path)
 
+    def drop(self, served: ServedBank) -> None:
+        """Close a bank that another process removed. Nobody may be asking it."""
+        with self._changing:
+            if self._banks.get(served.name) is served:
+                del self._banks[served.name]
+        served.close()
+
+    def catch_up(self, states: Mapping[str, BankState], seconds: float) -> None:
+        """Open what another process made, and wait until all banks have come as far as there.
+
+        Args:
+            states: of the banks of that process.
+            seconds: longest wait.
+
+        Raises:
+            ServiceError: 503; it took longer.
+        """
+        self._check_loaded()
+        with self._changing:
+            for name in states.keys() - self._banks.keys():
+                folder = dict(self._folders()).get(name)
+                if folder is not None:
+                    self._banks[name] = self._open(name, folder)
+        end = time.monotonic() + seconds
+        while not self._reached(states):
+            if time.monotonic() > end:
+                raise unavailable("behind", "This replica does not see the latest writes yet.")
+            time.sleep(CATCH_UP_PAUSE)
+
+    def _reached(self, states: Mapping[str, BankState]) -> bool:
+        return all(
+            name in self._banks and self._banks[name].bank.generation >= state.generation
+            for name, state in states.items()
+        )
+
     @staticmethod
     def check_removable(served: ServedBank) -> None:
         """Refuse to remove what the service was started with.
@@ -202,8 +271,7 @@ class BankRegistry:
                 raise
             bank = MemoryBank.create(folder, self._checkpoint)
         try:
-            model = self._checkpoint.model
-            memory = LoadedBank(bank, model.device, content_dtype=model.dtype)
+            memory = self._load(bank, self._checkpoint.model)
             created = int(datetime.fromisoformat(bank.manifest.created).timestamp())
             removable = name not in self._settings.banks
             engine = MemoryEngine(bank, memory=memory)
@@ -211,6 +279,11 @@ class BankRegistry:
             bank.close()
             raise
         return ServedBank(name, bank, engine, memory, created, removable)
+
+    def _load(self, bank: MemoryBank, model: MSAForCausalLM) -> LoadedBank | ShardedBank:
+        if self._settings.ray:
+            return ShardedBank(bank, model.device, shards=self._settings.shards, shared=True)
+        return LoadedBank(bank, model.device, content_dtype=model.dtype)
 
 
 def _read_only() -> ServiceError:

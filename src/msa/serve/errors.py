@@ -24,6 +24,7 @@ from msa.errors import (
     MSAError,
     QuestionTooLongError,
     StorageError,
+    WorkerError,
 )
 
 _log = logging.getLogger("msa.serve")
@@ -156,6 +157,8 @@ def service_error(error: BaseException) -> ServiceError:
         return ServiceError(507, None, "disk_full", "The disk refused to write.")
     if isinstance(error, BudgetError):
         return unavailable("budget", "The bank does not fit into memory now.", 30)
+    if isinstance(error, WorkerError):
+        return unavailable("worker_away", "A process that holds a part of the bank is not there.")
     return ServiceError(500, None, "internal_error", "The service failed; its log has the details.")
 
 

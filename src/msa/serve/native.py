@@ -317,7 +317,7 @@ def _shown(answer: Answer, trace: bool) -> Answer:
 
 def _detail(served: ServedBank, caller: Principal) -> BankDetail:
     """What clients may know; folders of this machine are left out."""
-    plan = served.memory.plan
+    plan = served.plan
     info = asdict(served.bank.info())
     del info["path"]
     totals = {"memory_bytes": plan.memory_bytes, "device_bytes": plan.device_bytes}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
 
 from msa.serve.asking import AskService
-from msa.serve.banks import BankRegistry
+from msa.serve.banks import BankRegistry, BankState, ServedBank
 from msa.serve.errors import ServiceError, log_failure
 from msa.serve.fairness import Turns
 from msa.serve.jobs import Jobs
@@ -141,10 +142,30 @@ class Service:
         served = self.registry.get(name, principal, ADMIN)
         self.registry.check_removable(served)
         await asyncio.to_thread(self.jobs.forget_bank, name)
-        gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
-        await self.asking.fail(lambda ask: ask.served is served, gone)
+        await self._fail_asks(served)
         await self.asking.call(lambda: self.registry.remove(name, principal))
         await asyncio.to_thread(self.jobs.forget_bank, name)  # of what came meanwhile
+
+    async def follow(self, states: Mapping[str, BankState], seconds: float) -> None:
+        """Have the same banks as the process that writes them, none of them older.
+
+        Args:
+            states: of the banks there.
+            seconds: longest wait for what was written there to be seen here.
+
+        Raises:
+            ServiceError: 503; it took longer, or this service is not ready.
+        """
+        for served in self.registry.all():
+            state = states.get(served.name)
+            if state is None or state.created != served.state.created:
+                await self._fail_asks(served)
+                await self.asking.call(partial(self.registry.drop, served))
+        await asyncio.to_thread(self.registry.catch_up, states, seconds)
+
+    async def _fail_asks(self, served: ServedBank) -> None:
+        gone = ServiceError(404, None, "bank_not_found", "The bank was removed.")
+        await self.asking.fail(lambda ask: ask.served is served, gone)
 
 
 def service_of(request: Request) -> Service:

@@ -44,6 +44,9 @@ class ServeSettings(BaseSettings):
         body_seconds: in which a JSON body must have come, and the next piece of an upload.
         max_encode_jobs: index jobs that wait.
         encode_share: part of the time that index work gets at least while questions run.
+        ray: run replicas on Ray Serve; see `msa.serve.replicas`.
+        ray_address: of the cluster; one is started on this machine if not given.
+        replicas: processes that answer; shards: processes that hold each bank, for all of them.
     """
 
     model_config = SettingsConfigDict(env_prefix="MSA_", extra="forbid", frozen=True)
@@ -74,6 +77,10 @@ class ServeSettings(BaseSettings):
     body_seconds: float = Field(30.0, gt=0)
     max_encode_jobs: int = Field(100, ge=1)
     encode_share: float = Field(0.2, gt=0, le=1)
+    ray: bool = False
+    ray_address: str | None = None
+    replicas: int = Field(2, ge=1)
+    shards: int = Field(1, ge=1)
 
     @field_validator("banks", mode="before")
     @classmethod

@@ -10,6 +10,8 @@ from typing import Any
 from msa.errors import InputError, MSAError, WorkerError
 
 RESTARTS = 3  # of one actor, and repetitions of a call that it died of
+NAMESPACE = "msa"
+"""Of all actors that have a name."""
 
 
 def connect(address: str | None = None) -> Any:
@@ -43,7 +45,13 @@ def connect(address: str | None = None) -> Any:
     return ray
 
 
-def spawn(kind: type, count: int, gpus: float, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+def spawn(
+    kind: type,
+    count: int,
+    gpus: float,
+    arguments: Sequence[tuple[Any, ...]],
+    name: str | None = None,
+) -> list[Any]:
     """Actors, spread over the nodes; Ray restarts one that dies and repeats what it was doing.
 
     Args:
@@ -51,16 +59,23 @@ def spawn(kind: type, count: int, gpus: float, arguments: Sequence[tuple[Any, ..
         count: how many.
         gpus: GPUs that each reserves.
         arguments: of every actor's constructor.
+        name: all processes of the cluster that spawn under it get the same actors, which live
+            until they are killed; without one they end with this process.
     """
     ray = connect()
-    actor = ray.remote(kind).options(
-        num_cpus=0,  # they share what CPUs there are, as threads would
-        num_gpus=gpus,
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-        scheduling_strategy="SPREAD",
-    )
-    return [actor.remote(*arguments[i]) for i in range(count)]
+    named: list[dict[str, Any]] = [{}] * count
+    if name is not None:
+        shared = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        named = [{"name": f"{name}/{i}", **shared} for i in range(count)]
+    actor = ray.remote(kind)
+    how: dict[str, Any] = {
+        "num_cpus": 0,  # they share what CPUs there are, as threads would
+        "num_gpus": gpus,
+        "max_restarts": RESTARTS,
+        "max_task_retries": RESTARTS,
+        "scheduling_strategy": "SPREAD",
+    }
+    return [actor.options(**how, **named[i]).remote(*arguments[i]) for i in range(count)]
 
 
 def per_node(count: int) -> int:

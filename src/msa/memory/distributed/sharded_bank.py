@@ -25,6 +25,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,15 +82,20 @@ class Shard:
         self._path, self._shard, self._beside, self._options = path, (rank, world), beside, options
         self._loaded: LoadedBank | None = None  # what is wrong with it is told by `load`
         self._views: dict[int, BankSnapshot] = {}
+        self._readers: Counter[int] = Counter()  # of a generation, who loaded it and may ask
 
     def load(self) -> ShardState:
-        """Take up the bank as it is now."""
+        """Take up the bank as it is now, and keep that until it is released as often."""
+        view = self._latest()
+        self._views[view.generation] = view
+        self._readers[view.generation] += 1
+        return ShardState(view.generation, view.num_rows, view.num_documents)
+
+    def _latest(self) -> BankSnapshot:
         if self._loaded is None:
             self._loaded = self._opened()
         self._loaded.refresh()
-        view = self._loaded.view()
-        self._views[view.generation] = view
-        return ShardState(view.generation, view.num_rows, view.num_documents)
+        return self._loaded.view()
 
     def _opened(self) -> LoadedBank:
         bank, options = MemoryBank.open(self._path, read_only=True), dict(self._options)
@@ -105,8 +111,11 @@ class Shard:
         return LoadedBank(bank, shard=self._shard, **options)
 
     def release(self, generation: int) -> None:
-        """Nobody asks for this state any more."""
-        self._views.pop(generation, None)
+        """One who loaded this state asks for it no more."""
+        self._readers[generation] -= 1
+        if self._readers[generation] <= 0:
+            del self._readers[generation]
+            self._views.pop(generation, None)
 
     def route(
         self,
@@ -168,11 +177,14 @@ class Shard:
         Raises:
             WorkerError: the bank has changed since.
         """
-        if generation not in self._views and self.load().generation != generation:
-            raise WorkerError(
-                f"shard {self._shard[0]} of {self._shard[1]} was restarted and the bank has "
-                "changed meanwhile; ask again"
-            )
+        if generation not in self._views:
+            view = self._latest()
+            if view.generation != generation:
+                raise WorkerError(
+                    f"shard {self._shard[0]} of {self._shard[1]} was restarted and the bank has "
+                    "changed meanwhile; ask again"
+                )
+            self._views[generation] = view
         return self._views[generation]
 
 
@@ -189,10 +201,10 @@ class _Shards:
         found: list[Any] = cluster.gather(refs, self._timeout, "a shard of the bank")
         return found
 
-    def release(self, generation: int) -> None:
-        """Let all shards forget a state; nothing is waited for."""
-        for actor in self.actors:
-            actor.release.remote(generation)
+    def release(self, states: Sequence[ShardState]) -> None:
+        """Give up what each shard has loaded; nothing is waited for."""
+        for actor, state in zip(self.actors, states, strict=False):  # no actors once closed
+            actor.release.remote(state.generation)
 
 
 class _State:
@@ -203,7 +215,8 @@ class _State:
         self.generation = states[0].generation
         self.num_rows = sum(state.num_rows for state in states)
         self.num_documents = sum(state.num_documents for state in states)
-        weakref.finalize(self, shards.release, self.generation).atexit = False
+        self.release = weakref.finalize(self, shards.release, states)
+        self.release.atexit = False
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """See `_Shards.ask`."""
@@ -225,6 +238,8 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
         address: of a Ray cluster; by default one is started on this machine.
         gpus_per_shard: GPUs that each shard reserves, for its routing keys; 0 holds them in RAM.
         timeout: seconds to wait for a shard's answer, its restart included.
+        shared: use the shards that other processes of the cluster hold of this bank, or start them
+            for all. They go on when this one closes, unless its bank is open for writing.
         **options: of `LoadedBank`, such as dtype, content_dtype, top_k.
 
     Raises:
@@ -243,6 +258,7 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
         gpus_per_shard: float = 0,
         timeout: float = DEFAULT_TIMEOUT,
         top_k: int | None = None,
+        shared: bool = False,
         **options: Any,
     ) -> None:
         if shards < 1 or timeout <= 0:
@@ -259,8 +275,10 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
         cluster.connect(address)
         beside = cluster.per_node(shards)
         arguments = [(bank.path, rank, shards, beside, dict(options)) for rank in range(shards)]
-        actors = cluster.spawn(Shard, shards, gpus_per_shard, arguments)
+        name = f"{bank.path}/{bank.manifest.created}/{shards}" if shared else None
+        actors = cluster.spawn(Shard, shards, gpus_per_shard, arguments, name)
         self._shards = _Shards(actors, timeout)
+        self._ends_shards = not (shared and bank.read_only)
         self._lock = threading.Lock()
         try:
             self._view = self._loaded()
@@ -269,9 +287,11 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
             raise
 
     def close(self) -> None:
-        """End the shards; calling it twice does nothing."""
+        """End the shards, or leave them to others; calling it twice does nothing."""
+        if not self._ends_shards and hasattr(self, "_view"):
+            self._view._state.release()
         actors, self._shards.actors = self._shards.actors, []
-        for actor in actors:
+        for actor in actors if self._ends_shards else ():
             cluster.connect().kill(actor)
 
     @property
@@ -317,13 +337,16 @@ class ShardedBank(ClosedAtExit, LatestReader["ShardedSnapshot"]):
 
     def _loaded(self) -> ShardedSnapshot:
         """The present state; if a commit came between, the shards load again."""
+        least = self.bank.generation  # on another machine, a commit may be seen later
         states: list[ShardState] = []
         for attempt in range(_LOAD_ATTEMPTS):
             if attempt:
                 time.sleep(_LOAD_PAUSE)
             states = self._shards.ask("load")
-            if len({state.generation for state in states}) == 1:
+            generations = [state.generation for state in states]
+            if min(generations) == max(generations) >= least:
                 break
+            self._shards.release(states)
         else:
             found = ", ".join(str(state.generation) for state in states)
             raise WorkerError(
