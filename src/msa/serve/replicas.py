@@ -398,7 +398,7 @@ def _ray_serve() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"msa serve --ray needs Ray Serve ({str(error).splitlines()[0]}); install it: "
-            "pip install 'msa-memory[replicas]'"
+            "pip install 'msa-memory[serve,replicas]'"
         ) from None
     return serve
 
