@@ -41,7 +41,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/pip
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL_TORCH)
-	$(INSTALL) '.[dev,train,evaluate,documents,replicas,serve-test,docs,release]'
+	$(INSTALL) '.[dev,train,evaluate,documents,distributed,serve,replicas,serve-test,docs,release]'
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core
