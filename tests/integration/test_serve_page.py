@@ -389,7 +389,8 @@ def test_files_are_dropped_on_the_page_and_their_job_is_found_again(page, servic
         expect(job.locator(".about").first).to_contain_text("Reading")
         page.reload()
         expect(job.locator(".files li")).to_contain_text("lighthouse.txt")
-        job.get_by_role("button", name="Cancel").click()
+        with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            job.get_by_role("button", name="Cancel").click()
     finally:
         go_on.set()
     expect(job).to_have_class(re.compile("finished"))
