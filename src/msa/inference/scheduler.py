@@ -82,7 +82,7 @@ class Scheduler:
     max_rows: int = 16
     prefill_tokens: int = PREFILL_TOKENS
     _new: deque[Request] = field(default_factory=deque)
-    _waiting: list[Interleave] = field(default_factory=list)  # for their prefill
+    _waiting: list[tuple[Interleave, LocalContext]] = field(default_factory=list)  # for a prefill
     _cohorts: list[_Cohort] = field(default_factory=list)
     _events: list[tuple[Request, Event | MSAError]] = field(default_factory=list)
 
@@ -107,12 +107,13 @@ class Scheduler:
         """Forget a question, wherever it is; no event of it comes any more."""
         if request in self._new:
             self._new.remove(request)
-        self._waiting = [run for run in self._waiting if run.request is not request]
+        self._waiting = [some for some in self._waiting if some[0].request is not request]
         self._leave(lambda run: run.request is request)
 
     def clear(self) -> list[Request]:
         """Forget all questions; those that were forgotten."""
-        runs = [*self._waiting, *(run for cohort in self._cohorts for run in cohort.runs)]
+        runs = [run for run, _ in self._waiting]
+        runs += [run for cohort in self._cohorts for run in cohort.runs]
         forgotten = [*self._new, *(run.request for run in runs)]
         self._new.clear()
         self._waiting, self._cohorts = [], []
@@ -131,7 +132,7 @@ class Scheduler:
         """
         self._events = []
         while self._new and self._under_way < self.max_rows:
-            self._waiting.append(Interleave(self._new.popleft()))
+            self._wait(Interleave(self._new.popleft()))
         if self._waiting:
             self._prefill(self._next_prompts())
         for cohort in self._cohorts.copy():
@@ -141,21 +142,22 @@ class Scheduler:
 
     # ---- prefill
 
+    def _wait(self, run: Interleave) -> None:
+        """Let a question wait for the prefill of its next round."""
+        self._waiting.append((run, run.context()))
+
     def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
         """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
-        found = sorted(
-            ((run, run.context()) for run in self._waiting), key=lambda some: len(some[1].input_ids)
-        )
+        found = sorted(self._waiting, key=lambda some: len(some[1].input_ids))
         count = 1
         while (
             count < len(found)
             and (count + 1) * len(found[count][1].input_ids) <= self.prefill_tokens
         ):
             count += 1
-        taken = found[:count]
-        gone = {id(run) for run, _ in taken}
-        self._waiting = [run for run in self._waiting if id(run) not in gone]
-        return taken
+        taken = {id(run) for run, _ in found[:count]}
+        self._waiting = [some for some in self._waiting if id(some[0]) not in taken]
+        return found[:count]
 
     def _prefill(self, prompts: Sequence[tuple[Interleave, LocalContext]]) -> None:
         """Run the model on whole contexts, routing included, and begin the round of each."""
@@ -296,7 +298,7 @@ class Scheduler:
             cohort.rows[i] = writer
             cohort.decoder.rewind([i])
         elif run.rounds[-1].read:
-            self._waiting.append(run)
+            self._wait(run)
         else:
             ending.append(i)
         return again
