@@ -28,8 +28,8 @@ def test_no_more_are_let_in_than_may_run_and_wait():
     tickets = [admission.admit(ALICE) for _ in range(5)]
     error = refusal(admission, BOB)
     assert (error.status, error.code) == (429, "queue_full")
-    tickets[0].leave()
-    tickets[0].leave()  # twice: one place only
+    tickets[0].close()
+    tickets[0].close()  # twice: one place only
     admission.admit(BOB)
     assert refusal(admission, BOB).code == "queue_full"
     assert admission.inside == 5

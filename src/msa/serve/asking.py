@@ -242,7 +242,7 @@ class AskService:
         ask = self._new(
             served, question, filter, changes, principal.name, deadline_s, stream=stream
         )
-        ask.on_end(ticket.leave)
+        ask.on_end(ticket.close)
         await self._begun(ask, client)
         return ask
 

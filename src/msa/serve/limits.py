@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from types import TracebackType
-from typing import Self
 
+from msa.memory.store.lifetime import ClosedAtExit
 from msa.serve.errors import ServiceError
 from msa.serve.keys import ANONYMOUS, Principal
 
@@ -58,7 +57,7 @@ class Admission:
         return Ticket(self, principal.name)
 
     def leave(self, name: str, seconds: float) -> None:
-        """A request has ended; see `Ticket.leave`."""
+        """A request has ended; see `Ticket.close`."""
         self._inside[name] -= 1
         if not self._inside[name]:
             del self._inside[name]
@@ -69,7 +68,7 @@ class Admission:
         return too_many(code, message, waiting * self.seconds_each / self._running)
 
 
-class Ticket:
+class Ticket(ClosedAtExit):
     """One admitted request; a context that gives its place back."""
 
     def __init__(self, admission: Admission, name: str) -> None:
@@ -77,19 +76,8 @@ class Ticket:
         self._name = name
         self._entered = time.monotonic()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Give the place back; the second time does nothing."""
         if self._admission is not None:
             self._admission.leave(self._name, time.monotonic() - self._entered)
             self._admission = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.leave()
