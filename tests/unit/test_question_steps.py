@@ -98,6 +98,23 @@ def test_a_routing_sample_asks_for_all_gold_documents_and_teaches_no_words(sourc
         assert "lamp of" in row.routes
 
 
+def test_a_round_names_all_gold_documents_and_no_other(sources, tiny_tokenizer):
+    rows = rows_of(make(sources(), tiny_tokenizer, name_documents=4), tiny_tokenizer)
+    encoder = PromptEncoder(tiny_tokenizer)
+    for row in rows:
+        assert not row.route_only
+        assert not row.read
+        assert row.positives == set(row.gold)
+        numbers = [row.numbers[name] for name in row.gold]
+        assert row.taught == tiny_tokenizer.decode(encoder.written(numbers))
+    assert {len(row.gold) for row in rows} == {1, 2}
+
+
+def test_a_set_that_does_not_route_names_nothing(sources, tiny_tokenizer):
+    steps = make(sources(routes=False), tiny_tokenizer, name_documents=4)
+    assert not any(steps[i]["groups"] for i in range(len(steps)))
+
+
 def test_a_later_routing_sample_asks_for_what_is_left_behind_a_text(sources, tiny_tokenizer):
     rows = rows_of(make(sources(), tiny_tokenizer, route_again=4), tiny_tokenizer)
     for row in rows:

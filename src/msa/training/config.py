@@ -237,6 +237,7 @@ class QuestionStage(Settings):
             routing layer are run.
         route_again: the same of a later round: behind the first gold document of several, or behind
             documents that do not help.
+        name_documents: samples of round 1 that name all gold documents, at most 4, and no other.
         read: samples that read all gold documents, end the retrieval and answer.
         hop: samples of a second round: the first gold document is read, the others are named.
         again: samples of a second round after reading what does not help.
@@ -261,6 +262,7 @@ class QuestionStage(Settings):
     max_read_tokens: Count = 900
     route: Whole = 24
     route_again: Whole = 0
+    name_documents: Whole = 0
     read: Whole = 0
     hop: Whole = 0
     again: Whole = 0

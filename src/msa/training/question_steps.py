@@ -34,10 +34,11 @@ from msa.training.samples import (
     pad,
 )
 
-# Weights of the tokens of a number: that one is asked for at all is learned in full, which one is
-# mostly the router's to say.
-DECISION_WEIGHT = 1.0
+# Weights of the tokens of a round: whether a number comes, or the end, counts double; which number
+# is mostly the router's to say.
+DECISION_WEIGHT = 2.0
 NUMBER_WEIGHT = 0.05
+MAX_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class QuestionSteps(Dataset[dict[str, object]]):
 
     def __getitem__(self, index: int) -> dict[str, object]:
         rng = random.Random(f"{self.seed}/{self.stage.name}/{index}")
-        language = self.stage.read or self.stage.again or self.stage.refuse or self.stage.hop
+        stage = self.stage
+        language = stage.name_documents or stage.read or stage.again or stage.refuse or stage.hop
         able = [s for s in self.sources if (s.settings.reads if language else s.settings.routes)]
         source = rng.choices(able, [s.settings.weight for s in able])[0]
         return _Step(self.stage, source, self.encoder, rng).tensors(self.top_k)
@@ -135,6 +137,7 @@ class _Step:
         reading = rng.sample(self.chosen, len(self.chosen)) if self.source.settings.reads else []
         language: list[Sample] = []
         plans = (
+            (stage.name_documents, self._named),
             (stage.read, self._answered),
             (stage.hop, self._next),
             (stage.again, self._again),
@@ -250,9 +253,11 @@ class _Step:
 
     def _name(self, sample: Sample, rows: Sequence[int]) -> Sample:
         """The model goes on reading."""
-        ids = self.encoder.written([self.numbers[row] for row in rows])
-        sample.write(ids[:1], DECISION_WEIGHT)
-        sample.write(ids[1:], NUMBER_WEIGHT)
+        for row in rows:
+            ids = self.encoder.number(self.numbers[row])
+            sample.write(ids[:1], DECISION_WEIGHT)
+            sample.write(ids[1:], NUMBER_WEIGHT)
+        sample.write(self.encoder.written([]), DECISION_WEIGHT)
         sample.positives = list(rows) if self.source.settings.routes else []
         return sample
 
@@ -344,6 +349,13 @@ class _Step:
         ids = self.encoder.answer(text)
         sample.write(ids[:lead_in], 0.0)
         sample.write(ids[lead_in:], 1.0)
+
+    def _named(self, row: int) -> Sample | None:
+        """Round 1: all gold documents, one or several, and then no further one."""
+        if not self.source.settings.routes:
+            return None
+        gold = [self.rows[key] for key in self._question(row).gold]
+        return self._name(self._begin(row, []), gold[:MAX_NAMED])
 
     def _next(self, row: int) -> Sample | None:
         """A second hop: the first document is read, the others are to be found."""
