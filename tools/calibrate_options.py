@@ -33,7 +33,6 @@ from msa.inference.fusion import fuse
 from msa.inference.options import (
     BIAS,
     REFUSAL_LOGIT,
-    ROUTING_MARGIN,
     ROUTING_SCORE,
     AskOptions,
 )
@@ -47,9 +46,11 @@ DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 LAYER_STEPS = (0.5, 0.75, 1.0, 1.5, 2.0)
 # Rounds, and the least and most documents of one: from little to much reading.
-READING = ((1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2))
+READING = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 2), (2, 2, 2))
 WORTH_MORE = 1.0  # F1, in percent
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN)  # known before the answer is written
+# Known before the answer is written. Not the margin between the best documents: in a larger bank
+# than these it is smaller for every question.
+FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE)
 
 
 @dataclass(frozen=True, slots=True)
