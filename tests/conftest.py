@@ -34,6 +34,15 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="module")
+def one_ray(tmp_path_factory):
+    """Test processes that run beside each other have one cluster of Ray at a time."""
+    from filelock import FileLock
+
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
+
+
 def make_tiny_model(seed: int = 0, **overrides):
     from msa import MSAConfig, MSAForCausalLM
 

@@ -38,7 +38,7 @@ PATIENCE = 300.0  # seconds to wait for a worker: for a hang, not for a slow mac
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
+def cluster(one_ray):
     """One cluster for all tests; its workers find the tests' modules and the package."""
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
@@ -328,7 +328,7 @@ def test_commands_over_workers_and_shards(tmp_path, capsys):
 
 
 def test_indexing_that_is_killed_goes_on_with_the_same_command(tmp_path):
-    lines = [{"id": f"d{i}", "text": f"Person {i} lives in town {i}. " * 30} for i in range(150)]
+    lines = [{"id": f"d{i}", "text": f"Person {i} lives in town {i}. " * 10} for i in range(60)]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     bank = tmp_path / "bank"
@@ -350,7 +350,7 @@ def test_indexing_that_is_killed_goes_on_with_the_same_command(tmp_path):
     assert again.returncode == 0, again.stderr
     report = json.loads(again.stdout)
     assert report["unchanged"] > 0
-    assert report["added"] + report["unchanged"] == 150
+    assert report["added"] + report["unchanged"] == 60
     with MemoryBank.open(bank) as found:
         assert found.verify().ok
         assert not found.verify().orphans
@@ -367,5 +367,5 @@ def progress(state):
     print("committed", flush=True)
     time.sleep(60)
 with EncodingPool(bank, 2) as pool:
-    bank.add(documents, pool=pool, commit_tokens=2000, progress=progress)
+    bank.add(documents, pool=pool, commit_tokens=1000, progress=progress)
 """

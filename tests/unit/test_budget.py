@@ -350,7 +350,7 @@ def test_a_plan_that_cannot_be_made_is_one_line(run, words, code, message):
 
 
 def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each):
-    """A bank of random states in bfloat16, as they would lie there; no document is encoded."""
+    """A bank of random states in bfloat16, alike in all segments; no document is encoded."""
     from msa.memory.store.catalog import CatalogRow
     from msa.memory.store.records import EncodedBatch
     from msa.types import Document, LatentStates, LayerStates
@@ -359,12 +359,12 @@ def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each
     generator = torch.Generator().manual_seed(0)
     counts = torch.full((documents_each,), chunks_each)
     shape = (documents_each * chunks_each, bank.manifest.num_key_value_heads, model.config.head_dim)
+    layers = {}
+    for layer in bank.manifest.routing_layers:
+        states = [torch.randn(shape, generator=generator) for _ in range(3)]
+        states[2] = torch.nn.functional.normalize(states[2], dim=-1)
+        layers[layer] = LayerStates(*(t.bfloat16() for t in states))
     for start in range(1, num_segments * documents_each, documents_each):
-        layers = {}
-        for layer in bank.manifest.routing_layers:
-            states = [torch.randn(shape, generator=generator) for _ in range(3)]
-            states[2] = torch.nn.functional.normalize(states[2], dim=-1)
-            layers[layer] = LayerStates(*(t.bfloat16() for t in states))
         numbers = tuple(range(start, start + documents_each))
         written = bank._writer.write_all([EncodedBatch(numbers, LatentStates(counts, layers))])
         rows = [
