@@ -50,7 +50,13 @@ WITHIN = {
         {"convert"},
         {"loading"},
     ],
-    "text": [{"prompts"}, {"loaders"}, {"splitting"}],
+    "text": [
+        {"prompts"},
+        {"decoding"},
+        {"conversion", "files", "tables"},
+        {"loaders"},
+        {"splitting"},
+    ],
     "memory": [
         {"latent"},
         {"store"},
