@@ -61,7 +61,7 @@ WITHIN = {
         {"latent"},
         {"store"},
         {"ingest", "search"},
-        {"maintenance"},
+        {"maintenance", "stored_documents"},
         {"bank"},
         {"loaded"},
         {"distributed"},
