@@ -166,7 +166,7 @@ class Scheduler:
         form = runs[0].request.format
         groups = _groups(runs)
         readers = [
-            CandidateReader(runs[rows[0]].request.library.reader, form.top_k) for rows in groups
+            CandidateReader(runs[rows[0]].request.snapshot.reader, form.top_k) for rows in groups
         ]
         memory = readers[0] if len(groups) == 1 else _Together(readers, groups)
         decoder = Decoder(
@@ -205,7 +205,7 @@ class Scheduler:
         reader.check()  # an error of the model, not of this memory
         try:
             found = candidates(
-                reader, first.library, first.options, [run.query() for run, _ in prompts]
+                reader, first.snapshot, first.options, [run.query() for run, _ in prompts]
             )
         except MSAError as error:
             self._events += [(run.request, error) for run, _ in prompts]
@@ -304,7 +304,7 @@ class Scheduler:
         return again
 
     def _begin_answers(self, decoder: Decoder, runs: list[Interleave]) -> None:
-        """State questions again behind their prompts, and let the model answer."""
+        """State questions again after their prompts, and let the model answer."""
         decoder.feed([run.begin_answer() for run in runs])
         for refusal in {tuple(run.refusal) for run in runs if run.refusal}:
             likely = decoder.log_probability(refusal)
@@ -329,7 +329,7 @@ def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
     """Rows whose questions go to one state of a memory in the same way."""
     groups: dict[tuple[int, int], list[int]] = {}
     for row, run in enumerate(runs):
-        key = id(run.request.library), id(run.request.options)
+        key = id(run.request.snapshot), id(run.request.options)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

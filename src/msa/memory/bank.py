@@ -360,7 +360,7 @@ class MemoryBank(StoredDocuments, ClosedAtExit, NotPickled):
         """Give documents other metadata; in one commit. Texts and numbers stay as they are.
 
         Args:
-            metadata: id, as given to `add`, -> all of the document's metadata from now on.
+            metadata: id, as passed to `add`, -> all of the document's metadata from now on.
 
         Raises:
             DocumentNotFoundError: the bank does not hold one of them.
@@ -383,7 +383,7 @@ class MemoryBank(StoredDocuments, ClosedAtExit, NotPickled):
         Texts are erased at once; latent states stay on disk, unread, until `compact`.
 
         Args:
-            ids: as given to `add`.
+            ids: as passed to `add`.
 
         Returns:
             How many ids were deleted.

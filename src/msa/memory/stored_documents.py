@@ -161,7 +161,7 @@ class StoredDocuments:
         """The documents that share the rarest words with each query, by BM25 (k1 1.2, b 0.75).
 
         A query is plain text; nothing in it is an operator. It answers from the latest commit:
-        whoever asks an older state of the bank has to drop numbers that this state does not hold.
+        a caller that asks an older state has to drop numbers that this state does not hold.
 
         Args:
             queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop

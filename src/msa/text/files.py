@@ -22,7 +22,7 @@ class LoadFailure:
     """Something that gave no document, and why.
 
     Attributes:
-        source: the path as given, with the line where it is known.
+        source: the path as the caller wrote it, with the line where it is known.
         reason: one line, saying what to do where something can be done.
         ignored: True for what a folder happened to hold (hidden files, other file types, copies of
             a record); False for what was asked for and could not be used.

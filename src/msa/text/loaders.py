@@ -75,7 +75,7 @@ class LoadedDocument:
 
     Attributes:
         document: the document, in NFC; its text is not blank, its id not too long.
-        source: the path as given, with the line where a file holds several documents.
+        source: the path as the caller wrote it, with the line where a file holds several documents.
         origin: the file's path below the root, whatever path was given.
         note: what had to be guessed to read it; None for nothing.
     """

@@ -2,7 +2,7 @@
 
 `LoadedBank` follows the bank (`refresh`); a `BankSnapshot` is one consistent state of it, and the
 `MemoryReader` that a question uses from beginning to end. Views share the routing keys: new
-documents are written behind the rows of the views that are in use, never over them. What lies where
+documents are written after the rows of the views that are in use, never over them. What lies where
 is decided by a `msa.memory.loaded.memory_plan.MemoryPlan`.
 
 Shapes: B batch, T query tokens, N rows (documents loaded, deleted ones included until the next
@@ -23,10 +23,10 @@ from torch import Tensor
 from msa.errors import BankError, BudgetError, EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded import memory_plan
-from msa.memory.loaded.claims import CLAIMS, Claim
 from msa.memory.loaded.content_store import ContentStore
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.memory_plan import MemoryPlan
+from msa.memory.loaded.reservations import RESERVATIONS, Reservation
 from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
 from msa.memory.search.layer_index import FlatIndex, LayerIndex
 from msa.memory.search.layer_keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
@@ -186,7 +186,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
-    views do not mean the same documents after a `compact`. What its plan claims of the memory is
+    views do not mean the same documents after a `compact`. What its plan reserves of the memory is
     counted for other banks of the process, until `close` or until it is collected.
 
     Args:
@@ -198,7 +198,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         content_dtype: of the content that is handed out; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
         shard: (rank, world), to hold one of `world` shares of the bank (see `Partition`). A share
-            is loaded anew when documents were added, since the ranges move; deleting changes a
+            is loaded again when documents were added, since the ranges move; deleting changes a
             mask.
         plan: which tier holds what; by default `msa.memory.loaded.memory_plan.plan` decides, now
             and again when the bank has grown by a quarter.
@@ -250,9 +250,9 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         self._life = Lifetime(
             f"the loaded bank '{bank.path}'", "load it again: LoadedBank(MemoryBank.open(...))"
         )
-        with CLAIMS.lock:
+        with RESERVATIONS.lock:
             self.plan = self._new_plan() if plan is None else plan
-            CLAIMS.enter(self)
+            RESERVATIONS.enter(self)
         self._view = BankSnapshot(
             bank=str(bank.path),
             generation=-1,
@@ -279,7 +279,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     # ---- life
 
     def close(self) -> None:
-        """Give up what is in memory, and the claim on more; calling it twice does nothing.
+        """Release what is in memory, and the reservation of more; calling it twice does nothing.
 
         The bank stays open, and views that were handed out stay as they are.
         """
@@ -287,7 +287,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             return
         with self._lock:
             self._life.end()
-            CLAIMS.end(self)
+            RESERVATIONS.end(self)
             self._buffers, self._maps, self._entries = None, (), ()
             self._view = replace(
                 self._view,
@@ -301,8 +301,8 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     def _check(self) -> None:
         self._life.check()
 
-    def claim(self) -> Claim:
-        """What the plan counts with and is not taken yet; see `msa.memory.loaded.claims`."""
+    def reservation(self) -> Reservation:
+        """What the plan counts with and is not taken yet; see `msa.memory.loaded.reservations`."""
         plan, view = self.plan, getattr(self, "_view", None)
         loaded = view is not None and view.generation >= 0
         taken = view._content.num_bytes if view is not None and loaded else 0
@@ -314,7 +314,9 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         whole = plan.memory_bytes
         if loaded:  # what loading takes for a while has been given back
             whole -= max(0, plan.loading_bytes - plan.question_bytes)
-        return Claim(max(0, whole - taken), self.device, max(0, plan.device_bytes - device_taken))
+        return Reservation(
+            max(0, whole - taken), self.device, max(0, plan.device_bytes - device_taken)
+        )
 
     def _new_plan(self, in_use: int = 0) -> MemoryPlan:
         """What is to lie where; RAM that is in use now counts as free."""
@@ -325,7 +327,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             content_dtype=self._content_dtype,
             pruning=self._pruning,
             shard=(self.shard.rank, self.shard.world),
-            claimant=self,
+            reserver=self,
             in_use=in_use,
         )
 
@@ -444,7 +446,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         total = sum(e.num_chunks for e in self.bank.catalog.segments()) // self.shard.world
         if total <= self.plan.num_chunks * memory_plan.GROWTH:
             return old
-        with CLAIMS.lock:
+        with RESERVATIONS.lock:
             plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
             self.plan, before = plan, self.plan
         same = all(
@@ -489,7 +491,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         return self._at(view, snapshot, rows)
 
     def _load_share(self, old: BankSnapshot | None) -> BankSnapshot:
-        """The present state of this process's share; loaded anew unless documents only went."""
+        """The present state of this process's share; loaded again unless documents only went."""
         snapshot = self.bank.catalog.snapshot()
         entries = snapshot.segments
         if old is None or entries != self._entries:
@@ -529,7 +531,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     def _appended(
         self, old: BankSnapshot | None, segments: Sequence[tuple[Segment, SegmentSlice]]
     ) -> BankSnapshot:
-        """A view with the documents of more segments behind those of before, if there are such."""
+        """A view with the documents of more segments after its own, if there are any."""
         layers = self.bank.manifest.routing_layers
         rows = DocumentTable.none(len(layers)) if old is None else old._rows
         content = self._new_content() if old is None else old._content

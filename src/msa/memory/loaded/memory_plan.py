@@ -20,7 +20,7 @@ import torch
 
 from msa.errors import BudgetError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.loaded.claims import CLAIMS, Claimant
+from msa.memory.loaded.reservations import RESERVATIONS, Reserver
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.document_table import Partition
 from msa.memory.store.manifest import DTYPES, Manifest
@@ -186,7 +186,7 @@ class _Draft:
     content_dtype: torch.dtype
     world: int
     pruning: PruningSettings | None
-    claimed: int = 0
+    reserved: int = 0
     why: list[str] = field(default_factory=list)
 
     @property
@@ -234,7 +234,7 @@ def plan(
     memory: int | None = None,
     device_memory: int | None = None,
     entries: Sequence[SegmentEntry] | None = None,
-    claimant: Claimant | None = None,
+    reserver: Reserver | None = None,
     in_use: int = 0,
 ) -> MemoryPlan:
     """Which tier will hold what of a bank, before anything is loaded.
@@ -252,10 +252,10 @@ def plan(
         content: "held" or "mapped"; the plan's choice by default.
         pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.
-        memory, device_memory: bytes to plan for, instead of what is free now and not claimed by
+        memory, device_memory: bytes to plan for, instead of what is free now and not reserved by
             banks that this process has loaded.
         entries: segments to plan for, instead of the bank's.
-        claimant: the loaded bank that the plan is for, whose own claim does not count.
+        reserver: the loaded bank that the plan is for, whose own reservation does not count.
         in_use: RAM that it has taken already, which counts as free.
 
     Raises:
@@ -272,18 +272,18 @@ def plan(
         if given is not None and given <= 0:
             raise InputError(f"memory of {given} bytes: expected more than 0")
     target = torch.device(device)
-    claimed, device_claimed = CLAIMS.total(target, claimant)
+    reserved, device_reserved = RESERVATIONS.total(target, reserver)
     if device_memory is None and (free := _free_on(target)) is not None:
-        device_memory = max(1, free - device_claimed)
+        device_memory = max(1, free - device_reserved)
     draft = _Draft(
         sizes=_sizes_of(bank, Partition(*shard), entries),
         device=str(target),
-        memory=memory or max(1, available_memory() + in_use - claimed),
+        memory=memory or max(1, available_memory() + in_use - reserved),
         device_memory=device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
         pruning=pruning,
-        claimed=0 if memory else claimed,
+        reserved=0 if memory else reserved,
     )
     if target.type == "cpu":
         draft.device_memory = None
@@ -320,11 +320,11 @@ def plan(
 
 
 def lower(
-    given: MemoryPlan, bank: MemoryBank, claimant: Claimant | None = None
+    given: MemoryPlan, bank: MemoryBank, reserver: Reserver | None = None
 ) -> MemoryPlan | None:
     """The plan to go on with when the device had no memory for this one; None when there is none.
 
-    One tier down: from wider keys to int8, from int8 on a device to RAM. The claimant is the one
+    One tier down: from wider keys to int8, from int8 on a device to RAM. The reserver is the one
     of `plan`.
     """
     sizes = _sizes_of(bank, Partition(*given.shard), None)
@@ -337,7 +337,7 @@ def lower(
         )
     if given.keys_device == "cpu":
         return None
-    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content, claimant=claimant)
+    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content, reserver=reserver)
     return replace(
         given,
         keys_device="cpu",
@@ -438,10 +438,10 @@ def _refusal(draft: _Draft, bank: MemoryBank, choices: Sequence[str]) -> str:
             f"compact it ({draft.sizes.deleted:,} deleted documents still take room): msa bank "
             f"compact {bank.path}"
         )
-    if draft.claimed:
+    if draft.reserved:
         advice.append(
             f"close another bank that this process has loaded (they have planned for "
-            f"{_gb(draft.claimed)} more)"
+            f"{_gb(draft.reserved)} more)"
         )
     advice.append("or free memory")
     return (

@@ -63,7 +63,7 @@ class CatalogRow:
     Attributes:
         number: assigned.
         document: as stored (a part carries its part id).
-        source: id as given; differs from `document.id` for a part.
+        source: id that the caller gave; differs from `document.id` for a part.
         part, num_parts: 0 and 1 for a whole document.
         content_hash: of the source's title and text.
         metadata: JSON text.
@@ -314,7 +314,7 @@ class Catalog(NotPickled):
         return Totals(*(int(v) for v in (*live, *dead)))
 
     def known(self, document_id: str) -> Known:
-        """What is stored under an id as given."""
+        """What is stored under an id that the caller gave."""
         _check_id(document_id)
         if not _is_unicode(document_id):
             return Known()
@@ -400,13 +400,13 @@ class Catalog(NotPickled):
         return found - set(others)
 
     def page(self, limit: int, offset: int, after: int = 0) -> list[StoredDocument]:
-        """Documents behind a number in the order of their numbers; a negative limit means all."""
+        """Documents after a number in the order of their numbers; a negative limit means all."""
         given = (("after", after), ("limit", limit), ("offset", offset))
         values = [min(whole_number(value, name), _LARGEST) for name, value in given]
         return self._stored("WHERE d.number > ? ORDER BY d.number LIMIT ? OFFSET ?", values)
 
     def sources(self, prefix: str) -> list[str]:
-        """Ids as given to `add`, of those documents whose id begins so; sorted."""
+        """Ids as passed to `add`, of those documents whose id begins so; sorted."""
         if not _is_unicode(prefix):
             return []
         query = "SELECT DISTINCT source FROM documents WHERE source >= ? AND source < ? ORDER BY 1"
