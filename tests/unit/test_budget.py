@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -293,6 +295,21 @@ def test_free_memory_with_control_groups_of_the_first_version(tmp_path):
     assert available_memory(tmp_path) == 1_600_000
     write(tmp_path, folder + "memory.limit_in_bytes", "9223372036854771712\n")  # none
     assert available_memory(tmp_path) == 5000 * 1024
+
+
+def test_free_memory_on_windows_is_what_the_system_tells(tmp_path, monkeypatch):
+    class Kernel:
+        def __init__(self, name):
+            assert name == "kernel32"
+
+        def GlobalMemoryStatusEx(self, status):  # noqa: N802 - Windows' own name
+            assert struct.unpack_from("I", status.raw)[0] == len(status.raw) == 64
+            struct.pack_into("QQ", status, 8, 16_000_000, 9_000_000)  # total and free
+            return 1
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "WinDLL", Kernel, raising=False)
+    assert available_memory(tmp_path) == 9_000_000
 
 
 def test_free_memory_where_there_is_no_proc(tmp_path):

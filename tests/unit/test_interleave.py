@@ -63,9 +63,13 @@ class FakeSnapshot:
     def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
         return {n: self.stored[n].document.id for n in numbers if n in self.stored}
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
-        texts = {self.stored[n].document.text for n in of if n in self.stored}
-        return {n for n in numbers if n in self.stored and self.stored[n].document.text in texts}
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
+        text_of = {n: s.document.text for n, s in self.stored.items()}
+        texts = [{text_of[n] for n in of if n in text_of} for _, of in asked]
+        return [
+            {n for n in numbers if text_of.get(n) in some}
+            for (numbers, _), some in zip(asked, texts, strict=True)
+        ]
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         numbers = list(numbers)

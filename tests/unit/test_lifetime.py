@@ -247,7 +247,7 @@ def test_the_mask_of_a_filter_lies_where_the_keys_do(full):
     loaded = LoadedBank(full)
     loaded.device = torch.device("meta")  # as a GPU that had no room for the keys
     view = loaded.view({"seed": None})
-    assert view._mask.device == view._keys_device == torch.device("cpu")
+    assert view._mask.device == view.keys_device == torch.device("cpu")
     assert view.num_documents == 6
 
 

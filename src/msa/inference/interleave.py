@@ -9,7 +9,7 @@ routing again. `msa.inference.scheduler` runs the model, for many questions toge
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -219,11 +219,19 @@ class Interleave:
         texts = tuple(text for reading in last for _, text in reading.documents)
         return LexicalQuery(self.request.question, texts)
 
-    def routed(self, found: Candidates, prompt_tokens: int, seconds: float) -> list[Event]:
+    @property
+    def read(self) -> frozenset[int]:
+        """Numbers of the documents that were read."""
+        return frozenset(citation.number for citation in self.citations)
+
+    def routed(
+        self, found: Candidates, copies: set[int], prompt_tokens: int, seconds: float
+    ) -> list[Event]:
         """Take in what the prefill routed to.
 
         Args:
             found: candidates of this question.
+            copies: those of them that have the text of one that was read.
             prompt_tokens: of the context.
             seconds: that routing took.
         """
@@ -231,21 +239,13 @@ class Interleave:
         self.routing_seconds += seconds
         top_k, snapshot = self.request.format.top_k, self.request.snapshot
         layers = {layer: some[:top_k] for layer, some in found.layers.items()}
-        known = self._known(found.fused)
+        known = self.read | copies
         unread = [number for number in found.fused if number not in known]
         shown = {n for some in layers.values() for n, _ in some}.union(unread[:top_k])
         self._found = _Routed(layers, found.fused, dict(snapshot.ids(sorted(shown))), known)
         if self.index == 1:
             self.scores |= routing_features([f.score for f in found.fused.values()])
         return [Event("routing", self.index, self._found.round(self.index))]
-
-    def _known(self, candidates: Iterable[int]) -> frozenset[int]:
-        """What was read, and the candidates that are copies of it."""
-        read = {citation.number for citation in self.citations}
-        if not read:
-            return frozenset()
-        unread = [number for number in candidates if number not in read]
-        return frozenset(read | self.request.snapshot.copies(unread, read))
 
     def naming(self) -> RoundRow | None:
         """What writes this round; None when the rounds are used up."""

@@ -207,13 +207,16 @@ class Scheduler:
             found = candidates(
                 reader, first.snapshot, first.options, [run.query() for run, _ in prompts]
             )
+            copies = first.snapshot.copies(
+                [(some.fused, run.read) for (run, _), some in zip(prompts, found, strict=True)]
+            )
         except MSAError as error:
             self._events += [(run.request, error) for run, _ in prompts]
             return []
         going_on = []
-        for (run, context), some, row in zip(prompts, found, rows, strict=True):
+        for (run, context), some, known, row in zip(prompts, found, copies, rows, strict=True):
             tokens = len(context.input_ids)
-            if self._tried(run, partial(run.routed, some, tokens, reader.seconds)):
+            if self._tried(run, partial(run.routed, some, known, tokens, reader.seconds)):
                 going_on.append(row)
         return going_on
 

@@ -43,8 +43,8 @@ class QuerySnapshot(Protocol):
         """Number -> the document, without those that were deleted meanwhile."""
         ...
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
-        """Those documents among `numbers` that have the text of one of the others."""
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
+        """For each pair, the first numbers whose document has the text of one of the second."""
         ...
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
@@ -91,9 +91,9 @@ class BankQuerySnapshot:
         """See `QuerySnapshot.texts`."""
         return self._bank.get_many(numbers)
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
         """See `QuerySnapshot.copies`."""
-        return self._bank.catalog.copies(numbers, of)
+        return self._bank.catalog.copies(asked)
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
         """See `QuerySnapshot.lexical`; documents that came after the view are left out."""

@@ -55,6 +55,7 @@ class BankSnapshot(NotPickled):
         generation: of the bank when this state was read.
         top_k: documents that a layer selects, at most.
         num_documents: documents that can be selected.
+        keys_device: where the routing keys are.
         shard: the share of the bank that this view holds; the whole by default. DocumentTable and
             selections are local to it.
         first_row: row of the whole bank at which the share begins.
@@ -68,9 +69,9 @@ class BankSnapshot(NotPickled):
     score: str
     dtype: torch.dtype
     device: torch.device
+    keys_device: torch.device
     _layers: tuple[int, ...]
     _indexes: Mapping[int, LayerIndex]
-    _keys_device: torch.device
     _mask: Tensor | None
     _content: ContentStore = field(repr=False)
     _rows: DocumentTable = field(repr=False)
@@ -109,7 +110,7 @@ class BankSnapshot(NotPickled):
                 f"bank '{self.bank}' holds no documents to ask (or none that pass the filter); add "
                 "some with 'msa index' or MemoryBank.add"
             )
-        where = self._keys_device
+        where = self.keys_device
         found = self.search(layer, vectors.to(where), routing_mask.to(where), self.top_k)
         return Selection(found.documents.to(self.device), found.scores.to(self.device))
 
@@ -125,7 +126,7 @@ class BankSnapshot(NotPickled):
         Raises:
             BankCorruptError, BudgetError: see `route`.
         """
-        with _out_of_memory("routing", self._keys_device):
+        with _out_of_memory("routing", self.keys_device):
             return self._indexes[layer].search(vectors, routing_mask, top_k, self._mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
@@ -164,15 +165,10 @@ class BankSnapshot(NotPickled):
         """Rows of the share, deleted documents included."""
         return len(self._rows.numbers)
 
-    @property
-    def keys_device(self) -> torch.device:
-        """Where the routing keys are."""
-        return self._keys_device
-
     def among(self, numbers: Tensor) -> BankSnapshot:
         """The same state, of which only documents with these numbers [P] may be selected."""
         mask = self._rows.live & torch.isin(self._rows.numbers, numbers)
-        return replace(self, num_documents=int(mask.sum()), _mask=mask.to(self._keys_device))
+        return replace(self, num_documents=int(mask.sum()), _mask=mask.to(self.keys_device))
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
@@ -264,7 +260,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             device=self.device,
             _layers=manifest.routing_layers,
             _indexes={},
-            _keys_device=torch.device(self.plan.keys_device),
+            keys_device=torch.device(self.plan.keys_device),
             _mask=None,
             _content=self._new_content(),
             _rows=DocumentTable.none(len(manifest.routing_layers)),
@@ -564,7 +560,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         return replace(
             self._view,
             _indexes={i: self._index(keys, before.get(i)) for i, keys in found.items()},
-            _keys_device=buffers.device,
+            keys_device=buffers.device,
             _content=content,
             _rows=rows,
         )

@@ -10,8 +10,11 @@ All sizes are in bytes; GB in messages is 1e9.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -486,8 +489,8 @@ def available_memory(root: Path = Path("/")) -> int:
     """RAM that this process can still have without swapping, in bytes.
 
     Linux: what the kernel calls available, or what is left below the limit of the control group
-    (version 1 or 2), caches of files not counted, if that is less. Elsewhere: free pages if the
-    system tells, else half of all.
+    (version 1 or 2), caches of files not counted, if that is less. Windows: free physical memory.
+    Elsewhere: free pages if the system tells, else half of all.
 
     Args:
         root: of the file system, for tests.
@@ -495,6 +498,8 @@ def available_memory(root: Path = Path("/")) -> int:
     limits = [left for left in (_kernel_available(root), _group_left(root)) if left is not None]
     if limits:
         return max(min(limits), 0)
+    if sys.platform == "win32":
+        return _windows_available()
     page = os.sysconf("SC_PAGE_SIZE")
     try:
         return page * os.sysconf("SC_AVPHYS_PAGES")
@@ -507,6 +512,15 @@ def _kernel_available(root: Path) -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _windows_available() -> int:
+    """Free physical memory as `GlobalMemoryStatusEx` tells it."""
+    # MEMORYSTATUSEX: its size and the load in percent, then total and free physical memory, ...
+    status = struct.pack("II7Q", 64, *[0] * 8)
+    buffer = ctypes.create_string_buffer(status, 64)
+    ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(buffer)  # type: ignore[attr-defined]
+    return int(struct.unpack("II7Q", buffer.raw)[3])
 
 
 def _group_left(root: Path) -> int | None:
