@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,12 @@ SMALL = {
     "head_dim": 8,
     "initializer_range": 0.3,
 }
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection of garbage needs to look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,15 +40,6 @@ def version(name: str, number: int) -> Document:
     return make_document(name, number, words=words)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_heap():
-    """What other tests have left is not looked through at every fork, nor copied by it."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Child:
     """A forked process; what it says comes back line by line."""
 
