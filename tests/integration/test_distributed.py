@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -45,6 +46,7 @@ def cluster(one_ray):
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield
     ray.shutdown()
+    gc.collect()  # its files, where that is ignored
 
 
 def pids(actors) -> list[int]:
@@ -335,11 +337,11 @@ def test_indexing_that_is_killed_goes_on_with_the_same_command(tmp_path, capsys)
     words = [sys.executable, "-c", KILLED, str(path), str(bank)]
     run = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
-        assert run.stdout is not None
         assert run.stdout.readline() == "committed\n"
     finally:
         run.kill()
         run.wait(PATIENCE)
+        run.stdout.close()
     assert not command("index", path, "--bank", bank, "--model", "worlds", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["unchanged"] > 0
