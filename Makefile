@@ -47,9 +47,12 @@ $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/pip
 demo: $(VENV)/.core
 	@$(BIN)/msa demo $(DEMO_ARGS)
 
-# The tests' models are tiny: a second thread costs more than it brings.
+# The tests' models are tiny: a second thread costs more than it brings, a second process does not.
+# Files stay whole, for their fixtures, and in order: the long ones, of tests/integration, come first.
+PYTEST = OMP_NUM_THREADS=1 $(1)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.full
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+	$(call PYTEST,$(BIN)) $(PYTEST_ARGS)
 
 # torch is the pinned one in both: other wheels are gigabytes of CUDA.
 CORE_TESTS = tests/unit tests/integration/test_asking.py \
@@ -63,14 +66,14 @@ test-lowest:
 	$(VENV)-lowest/bin/python tools/lowest_versions.py > $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/pip install --quiet --constraint $(VENV)-lowest/constraints.txt \
 	  --editable $(CORE_EXTRAS)
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/pytest $(CORE_TESTS) $(PYTEST_ARGS)
+	$(call PYTEST,$(VENV)-lowest/bin) $(CORE_TESTS) $(PYTEST_ARGS)
 
 test-newest:
 	test -e $(VENV)-newest/bin/pip || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) \
 	  --editable $(CORE_EXTRAS)
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/pytest $(CORE_TESTS) $(PYTEST_ARGS)
+	$(call PYTEST,$(VENV)-newest/bin) $(CORE_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.full
 	$(BIN)/ruff check .

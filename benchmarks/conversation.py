@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from measuring.results import write_results
 from measuring.timing import machine
 from msa.serve.openai.conversation import Turn, complete_question
 from msa.serve.openai.english import FUNCTION_WORDS
@@ -64,11 +65,7 @@ def main() -> None:
             results["rows"].append(row)
             print(json.dumps(row), flush=True)
     results["examples"] = examples(rows[half:], args.examples)
-    if args.output:
-        Path(args.output, "conversation.json").write_text(
-            json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        Path(args.output, "conversation.md").write_text(page(results), encoding="utf-8")
+    write_results(args.output, "conversation", results, page)
 
 
 def read(folder: Path) -> list[Row]:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from measuring.results import write_results
 from measuring.sizes import parse_size
 from measuring.timing import machine
 from msa.memory.search.clustered_index import (
@@ -66,12 +67,12 @@ def main() -> None:
     questions = [(int(base["kind"][i]), vectors[i]) for i in ids]
     if args.check:
         results["grown_from_a_tenth"] = check(args, keys, counts, questions)
-        write(results, args.output)
+        write_results(args.output, "pruning", results, page)
     for tokens in args.sizes:
         grown = grow(keys, counts, round(tokens / per_chunk), args.seed)
         row = {"tokens": tokens, **measure(args, *grown, questions)}
         results["sizes"].append(row)
-        write(results, args.output)
+        write_results(args.output, "pruning", results, page)
 
 
 def measure(args: argparse.Namespace, keys: Tensor, counts: Tensor, questions: list) -> dict:
@@ -297,16 +298,6 @@ def encode(args: argparse.Namespace) -> dict[str, Tensor]:
         "lengths": torch.tensor([len(v) for v in vectors[layers[0]]]),
         "kind": torch.tensor([kind for kind, _ in contexts]),
     }
-
-
-def write(results: dict, folder: str | None) -> None:
-    """What there is so far, as figures and as a page."""
-    if not folder:
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2)
-    Path(folder, "pruning.json").write_text(text + "\n", encoding="utf-8")
-    Path(folder, "pruning.md").write_text(page(json.loads(text)), encoding="utf-8")
 
 
 def page(results: dict) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from measuring.results import write_results
 from msa import MemoryBank, MemoryEngine
 from msa.evaluation.metrics import mean, recall
 from msa.evaluation.question_answering import ask_all, world_questions
@@ -37,15 +38,7 @@ def main() -> None:
         sets = {"one_hop": one, "two_hop": two}
         results[f"world_{size}"] = run(loaded, documents, sets, options)
         show(f"world_{size}", results[f"world_{size}"])
-        write(results, args.output)
-
-
-def write(results: dict, folder: str | None) -> None:
-    """What there is so far."""
-    if folder:
-        path = Path(folder, "quality.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(args.output, "quality", results)
 
 
 def run(loaded, documents: list[Document], sets: dict[str, list], options: dict) -> dict:

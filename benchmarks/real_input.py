@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from measuring.results import write_results
 from msa import MemoryBank, MemoryEngine
 from msa.model.loading import load
 from msa.text.loaders import LoadFailure, load_documents
@@ -29,9 +30,7 @@ def main() -> None:
     for path in args.files:
         results[Path(path).parent.name + "/" + Path(path).name] = measure(loaded, Path(path), args)
         print(json.dumps(results, indent=1), flush=True)
-        if args.output:
-            target = Path(args.output, "real_input.json")
-            target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(args.output, "real_input", results)
 
 
 def measure(loaded, path: Path, args: argparse.Namespace) -> dict[str, object]:

@@ -15,11 +15,11 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from measuring.results import write_results
 from measuring.routing import flat_index
 from measuring.synthetic import (
     DTYPES,
@@ -59,10 +59,7 @@ def main() -> None:
             for row in measure(args, dtype):
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
-    if args.output:
-        folder = Path(args.output)
-        Path(folder, "routing_pooled.json").write_text(json.dumps(results, indent=2) + "\n")
-        Path(folder, "routing_pooled.md").write_text(page(results))
+    write_results(args.output, "routing_pooled", results, page)
 
 
 def measure(args: argparse.Namespace, dtype: str) -> list[dict]:

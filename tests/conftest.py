@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -26,12 +27,27 @@ SMALL = {
 }
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection of garbage needs to look through them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def one_ray(tmp_path_factory):
+    """Test processes that run beside each other have one cluster of Ray at a time."""
+    from filelock import FileLock
+
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
 
 
 def make_tiny_model(seed: int = 0, **overrides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import threading
@@ -19,6 +20,7 @@ from measuring.timing import Note
 
 UNREACHABLE = (OSError, HTTPException)
 WARM_UP = 2
+LEAST_ACTIONS = 15  # of a client in use, however slow the machine
 _SECRET = re.compile(r"Zq[0-9a-f]{10}")
 
 
@@ -464,7 +466,9 @@ def _use(shared: _Soak, client: int, rng: random.Random) -> None:
     """One client's loop."""
     words: dict[str, str] = {}  # id -> the word that tells its text
     gone: list[str] = []  # words that are deleted
-    while time.monotonic() < shared.ends:
+    for count in itertools.count():
+        if time.monotonic() >= shared.ends and count >= LEAST_ACTIONS:
+            break
         action = rng.choices(
             (_ask, _search, _store, _delete), weights=(50, 15, 25, 10 if words else 0)
         )[0]

@@ -18,7 +18,7 @@ from msa.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Behind a title: nothing, white space, or marks that end a word, with white space behind them.
+# After a title: nothing, white space, or marks that end a word, with white space after them.
 _WORD_ENDS = re.compile(r"[.,:;!?…)\]}\"'”’»–—-]*(?:\s|$)|[。，：；、！？）」』]")
 
 JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
@@ -71,7 +71,7 @@ class LayerStates:
 
 @dataclass(frozen=True, slots=True)
 class LatentStates:
-    """What documents leave behind when they are encoded (stage 1).
+    """The latent states of encoded documents (stage 1).
 
     Attributes:
         chunk_counts: [N] int64, chunks of each document, all >= 1. The chunks of document i are
@@ -116,7 +116,7 @@ class Content:
 class MemoryReader(Protocol):
     """What the model asks of a memory: the whole of it. The model knows nothing else of banks.
 
-    Implementations: an in-memory one for training, the resident bank for inference.
+    Implementations: an in-memory one for training, the loaded bank for inference.
     """
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:
@@ -163,7 +163,7 @@ class Citation:
     Attributes:
         id, number, title, text: of the document.
         round: in which it was read, from 1.
-        span: where in `text` the answer stands, (first character, first behind it); None while
+        span: where in `text` the answer stands, (first character, first after it); None while
             there is no answer, and where the answer does not stand in this text word for word.
     """
 

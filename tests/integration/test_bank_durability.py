@@ -158,16 +158,30 @@ class Expected:
             assert self.owners.setdefault(number, owner) == owner, "a number was used twice"
         states = states_of(bank)
         assert states.keys() == stored.keys()
-        encoder = DocumentEncoder(model, tokenizer)
-        for batch in encoder.encode([(n, s.document) for n, s in stored.items()]):
-            counts = batch.states.chunk_counts.tolist()
-            for layer in LAYERS:
-                new = batch.states.layers[layer]
-                tensors = (new.routing_keys, new.pooled_keys, new.pooled_values)
-                split = [torch.split(t, counts) for t in tensors]
-                for i, number in enumerate(batch.numbers):
-                    for old, parts in zip(states[number][layer], split, strict=True):
-                        torch.testing.assert_close(old, parts[i], atol=1e-4, rtol=1e-3)
+        expected = encoded(stored, model, tokenizer)
+        for number, layers in states.items():
+            for layer, tensors in layers.items():
+                for old, new in zip(tensors, expected[number][layer], strict=True):
+                    torch.testing.assert_close(old, new, atol=1e-4, rtol=1e-3)
+
+
+_ENCODED: dict[tuple[int, str | None, str], dict[int, list[torch.Tensor]]] = {}
+
+
+def encoded(stored, model, tokenizer) -> dict[int, dict[int, list[torch.Tensor]]]:
+    """States of documents by number and layer. Each is encoded once; all tests have one model."""
+    keys = {n: (n, s.document.title, s.document.text) for n, s in stored.items()}
+    new = [(n, s.document) for n, s in stored.items() if keys[n] not in _ENCODED]
+    for batch in DocumentEncoder(model, tokenizer).encode(new):
+        counts = batch.states.chunk_counts.tolist()
+        for layer in LAYERS:
+            states = batch.states.layers[layer]
+            tensors = (states.routing_keys, states.pooled_keys, states.pooled_values)
+            for number, *parts in zip(
+                batch.numbers, *(torch.split(t, counts) for t in tensors), strict=True
+            ):
+                _ENCODED.setdefault(keys[number], {})[layer] = parts
+    return {n: _ENCODED[key] for n, key in keys.items()}
 
 
 def restless_writer(path: Path, seed: int, model, tokenizer, known: dict[str, int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -38,13 +39,14 @@ PATIENCE = 300.0  # seconds to wait for a worker: for a hang, not for a slow mac
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
+def cluster(one_ray):
     """One cluster for all tests; its workers find the tests' modules and the package."""
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield
     ray.shutdown()
+    gc.collect()  # its files, where that is ignored
 
 
 def pids(actors) -> list[int]:
@@ -108,7 +110,7 @@ def bank(model, tiny_tokenizer, tmp_path):
 # ---- shards
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("shards", [2, 3])
 def test_shards_select_and_fetch_what_one_process_does(bank, shards):
     alone = LoadedBank(bank)
     with ShardedBank(bank, shards=shards, timeout=PATIENCE) as memory:
@@ -327,30 +329,23 @@ def test_commands_over_workers_and_shards(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_indexing_that_is_killed_goes_on_with_the_same_command(tmp_path):
-    lines = [{"id": f"d{i}", "text": f"Person {i} lives in town {i}. " * 30} for i in range(150)]
+def test_indexing_that_is_killed_goes_on_with_the_same_command(tmp_path, capsys):
+    lines = [{"id": f"d{i}", "text": f"Person {i} lives in town {i}. " * 10} for i in range(60)]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     bank = tmp_path / "bank"
-    command = [sys.executable, "-c", KILLED, str(path), str(bank)]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", KILLED, str(path), str(bank)]
+    run = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
-        assert run.stdout is not None
         assert run.stdout.readline() == "committed\n"
     finally:
         run.kill()
         run.wait(PATIENCE)
-    words = ["index", str(path), "--bank", str(bank), "--model", "worlds", "--json"]
-    again = subprocess.run(
-        [sys.executable, "-c", "from msa.cli.main import main; main()", *words],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert again.returncode == 0, again.stderr
-    report = json.loads(again.stdout)
+        run.stdout.close()
+    assert not command("index", path, "--bank", bank, "--model", "worlds", "--json")
+    report = json.loads(capsys.readouterr().out)
     assert report["unchanged"] > 0
-    assert report["added"] + report["unchanged"] == 150
+    assert report["added"] + report["unchanged"] == 60
     with MemoryBank.open(bank) as found:
         assert found.verify().ok
         assert not found.verify().orphans
@@ -367,5 +362,5 @@ def progress(state):
     print("committed", flush=True)
     time.sleep(60)
 with EncodingPool(bank, 2) as pool:
-    bank.add(documents, pool=pool, commit_tokens=2000, progress=progress)
+    bank.add(documents, pool=pool, commit_tokens=1000, progress=progress)
 """

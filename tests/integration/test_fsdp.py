@@ -37,7 +37,9 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
 
 AcceleratorState.__init__ = init
 from msa.training.run import train
-train(sys.argv[1], sys.argv[2])
+for config, run in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    train(config, run)
+    AcceleratorState._reset_state()  # the next run starts as in a new process
 """
 
 
@@ -85,24 +87,35 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(data: Path, config: dict, run: Path) -> None:
-    path = write_config(run.with_suffix(".yaml"), config)
+def launch(data: Path, configs: dict[Path, dict]) -> None:
+    """Train by several configs, one after the other, in two processes; a folder for each run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(data / "script.py"), str(path), str(run)]
+    command += ["--standalone", str(data / "script.py")]
+    for run, config in configs.items():
+        command += [str(write_config(run.with_suffix(".yaml"), config)), str(run)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", [None, {"rank": 2, "alpha": 4}], ids=["whole", "adapter"])
-def test_shards_learn_what_whole_copies_learn(data, tmp_path, adapter):
-    runs = []
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> dict[str, list[Path]]:
+    """Runs of whole copies and of shards, with all weights and with low-rank updates."""
+    folder = tmp_path_factory.mktemp("runs")
+    kinds = {"whole": None, "adapter": {"rank": 2, "alpha": 4}}
     for fsdp in (False, True):
-        run = tmp_path / f"fsdp-{fsdp}"
-        launch(data, config_of(data, fsdp=fsdp, adapter=adapter), run)
-        runs.append(run)
-    one, two = map(rows_of, runs)
+        configs = {
+            folder / f"{kind}-{fsdp}": config_of(data, fsdp=fsdp, adapter=adapter)
+            for kind, adapter in kinds.items()
+        }
+        launch(data, configs)
+    return {kind: [folder / f"{kind}-{fsdp}" for fsdp in (False, True)] for kind in kinds}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_shards_learn_what_whole_copies_learn(runs, kind):
+    one, two = map(rows_of, runs[kind])
     assert [(r["stage"], r["step"]) for r in two] == [("first", i) for i in (1, 2, 3)] + [
         ("second", 1)
     ]
@@ -111,11 +124,11 @@ def test_shards_learn_what_whole_copies_learn(data, tmp_path, adapter):
         assert b["routing"] == pytest.approx(a["routing"], abs=1e-3)
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
-    expected, found = map(weights_of, runs)
+    expected, found = map(weights_of, runs[kind])
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, atol=1e-3), name
-    assert (runs[1] / "adapter").is_dir() == (adapter is not None)
+    assert (runs[kind][1] / "adapter").is_dir() == (kind == "adapter")
 
 
 def test_one_process_is_told_how_to_start_more(data, tmp_path):

@@ -58,10 +58,13 @@ def commands(body: str) -> list[str]:
 
 @pytest.fixture
 def scratch(tmp_path) -> Path:
-    """The repository by links, and `msa` and `python` on the path."""
+    """The repository by links, and `msa` and `python` on the path; of the docs a few pages."""
     for entry in ROOT.iterdir():
-        if entry.name not in {".git", ".venv"}:
+        if entry.name not in {".git", ".venv", "docs"}:
             (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "docs").mkdir()
+    for page in ("index.md", "evaluation.md", "models.md"):
+        (tmp_path / "docs" / page).symlink_to(ROOT / "docs" / page)
     programs = tmp_path / ".bin"
     programs.mkdir()
     for name, arguments in (("msa", '-c "from msa.cli.main import main; main()"'), ("python", "")):

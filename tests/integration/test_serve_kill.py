@@ -23,7 +23,7 @@ pytest.importorskip("httpx2")
 
 import httpx2
 
-KILLS = int(os.environ.get("MSA_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("MSA_TEST_KILLS", "2"))
 FILES = 4  # of each upload: three texts and a JSONL file
 RECORDS = 40
 
@@ -114,7 +114,7 @@ def upload_until_it_dies(service: Service, run: int, acknowledged: list[tuple[in
 
 
 def test_what_was_acknowledged_survives_being_killed_and_is_there_once(tmp_path):
-    """Set MSA_TEST_KILLS for more than 3 kills."""
+    """Set MSA_TEST_KILLS for more than 2 kills."""
     acknowledged: list[tuple[int, int]] = []
     deleted: set[str] = set()
     pause = random.Random(0)

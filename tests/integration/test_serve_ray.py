@@ -84,7 +84,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def service(one_ray, tmp_path_factory):
     service = Service(tmp_path_factory.mktemp("replicas"))
     try:
         service.until_ready()

@@ -535,8 +535,11 @@ def test_what_was_taken_before_the_caller_failed_is_stored(bank):
 
 def test_copies_are_told_by_their_text(bank):
     bank.add([Document("a", "x y", "t"), Document("b", "x y"), Document("c", "z")])
-    assert bank.catalog.copies([1, 2, 3], [1]) == {2}
-    assert bank.catalog.copies([3], [1, 2]) == set()
+    asked = [([1, 2, 3], [1]), ([3], [1, 2]), ([1, 2, 3], []), ([1], [2])]
+    statements: list[str] = []
+    bank.catalog._db.connection.set_trace_callback(statements.append)
+    assert bank.catalog.copies(asked) == [{2}, set(), set(), {1}]
+    assert sum("FROM texts" in s for s in statements) == 1
 
 
 def test_origins_are_kept_until_the_document_is_deleted(bank):

@@ -14,6 +14,7 @@ import torch
 from conftest import make_tiny_model
 from measuring import asking, encoding, report, routing, scale, synthetic, timing
 from measuring.report import Report
+from measuring.results import write_results
 from measuring.sizes import parse_size
 from measuring.synthetic import SHAPE_4B, Shape, SyntheticMemory
 from msa.errors import InputError
@@ -507,3 +508,12 @@ def test_a_curve_per_dtype_has_its_own_exponent():
         "100 f32",
         "100 bf16",
     ]
+
+
+def test_results_are_figures_and_a_page_of_the_same(tmp_path):
+    found = {"rows": [(1, "Ä")]}
+    write_results(None, "x", found)
+    write_results(tmp_path / "new", "x", found, lambda read: f"{read['rows']}\n")
+    written = (tmp_path / "new" / "x.json").read_text(encoding="utf-8")
+    assert json.loads(written) == {"rows": [[1, "Ä"]]}
+    assert (tmp_path / "new" / "x.md").read_text(encoding="utf-8") == "[[1, 'Ä']]\n"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,6 +297,21 @@ def test_free_memory_with_control_groups_of_the_first_version(tmp_path):
     assert available_memory(tmp_path) == 5000 * 1024
 
 
+def test_free_memory_on_windows_is_what_the_system_tells(tmp_path, monkeypatch):
+    class Kernel:
+        def __init__(self, name):
+            assert name == "kernel32"
+
+        def GlobalMemoryStatusEx(self, status):  # noqa: N802 - Windows' own name
+            assert struct.unpack_from("I", status.raw)[0] == len(status.raw) == 64
+            struct.pack_into("QQ", status, 8, 16_000_000, 9_000_000)  # total and free
+            return 1
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "WinDLL", Kernel, raising=False)
+    assert available_memory(tmp_path) == 9_000_000
+
+
 def test_free_memory_where_there_is_no_proc(tmp_path):
     assert 0 < available_memory(tmp_path) < 1 << 50
     assert available_memory() > 0
@@ -350,7 +367,7 @@ def test_a_plan_that_cannot_be_made_is_one_line(run, words, code, message):
 
 
 def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each):
-    """A bank of random states in bfloat16, as they would lie there; no document is encoded."""
+    """A bank of random states in bfloat16, alike in all segments; no document is encoded."""
     from msa.memory.store.catalog import CatalogRow
     from msa.memory.store.records import EncodedBatch
     from msa.types import Document, LatentStates, LayerStates
@@ -359,12 +376,12 @@ def large_bank(path, model, tokenizer, num_segments, documents_each, chunks_each
     generator = torch.Generator().manual_seed(0)
     counts = torch.full((documents_each,), chunks_each)
     shape = (documents_each * chunks_each, bank.manifest.num_key_value_heads, model.config.head_dim)
+    layers = {}
+    for layer in bank.manifest.routing_layers:
+        states = [torch.randn(shape, generator=generator) for _ in range(3)]
+        states[2] = torch.nn.functional.normalize(states[2], dim=-1)
+        layers[layer] = LayerStates(*(t.bfloat16() for t in states))
     for start in range(1, num_segments * documents_each, documents_each):
-        layers = {}
-        for layer in bank.manifest.routing_layers:
-            states = [torch.randn(shape, generator=generator) for _ in range(3)]
-            states[2] = torch.nn.functional.normalize(states[2], dim=-1)
-            layers[layer] = LayerStates(*(t.bfloat16() for t in states))
         numbers = tuple(range(start, start + documents_each))
         written = bank._writer.write_all([EncodedBatch(numbers, LatentStates(counts, layers))])
         rows = [

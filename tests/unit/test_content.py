@@ -14,7 +14,7 @@ from msa.memory.loaded import content_store, memory_plan
 from msa.memory.loaded.content_store import Arena, Fetched
 from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.store import mapped_pages
-from msa.memory.store.mapped_pages import PageWindow, let_go
+from msa.memory.store.mapped_pages import PageWindow, drop_pages
 from msa.types import Selection
 
 
@@ -78,7 +78,7 @@ def test_what_the_last_layer_chose_is_fetched_ahead(bank, tier, monkeypatch):
     monkeypatch.setattr(content_store.ContentStore, "_copied", noted)
     first, second, _ = selections()
     resident.content(2, first)
-    pending = resident.view()._content._ahead._pending
+    pending = resident.view()._content._prefetcher._pending
     pending[3].result()
     resident.content(3, second)
     assert read == [
@@ -245,16 +245,16 @@ def test_pages_are_let_go_of_and_read_again(bank, path):
     wanted = resident.content(3, every)
     assert mapped_kilobytes(path) > 0
     other = torch.arange(5.0)
-    assert let_go([other]) == 0  # not a file: nothing is lost
+    assert drop_pages([other]) == 0  # not a file: nothing is lost
     assert other.tolist() == [0, 1, 2, 3, 4]
-    assert let_go(s.a_map for s in resident.view()._rows.segments) > 0
+    assert drop_pages(s.mapped_tensor for s in resident.view()._rows.segments) > 0
     assert mapped_kilobytes(path) == 0
     assert same(resident.content(3, every), wanted)
 
 
 def test_a_window_lets_go_when_it_has_seen_enough(monkeypatch):
     gone = []
-    monkeypatch.setattr(mapped_pages, "let_go", lambda maps: gone.append(list(maps)))
+    monkeypatch.setattr(mapped_pages, "drop_pages", lambda maps: gone.append(list(maps)))
     window = PageWindow(limit=3 * mapped_pages._AROUND)
     window.touched(1, 10, ["a"])
     window.touched(1, 10, ["b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import resource
 import subprocess
@@ -49,12 +50,18 @@ WITHIN = {
         {"convert"},
         {"loading"},
     ],
-    "text": [{"prompts"}, {"loaders"}, {"splitting"}],
+    "text": [
+        {"prompts"},
+        {"decoding"},
+        {"conversion", "files", "tables"},
+        {"loaders"},
+        {"splitting"},
+    ],
     "memory": [
         {"latent"},
         {"store"},
         {"ingest", "search"},
-        {"maintenance"},
+        {"maintenance", "stored_documents"},
         {"bank"},
         {"loaded"},
         {"distributed"},
@@ -73,6 +80,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
 def parse(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 

@@ -37,7 +37,7 @@ TEXTS = {
 }
 
 
-class FakeLibrary:
+class FakeSnapshot:
     """Documents encoded by the model itself; a row of the memory is an index of `texts`."""
 
     def __init__(
@@ -63,9 +63,13 @@ class FakeLibrary:
     def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
         return {n: self.stored[n].document.id for n in numbers if n in self.stored}
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
-        texts = {self.stored[n].document.text for n in of if n in self.stored}
-        return {n for n in numbers if n in self.stored and self.stored[n].document.text in texts}
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
+        text_of = {n: s.document.text for n, s in self.stored.items()}
+        texts = [{text_of[n] for n in of if n in text_of} for _, of in asked]
+        return [
+            {n for n in numbers if text_of.get(n) in some}
+            for (numbers, _), some in zip(asked, texts, strict=True)
+        ]
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         numbers = list(numbers)
@@ -188,13 +192,13 @@ def run(
     questions: Sequence[str],
     *,
     texts: Mapping[int, str] = TEXTS,
-    library: Any = None,
+    snapshot: Any = None,
     stream: bool = False,
     **options: Any,
 ) -> tuple[list[Answer], list[Event]]:
     top_k = model.config.top_k_documents
-    library = library or FakeLibrary(model, encoder, texts, top_k=max(top_k, len(texts)))
-    found = list(asked(model, encoder, questions, library, AskOptions(**options), stream=stream))
+    snapshot = snapshot or FakeSnapshot(model, encoder, texts, top_k=max(top_k, len(texts)))
+    found = list(asked(model, encoder, questions, snapshot, AskOptions(**options), stream=stream))
     answers = {text: e.data for text, e in found if e.kind == "answer"}
     return [answers[text] for text in questions], [e for _, e in found]
 
@@ -203,7 +207,7 @@ def asked(
     model: Any,
     encoder: PromptEncoder,
     questions: Sequence[str],
-    library: Any,
+    snapshot: Any,
     options: AskOptions,
     *,
     stream: bool = False,
@@ -212,7 +216,7 @@ def asked(
     running = Scheduler(model)
     for text in questions:
         form.check_length(text, options)
-        running.add(Request(text, library, options, form, stream))
+        running.add(Request(text, snapshot, options, form, stream))
     while not running.idle:
         for request, event in running.step():
             yield request.question, event
@@ -382,10 +386,10 @@ def test_the_answer_is_what_the_model_writes_behind_the_whole_text(
     routes[0, len(encoder.tokenize(text[:start])) : len(encoder.tokenize(text[:stop]))] = True
     sees = torch.ones_like(routes)
     sees[:, :prefix] = False
-    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
     out = type(model).generate(
         model, ids, attention_mask=torch.ones_like(ids), position_ids=positions,
-        memory=library.reader, routing_mask=routes, memory_mask=sees, max_new_tokens=8,
+        memory=snapshot.reader, routing_mask=routes, memory_mask=sees, max_new_tokens=8,
         do_sample=False,
     )  # fmt: skip
     written = encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -397,12 +401,12 @@ def test_a_document_deleted_between_rounds_is_neither_routed_nor_read(
 ) -> None:
     plan = [f"[3]{READ}", f"[17]{READ}", END, f" x{STOP}"]
     script({"Q?": plan})
-    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
     options = AskOptions(max_rounds=2, max_new_tokens=2)
     answer = None
-    for _, event in asked(model, encoder, ["Q?"], library, options):
+    for _, event in asked(model, encoder, ["Q?"], snapshot, options):
         if event.kind == "reading" and event.round == 1:
-            del library.stored[17]
+            del snapshot.stored[17]
         answer = event.data
     assert [d.number for d in answer.rounds[0].routed[2] if d.number == 17] == [17]
     assert all(d.number != 17 for r in answer.rounds[1:] for d in r.routed[2])
@@ -413,16 +417,16 @@ def test_a_document_deleted_between_naming_and_reading_is_named_no_more(
     model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     script({"Q?": [f"[3][17]{READ}", END, f" x{STOP}"]})
-    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
-    del library.stored[17]
-    library.ids = lambda numbers: {n: f"doc-{n}" for n in numbers}  # as if deleted just now
-    (answer,), _ = run(model, encoder, ["Q?"], library=library, max_rounds=1, max_new_tokens=2)
+    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
+    del snapshot.stored[17]
+    snapshot.ids = lambda numbers: {n: f"doc-{n}" for n in numbers}  # as if deleted just now
+    (answer,), _ = run(model, encoder, ["Q?"], snapshot=snapshot, max_rounds=1, max_new_tokens=2)
     assert 3 in [c.number for c in answer.citations]
     assert 17 not in [c.number for c in answer.citations]
     assert 17 not in [d.number for d in answer.rounds[0].ranked]
     for number in [n for n in TEXTS if n != 17]:
-        del library.stored[number]
-    (answer,), _ = run(model, encoder, ["Q?"], library=library, max_rounds=1, max_new_tokens=2)
+        del snapshot.stored[number]
+    (answer,), _ = run(model, encoder, ["Q?"], snapshot=snapshot, max_rounds=1, max_new_tokens=2)
     assert (answer.text, answer.citations, answer.stopped) == (REFUSAL, (), "not_found")
 
 
@@ -430,9 +434,9 @@ def test_only_texts_of_named_documents_are_read(
     model: Any, encoder: PromptEncoder, script: Any
 ) -> None:
     script({"Q?": [f"[3][17]{READ}", END, f" x{STOP}"], "R?": [f"[5]{READ}", END, f" y{STOP}"]})
-    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
-    run(model, encoder, ["Q?", "R?"], library=library)
-    assert sorted(library.read) == [3, 5, 17]
+    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
+    run(model, encoder, ["Q?", "R?"], snapshot=snapshot)
+    assert sorted(snapshot.read) == [3, 5, 17]
 
 
 def test_the_trace_ranks_what_can_be_named_and_says_which_layers_found_it(
@@ -469,9 +473,9 @@ def test_forced_tokens_are_fed_together(model: Any, encoder: PromptEncoder, scri
         steps.append((args[0].shape[1], "memory" in kwargs))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    library = FakeLibrary(model, encoder, {170: "one"}, top_k=1)
+    snapshot = FakeSnapshot(model, encoder, {170: "one"}, top_k=1)
     script({"Q?": [f"[170]{READ}", END, f" x{STOP}"]})
-    run(model, encoder, ["Q?"], library=library)
+    run(model, encoder, ["Q?"], snapshot=snapshot)
     # Nothing but the answer is left to the model: two prefills, what is handed for the answer, and
     # the first of the answer's tokens behind that (" x" and the end mark are three).
     assert [prefill for _, prefill in steps] == [True, True, False, False, False]
@@ -522,9 +526,9 @@ def test_closing_a_stream_stops_the_generation(
     script({"Q?": [f"[3]{READ}", END, " a" * 900]})
     steps: list[int] = []
     model.register_forward_hook(lambda *_: steps.append(1))
-    library = FakeLibrary(model, encoder, TEXTS)
+    snapshot = FakeSnapshot(model, encoder, TEXTS)
     options = AskOptions(max_new_tokens=1500)
-    events: Any = asked(model, encoder, ["Q?"], library, options, stream=True)
+    events: Any = asked(model, encoder, ["Q?"], snapshot, options, stream=True)
     next(e for _, e in events if e.kind == "token")
     events.close()
     assert len(steps) < 500
@@ -538,8 +542,8 @@ def test_an_error_while_an_answer_streams_reaches_the_caller(
     def failing(*_: Any) -> None:
         raise RuntimeError("device lost")
 
-    library = FakeLibrary(model, encoder, TEXTS)
-    events = asked(model, encoder, ["Q?"], library, AskOptions(), stream=True)
+    snapshot = FakeSnapshot(model, encoder, TEXTS)
+    events = asked(model, encoder, ["Q?"], snapshot, AskOptions(), stream=True)
     next(e for _, e in events if e.kind == "token")
     model.register_forward_hook(failing)
     with pytest.raises(RuntimeError, match="device lost"):
@@ -562,15 +566,15 @@ def test_a_seed_repeats_the_answer_among_other_callers(
     model: Any, encoder: PromptEncoder, seed: int
 ) -> None:
     options = {"temperature": 5.0, "max_new_tokens": 12, "max_rounds": 2, "seed": seed}
-    library = FakeLibrary(model, encoder, TEXTS)
+    snapshot = FakeSnapshot(model, encoder, TEXTS)
 
     def ask(_: int) -> str:
-        return run(model, encoder, ["Q?"], library=library, **options)[0][0].text
+        return run(model, encoder, ["Q?"], snapshot=snapshot, **options)[0][0].text
 
     alone = ask(0)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(8))) == [alone] * 8
-    batch, _ = run(model, encoder, ["Another?", "Q?"], library=library, **options)
+    batch, _ = run(model, encoder, ["Another?", "Q?"], snapshot=snapshot, **options)
     assert batch[1].text == alone
 
 
@@ -631,10 +635,10 @@ def test_the_probability_of_the_refusal_is_that_of_all_its_tokens(
     start, stop = text.index("[3]. "), text.index(READ, text.index("[3]. "))
     routes[0, len(encoder.tokenize(text[:start])) : len(encoder.tokenize(text[:stop]))] = True
     sees = torch.arange(batch.shape[1])[None] >= context.prefix_length
-    library = FakeLibrary(model, encoder, TEXTS, top_k=len(TEXTS))
+    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
     with torch.no_grad():
         logits = model(
-            batch, position_ids=torch.tensor([positions]), memory=library.reader,
+            batch, position_ids=torch.tensor([positions]), memory=snapshot.reader,
             routing_mask=routes, memory_mask=sees,
         ).logits[0, len(ids) - 1 : -1]  # fmt: skip
     expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum()
@@ -732,14 +736,14 @@ def test_documents_that_no_longer_fit_end_the_retrieval(
 def test_a_model_with_nan_weights_is_refused(
     model: Any, encoder: PromptEncoder, part: str, stream: bool
 ) -> None:
-    library = FakeLibrary(model, encoder, TEXTS)
+    snapshot = FakeSnapshot(model, encoder, TEXTS)
     with torch.no_grad():
         if part == "embed":
             model.model.embed_tokens.weight.fill_(math.nan)
         else:
             model.model.layers[2].self_attn.router_q_proj[0].weight.fill_(math.nan)
     with pytest.raises(ModelError, match="NaN"):
-        run(model, encoder, ["Q?"], library=library, stream=stream)
+        run(model, encoder, ["Q?"], snapshot=snapshot, stream=stream)
 
 
 def test_marks_that_the_tokenizer_splits_work_like_single_tokens(model: Any, script: Any) -> None:

@@ -20,8 +20,8 @@ from msa.errors import BankError, BudgetError, FetchError
 from msa.inference.options import AskOptions
 from msa.memory.ingest import encoder
 from msa.memory.loaded import memory_plan
-from msa.memory.loaded.claims import CLAIMS, Claim, Claims
 from msa.memory.loaded.loaded_bank import LoadedBank
+from msa.memory.loaded.reservations import RESERVATIONS, Reservation, Reservations
 from msa.model.home import made_whole
 
 GB = 10**9
@@ -142,7 +142,7 @@ def test_a_forked_process_is_told_to_open_the_bank_itself(full):
     held, done = threading.Event(), threading.Event()
 
     def hold():
-        with full._turn, full.catalog._db._lock, loaded._lock, CLAIMS.lock:
+        with full._turn, full.catalog._db._lock, loaded._lock, RESERVATIONS.lock:
             held.set()
             done.wait(60)
 
@@ -167,7 +167,7 @@ def test_a_forked_process_is_told_to_open_the_bank_itself(full):
     assert full.verify().ok
 
 
-# ---- memory that is claimed
+# ---- memory that is reserved
 
 
 def test_a_bank_that_is_loaded_leaves_less_for_the_next_until_it_is_closed(full, monkeypatch):
@@ -179,15 +179,15 @@ def test_a_bank_that_is_loaded_leaves_less_for_the_next_until_it_is_closed(full,
     gc.collect()  # what other tests left
     before = left()
     first = LoadedBank(full)
-    claimed = first.claim().memory
-    assert claimed >= first.plan.question_bytes
-    assert left() == before - claimed
+    reserved = first.reservation().memory
+    assert reserved >= first.plan.question_bytes
+    assert left() == before - reserved
     second = LoadedBank(full)
-    assert second.plan.memory_available == before - claimed
-    assert left() == before - claimed - second.claim().memory
-    assert first._new_plan().memory_available == before - second.claim().memory  # not its own
+    assert second.plan.memory_available == before - reserved
+    assert left() == before - reserved - second.reservation().memory
+    assert first._new_plan().memory_available == before - second.reservation().memory  # not its own
     second.close()
-    assert left() == before - claimed
+    assert left() == before - reserved
     del first
     gc.collect()
     assert left() == before
@@ -205,35 +205,39 @@ def test_two_banks_do_not_plan_with_the_same_memory(full, monkeypatch):
     assert len(LoadedBank(full)) == 6
 
 
-def test_a_plan_that_comes_to_nothing_claims_nothing(full, monkeypatch):
+def test_a_plan_that_comes_to_nothing_reserves_nothing(full, monkeypatch):
     gc.collect()
-    before = CLAIMS.total(torch.device("cpu"))
+    before = RESERVATIONS.total(torch.device("cpu"))
     monkeypatch.setattr(
         LoadedBank, "refresh", lambda self: (_ for _ in ()).throw(BudgetError("no"))
     )
     with pytest.raises(BudgetError) as held:  # whose traceback holds the object
         LoadedBank(full)
     assert held.value.__traceback__ is not None
-    assert CLAIMS.total(torch.device("cpu")) == before
+    assert RESERVATIONS.total(torch.device("cpu")) == before
 
 
-def test_claims_on_a_gpu_count_for_that_gpu():
+def test_reservations_on_a_gpu_count_for_that_gpu():
     class Loaded:
         def __init__(self, device, num_bytes):
-            self.held = Claim(1, torch.device(device), num_bytes)
+            self.held = Reservation(1, torch.device(device), num_bytes)
 
-        def claim(self):
+        def reservation(self):
             return self.held
 
-    claims = Claims()
+    reservations = Reservations()
     loaded = [Loaded("cuda", 10), Loaded("cuda:0", 200), Loaded("cuda:1", 3000), Loaded("cpu", 0)]
     for one in loaded:
-        claims.enter(one)
-    assert claims.total(torch.device("cuda:0")) == claims.total(torch.device("cuda")) == (4, 210)
-    assert claims.total(torch.device("cuda:1"), but=loaded[2]) == (3, 0)
-    claims.end(loaded.pop())
+        reservations.enter(one)
+    assert (
+        reservations.total(torch.device("cuda:0"))
+        == reservations.total(torch.device("cuda"))
+        == (4, 210)
+    )
+    assert reservations.total(torch.device("cuda:1"), but=loaded[2]) == (3, 0)
+    reservations.end(loaded.pop())
     del loaded[0], one
-    assert claims.total(torch.device("cuda")) == (2, 200)
+    assert reservations.total(torch.device("cuda")) == (2, 200)
 
 
 # ---- devices and threads
@@ -243,7 +247,7 @@ def test_the_mask_of_a_filter_lies_where_the_keys_do(full):
     loaded = LoadedBank(full)
     loaded.device = torch.device("meta")  # as a GPU that had no room for the keys
     view = loaded.view({"seed": None})
-    assert view._mask.device == view._keys_device == torch.device("cpu")
+    assert view._mask.device == view.keys_device == torch.device("cpu")
     assert view.num_documents == 6
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_interleave import TEXTS, FakeLibrary
+from test_interleave import TEXTS, FakeSnapshot
 
 from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import LexicalIndexError, ModelError, MSAError
@@ -38,7 +38,7 @@ def form(model: Any) -> AskFormat:
 
 @pytest.fixture(scope="module")
 def requests(model: Any, form: AskFormat) -> list[Request]:
-    libraries = [FakeLibrary(model, form.encoder, texts, 5) for texts in (TEXTS, OTHER_TEXTS)]
+    snapshots = [FakeSnapshot(model, form.encoder, texts, 5) for texts in (TEXTS, OTHER_TEXTS)]
     all_options = [
         AskOptions(max_rounds=2, max_documents_per_round=2, max_new_tokens=7),
         AskOptions(max_rounds=1, max_new_tokens=20, force_answer_prefix=False, prior_weight=2.0),
@@ -47,9 +47,9 @@ def requests(model: Any, form: AskFormat) -> list[Request]:
         AskOptions(max_rounds=2, max_new_tokens=9, refusal_threshold=0.0),
     ]
     return [
-        Request(question, library, options, form, stream)
+        Request(question, snapshot, options, form, stream)
         for question in QUESTIONS
-        for library in libraries
+        for snapshot in snapshots
         for options in all_options
         for stream in (False, True)
     ]
@@ -57,7 +57,7 @@ def requests(model: Any, form: AskFormat) -> list[Request]:
 
 def again(request: Request) -> Request:
     return Request(
-        request.question, request.library, request.options, request.format, request.stream
+        request.question, request.snapshot, request.options, request.format, request.stream
     )
 
 
@@ -140,7 +140,7 @@ def test_a_memory_that_fails_ends_its_own_questions_only(
 
     options = AskOptions(max_rounds=1, max_new_tokens=3)
     words = AskOptions(max_rounds=1, max_new_tokens=3, lexical_weight=1.0)
-    sound, broken = (FakeLibrary(model, form.encoder, TEXTS, 5) for _ in range(2))
+    sound, broken = (FakeSnapshot(model, form.encoder, TEXTS, 5) for _ in range(2))
     setattr(broken, method, fails)
     scheduler = Scheduler(model)
     asked = [
@@ -158,10 +158,10 @@ def test_a_memory_that_fails_ends_its_own_questions_only(
 
 def test_a_model_that_computes_nonsense_is_the_end_of_all(form: AskFormat) -> None:
     damaged = make_tiny_model(top_k_documents=4)
-    library = FakeLibrary(damaged, form.encoder, TEXTS, 5)
+    snapshot = FakeSnapshot(damaged, form.encoder, TEXTS, 5)
     with torch.no_grad():
         damaged.lm_head.weight.fill_(float("nan"))
     scheduler = Scheduler(damaged)
-    scheduler.add(Request("Where?", library, AskOptions(), AskFormat(damaged, form.encoder)))
+    scheduler.add(Request("Where?", snapshot, AskOptions(), AskFormat(damaged, form.encoder)))
     with pytest.raises(ModelError, match="NaN"):
         scheduler.step()

@@ -123,7 +123,7 @@ def test_what_cannot_be_taken_leaves_nothing_on_disk(client):
 
 def test_bombs_are_told_apart_from_files(client, monkeypatch):
     monkeypatch.setattr("msa.serve.jobs.MAX_UNPACKED_BYTES", 100_000)
-    monkeypatch.setattr("msa.text.loaders.MAX_UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr("msa.text.conversion.MAX_UNPACKED_BYTES", 100_000)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", b"a" * 1_000_000)

@@ -43,7 +43,7 @@ def prompt_batch(
 
     Args:
         contexts: one per row.
-        top_k: the model's own k, whatever is found: positions behind the prefix start k later.
+        top_k: the model's own k, whatever is found: positions after the prefix start k later.
         pad_token: fills the left; masked everywhere.
         device: of the tensors.
 

@@ -1,4 +1,4 @@
-"""The decode loop: one prefill, then token after token behind its cache.
+"""The decode loop: one prefill, then token after token on its cache.
 
 Nothing is routed while tokens are written, and what a row is allowed to write, when it ends and
 what is drawn is decided here, on the CPU: a step waits for the device once, for its tokens.
@@ -83,10 +83,10 @@ class Sampler:
 
 
 class Decoder:
-    """A batch of prompts, and what is written behind them. Rows may leave, and others join.
+    """A batch of prompts, and what is written after them. Rows may leave, and others join.
 
     Attributes:
-        cache: of the prompts and of all that was fed behind them.
+        cache: of the prompts and of all that was fed after them.
         logits: [B, V] of every row's next token.
         positions: [B], of every row's next token.
     """
@@ -127,7 +127,7 @@ class Decoder:
         return columns
 
     def rewind(self, rows: Sequence[int] | None = None) -> None:
-        """Forget all that was written behind the prompts.
+        """Forget all that was written after the prompts.
 
         Args:
             rows: of which it is forgotten; all by default.
@@ -161,15 +161,15 @@ class Decoder:
         return part
 
     def join(self, other: Decoder) -> None:
-        """Take in the rows of another decoder of the same model, behind the own ones."""
+        """Take in the rows of another decoder of the same model, after its own."""
         length, wider = self.length, other.length - self.length
-        mask, behind = self._whole_mask(), other._whole_mask()
+        mask, other_mask = self._whole_mask(), other._whole_mask()
         if wider > 0:
             mask = F.pad(mask, (wider, 0))
-        behind = F.pad(behind, (max(0, -wider), 0))
+        other_mask = F.pad(other_mask, (max(0, -wider), 0))
         self._prompts = self._prompts.joined(other._prompts, length, other.length)
         self.cache.join(other.cache)
-        self._mask = torch.cat([mask, behind])
+        self._mask = torch.cat([mask, other_mask])
         self.logits = torch.cat([self.logits, other.logits])
         self.positions = self.positions + other.positions
 
@@ -189,7 +189,7 @@ class Decoder:
             self._prompts = self._prompts.without_first(unused)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Run the model on further tokens, and get the logits behind them.
+        """Run the model on further tokens, and get the logits after them.
 
         Args:
             tokens: per row any number of token ids; rows without any get logits of no meaning.
@@ -205,12 +205,12 @@ class Decoder:
         rows = len(self.positions)
         logits, mask, positions = self.logits, self._mask, list(self.positions)
         length = self.cache.get_seq_length()
-        behind = [logits[:, None]]
+        following = [logits[:, None]]
         if len(tokens) > 1:
-            behind.append(self._run([tokens[:-1]] * rows, len(tokens) - 1))
+            following.append(self._run([tokens[:-1]] * rows, len(tokens) - 1))
             self.cache.truncate(length)
             self._mask, self.positions = mask, positions
-        by_token = torch.cat(behind, dim=1).float().log_softmax(dim=-1)  # [B, len(tokens), V]
+        by_token = torch.cat(following, dim=1).float().log_softmax(dim=-1)  # [B, len(tokens), V]
         wanted = torch.tensor(list(tokens), device=self._device).expand(rows, -1)
         total: list[float] = by_token.gather(2, wanted[..., None]).sum(dim=(1, 2)).tolist()
         return total
@@ -251,7 +251,7 @@ class _Prompts:
 
     Attributes:
         mask: [B, length], 0 for padding; None when there is none.
-        length: columns of the cache behind which nothing but written tokens lies.
+        length: columns of the cache after which nothing but written tokens lies.
         logits: [B, V].
         ends: [B], position of the token that follows each row.
     """
@@ -262,7 +262,7 @@ class _Prompts:
     ends: list[int]
 
     def whole_mask(self, columns: int) -> Tensor:
-        """[B, columns], 0 for padding and for what was written behind the prompts."""
+        """[B, columns], 0 for padding and for what was written after the prompts."""
         mask = self.mask
         if mask is None:
             shape = len(self.ends), self.length
@@ -399,7 +399,7 @@ def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:
     """Let every row that is waiting for its next token choose it.
 
     Args:
-        decoder: behind all that is not pending.
+        decoder: after all that is not pending.
         writers: one per row.
 
     Raises:

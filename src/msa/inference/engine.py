@@ -11,9 +11,9 @@ from msa.errors import BankError, InputError, MSAError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import prefill
 from msa.inference.interleave import AskFormat, Request
-from msa.inference.library import BankQuerySnapshot, QuerySnapshot, SnapshotCache
 from msa.inference.options import AskOptions
 from msa.inference.scheduler import Scheduler
+from msa.inference.snapshot import BankQuerySnapshot, QuerySnapshot, SnapshotCache
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.memory.bank import MemoryBank
 from msa.memory.distributed.sharded_bank import ShardedBank
@@ -50,7 +50,7 @@ class MemoryEngine(ClosedAtExit, NotPickled):
 
     Attributes:
         model: the bank's, in evaluation mode.
-        bank: as given.
+        bank: that it asks.
         options: how questions are asked unless a call says otherwise.
     """
 
@@ -107,7 +107,7 @@ class MemoryEngine(ClosedAtExit, NotPickled):
             memory = self._own = LoadedBank(
                 bank, model.device, content_dtype=model.dtype, plan=plan, pruning=pruning
             )
-        self._shelf = SnapshotCache(bank, memory)
+        self._snapshots = SnapshotCache(bank, memory)
 
     def close(self) -> None:
         """Give up what was loaded; the bank stays open. Calling it twice does nothing."""
@@ -151,9 +151,9 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         """
         questions = _checked(question)
         top_k = whole_number(top_k, "top_k", 1)
-        library = self._library(self.options, filter, top_k)
-        found = self._routed(questions, library, self.options)
-        hits = [self._ranked(some, library, top_k) for some in found]
+        snapshot = self._snapshot(self.options, filter, top_k)
+        found = self._routed(questions, snapshot, self.options)
+        hits = [self._ranked(some, snapshot, top_k) for some in found]
         return hits[0] if isinstance(question, str) else hits
 
     def candidates(
@@ -170,9 +170,9 @@ class MemoryEngine(ClosedAtExit, NotPickled):
             EmptyBankError, InputError, ConfigError, ModelError, LexicalIndexError: see `ask`.
         """
         options = self.options.with_changes(**changes)
-        return self._routed(_checked(questions), self._library(options, filter), options)
+        return self._routed(_checked(questions), self._snapshot(options, filter), options)
 
-    def _library(
+    def _snapshot(
         self, options: AskOptions, filter: Filter | None, top_k: int = 1
     ) -> BankQuerySnapshot:
         """The bank as it is now; its layers select as many documents as anybody wants.
@@ -182,11 +182,11 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         """
         self._life.check()
         visible: int = self.model.config.top_k_documents
-        return self._shelf.library(max(top_k, visible, options.candidates), filter)
+        return self._snapshots.snapshot(max(top_k, visible, options.candidates), filter)
 
     @torch.no_grad()
     def _routed(
-        self, questions: Sequence[str], library: QuerySnapshot, options: AskOptions
+        self, questions: Sequence[str], snapshot: QuerySnapshot, options: AskOptions
     ) -> list[Candidates]:
         """Candidates of round 1: the layers up to the last routing layer, nothing written."""
         form, visible = self._format, self._format.top_k
@@ -196,19 +196,19 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         for some in _batches(questions, options.batch_size):
             contexts = [form.encoder.context(q) for q in some]
             batch = prompt_batch(contexts, visible, form.pad, self.model.device)
-            reader = CandidateReader(library.reader, visible)
+            reader = CandidateReader(snapshot.reader, visible)
             prefill(self.model, batch, reader, routing_only=True)
-            found += candidates(reader, library, options, [LexicalQuery(q) for q in some])
+            found += candidates(reader, snapshot, options, [LexicalQuery(q) for q in some])
         return found
 
     @staticmethod
-    def _ranked(found: Candidates, library: QuerySnapshot, top_k: int) -> list[Hit]:
+    def _ranked(found: Candidates, snapshot: QuerySnapshot, top_k: int) -> list[Hit]:
         """The best of one question's candidates."""
         fused = found.fused
         layers = {layer: dict(scores) for layer, scores in found.layers.items()}
-        there = library.ids(fused)
+        there = snapshot.ids(fused)
         best = [number for number in fused if number in there][:top_k]
-        stored = library.texts(best)
+        stored = snapshot.texts(best)
         return [
             Hit(
                 id=stored[number].document.id,
@@ -288,8 +288,8 @@ class MemoryEngine(ClosedAtExit, NotPickled):
                 f"A list of {len(questions)} questions cannot be streamed; ask them one by one, or "
                 "without stream=True."
             )
-        library = self._library(options, filter)
-        requests = [self._request(text, library, options, stream=stream) for text in questions]
+        snapshot = self._snapshot(options, filter)
+        requests = [self._request(text, snapshot, options, stream=stream) for text in questions]
         scheduler = Scheduler(self.model, max_rows=options.batch_size)
         for request in requests:
             scheduler.add(request)
@@ -318,13 +318,13 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         """
         options = self.options.with_changes(**changes)
         (text,) = _checked([question] if isinstance(question, str) else question)
-        return self._request(text, self._library(options, filter), options, stream=stream)
+        return self._request(text, self._snapshot(options, filter), options, stream=stream)
 
     def _request(
-        self, question: str, library: QuerySnapshot, options: AskOptions, *, stream: bool
+        self, question: str, snapshot: QuerySnapshot, options: AskOptions, *, stream: bool
     ) -> Request:
         self._format.check_length(question, options)
-        return Request(question, library, options, self._format, stream)
+        return Request(question, snapshot, options, self._format, stream)
 
 
 def _parts_to_ask(bank: object) -> tuple[MSAForCausalLM, PreTrainedTokenizerBase]:

@@ -9,7 +9,7 @@ routing again. `msa.inference.scheduler` runs the model, for many questions toge
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from msa.inference.answers import AnswerPieces, AnswerText
 from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
 from msa.inference.fusion import Fused
-from msa.inference.library import QuerySnapshot
 from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
     is_refusal,
@@ -29,6 +28,7 @@ from msa.inference.refusal import (
     refusal_score,
     routing_features,
 )
+from msa.inference.snapshot import QuerySnapshot
 from msa.inference.spans import find_span
 from msa.inference.trace import Candidates
 from msa.memory.store.word_index import LexicalQuery
@@ -93,7 +93,7 @@ class AskFormat:
         return self._numbers[number]
 
     def handed(self, question: str, options: AskOptions) -> list[int]:
-        """What is put behind the end of retrieval: the question once more, and the lead-in."""
+        """What follows the end of retrieval: the question once more, and the lead-in."""
         return self.encoder.restatement(question) + self.lead_in(options)
 
     def room(self, question: str, context: LocalContext, options: AskOptions) -> int:
@@ -126,14 +126,14 @@ class Request:
 
     Attributes:
         question: its text.
-        library: the memory; stays as it is.
+        snapshot: the memory; stays as it is.
         options: how it is asked.
         format: of the model that answers.
         stream: whether pieces of the answer are wanted as they are written.
     """
 
     question: str
-    library: QuerySnapshot
+    snapshot: QuerySnapshot
     options: AskOptions
     format: AskFormat
     stream: bool = False
@@ -219,33 +219,33 @@ class Interleave:
         texts = tuple(text for reading in last for _, text in reading.documents)
         return LexicalQuery(self.request.question, texts)
 
-    def routed(self, found: Candidates, prompt_tokens: int, seconds: float) -> list[Event]:
+    @property
+    def read(self) -> frozenset[int]:
+        """Numbers of the documents that were read."""
+        return frozenset(citation.number for citation in self.citations)
+
+    def routed(
+        self, found: Candidates, copies: set[int], prompt_tokens: int, seconds: float
+    ) -> list[Event]:
         """Take in what the prefill routed to.
 
         Args:
             found: candidates of this question.
+            copies: those of them that have the text of one that was read.
             prompt_tokens: of the context.
             seconds: that routing took.
         """
         self.prompt_tokens += prompt_tokens
         self.routing_seconds += seconds
-        top_k, library = self.request.format.top_k, self.request.library
+        top_k, snapshot = self.request.format.top_k, self.request.snapshot
         layers = {layer: some[:top_k] for layer, some in found.layers.items()}
-        known = self._known(found.fused)
+        known = self.read | copies
         unread = [number for number in found.fused if number not in known]
         shown = {n for some in layers.values() for n, _ in some}.union(unread[:top_k])
-        self._found = _Routed(layers, found.fused, dict(library.ids(sorted(shown))), known)
+        self._found = _Routed(layers, found.fused, dict(snapshot.ids(sorted(shown))), known)
         if self.index == 1:
             self.scores |= routing_features([f.score for f in found.fused.values()])
         return [Event("routing", self.index, self._found.round(self.index))]
-
-    def _known(self, candidates: Iterable[int]) -> frozenset[int]:
-        """What was read, and the candidates that are copies of it."""
-        read = {citation.number for citation in self.citations}
-        if not read:
-            return frozenset()
-        unread = [number for number in candidates if number not in read]
-        return frozenset(read | self.request.library.copies(unread, read))
 
     def naming(self) -> RoundRow | None:
         """What writes this round; None when the rounds are used up."""
@@ -273,7 +273,7 @@ class Interleave:
         """
         written = row.written
         assert written is not None
-        texts = self.request.library.texts(written.numbers) if written.numbers else {}
+        texts = self.request.snapshot.texts(written.numbers) if written.numbers else {}
         if gone := set(written.numbers) - texts.keys():
             self._found = self._found.without(gone)
             return None
@@ -319,7 +319,7 @@ class Interleave:
     # ---- the answer
 
     def begin_answer(self) -> list[int]:
-        """Tokens that are put behind the prompt: end of retrieval, question, lead-in."""
+        """Tokens that follow the prompt: end of retrieval, question, lead-in."""
         form = self.request.format
         handed = form.handed(self.request.question, self.request.options)
         end = form.end_of_retrieve

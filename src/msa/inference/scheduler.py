@@ -166,7 +166,7 @@ class Scheduler:
         form = runs[0].request.format
         groups = _groups(runs)
         readers = [
-            CandidateReader(runs[rows[0]].request.library.reader, form.top_k) for rows in groups
+            CandidateReader(runs[rows[0]].request.snapshot.reader, form.top_k) for rows in groups
         ]
         memory = readers[0] if len(groups) == 1 else _Together(readers, groups)
         decoder = Decoder(
@@ -205,15 +205,18 @@ class Scheduler:
         reader.check()  # an error of the model, not of this memory
         try:
             found = candidates(
-                reader, first.library, first.options, [run.query() for run, _ in prompts]
+                reader, first.snapshot, first.options, [run.query() for run, _ in prompts]
+            )
+            copies = first.snapshot.copies(
+                [(some.fused, run.read) for (run, _), some in zip(prompts, found, strict=True)]
             )
         except MSAError as error:
             self._events += [(run.request, error) for run, _ in prompts]
             return []
         going_on = []
-        for (run, context), some, row in zip(prompts, found, rows, strict=True):
+        for (run, context), some, known, row in zip(prompts, found, copies, rows, strict=True):
             tokens = len(context.input_ids)
-            if self._tried(run, partial(run.routed, some, tokens, reader.seconds)):
+            if self._tried(run, partial(run.routed, some, known, tokens, reader.seconds)):
                 going_on.append(row)
         return going_on
 
@@ -304,7 +307,7 @@ class Scheduler:
         return again
 
     def _begin_answers(self, decoder: Decoder, runs: list[Interleave]) -> None:
-        """State questions again behind their prompts, and let the model answer."""
+        """State questions again after their prompts, and let the model answer."""
         decoder.feed([run.begin_answer() for run in runs])
         for refusal in {tuple(run.refusal) for run in runs if run.refusal}:
             likely = decoder.log_probability(refusal)
@@ -329,7 +332,7 @@ def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
     """Rows whose questions go to one state of a memory in the same way."""
     groups: dict[tuple[int, int], list[int]] = {}
     for row, run in enumerate(runs):
-        key = id(run.request.library), id(run.request.options)
+        key = id(run.request.snapshot), id(run.request.options)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Characters before and behind an occurrence that are compared with the question.
+# Characters before and after an occurrence that are compared with the question.
 NEARBY = 160
 _OCCURRENCES = 1000
 _WORD = re.compile(r"\w+")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msa.errors import ModelError
 from msa.inference.fusion import Fused, fuse
-from msa.inference.library import QuerySnapshot
 from msa.inference.options import AskOptions
+from msa.inference.snapshot import QuerySnapshot
 from msa.memory.store.word_index import LexicalQuery
 from msa.types import Content, MemoryReader, Selection
 
@@ -105,7 +105,7 @@ class Candidates:
 
 def candidates(
     reader: CandidateReader,
-    library: QuerySnapshot,
+    snapshot: QuerySnapshot,
     options: AskOptions,
     queries: Sequence[LexicalQuery],
 ) -> list[Candidates]:
@@ -113,7 +113,7 @@ def candidates(
 
     Args:
         reader: through which the batch was prefilled.
-        library: of the same memory.
+        snapshot: of the same memory.
         options: as asked.
         queries: per question, what words are looked for when `lexical_weight` is above 0.
 
@@ -123,10 +123,10 @@ def candidates(
     """
     batch = reader.rows()
     rows = sorted({row for layers in batch for found in layers.values() for row, _ in found})
-    numbers = dict(zip(rows, library.numbers(rows), strict=True))
+    numbers = dict(zip(rows, snapshot.numbers(rows), strict=True))
     lexical = None
     if options.lexical_weight > 0:
-        lexical = library.lexical(queries, options.candidates)
+        lexical = snapshot.lexical(queries, options.candidates)
     all_candidates = []
     for i, layers in enumerate(batch):
         named = {layer: [(numbers[r], s) for r, s in found] for layer, found in layers.items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from msa.errors import BankError, DocumentNotFoundError, InputError, StorageError
+from msa.errors import BankError, InputError
+from msa.memory.ingest.adoption import adopting
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, DocumentEncoder
 from msa.memory.ingest.pipeline import (
     COMMIT_TOKENS,
@@ -21,31 +21,26 @@ from msa.memory.ingest.pipeline import (
     OnDuplicate,
     SegmentPool,
     Submit,
-    Written,
     metadata_text,
 )
 from msa.memory.ingest.splitter import RejectedError
 from msa.memory.maintenance import Maintenance
 from msa.memory.store.catalog import CATALOG_FILE, Catalog
-from msa.memory.store.durable_files import TEMPORARY_SUFFIX, publish, storage_errors, sync_folder
-from msa.memory.store.filters import Filter
+from msa.memory.store.durable_files import TEMPORARY_SUFFIX, storage_errors, sync_folder
 from msa.memory.store.lifetime import ClosedAtExit, Lifetime, NotPickled
 from msa.memory.store.manifest import BANK_FILE, Manifest
-from msa.memory.store.records import SegmentEntry, WrittenFile
 from msa.memory.store.reports import (
     AddProgress,
     AddReport,
-    BankInfo,
     CompactReport,
-    StoredDocument,
     VerifyReport,
 )
 from msa.memory.store.segments import SegmentWriter
-from msa.memory.store.word_index import LexicalIndex, LexicalQuery
 from msa.memory.store.writer_lock import HOLDER_FILE, LOCK_FILE, WriterLock, WriterTurn
+from msa.memory.stored_documents import SEGMENTS_FOLDER, StoredDocuments
 from msa.model.checkpoint import Checkpoint, parts_of
 from msa.text.prompts import PromptTemplate
-from msa.types import JSON, Document, whole_number
+from msa.types import JSON, Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +48,6 @@ if TYPE_CHECKING:
     from msa.inference.options import AskOptions
     from msa.model.modeling_msa import MSAForCausalLM
 
-SEGMENTS_FOLDER = "segments"
 _OUR_FILES = {
     SEGMENTS_FOLDER,
     LOCK_FILE,
@@ -63,7 +57,7 @@ _OUR_FILES = {
 _UNFINISHED = f"{BANK_FILE}*{TEMPORARY_SUFFIX}"
 
 
-class MemoryBank(ClosedAtExit, NotPickled):
+class MemoryBank(StoredDocuments, ClosedAtExit, NotPickled):
     """A memory bank in a folder. Make one with `create` or `open`; close it, or use `with`.
 
     One process may write at a time, any number may read. All methods may be called from several
@@ -89,16 +83,13 @@ class MemoryBank(ClosedAtExit, NotPickled):
         tokenizer: PreTrainedTokenizerBase | None,
         ask_options: AskOptions | None = None,
     ) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.catalog = catalog
+        super().__init__(path, manifest, catalog)
         self.model = model
         self.tokenizer = tokenizer
         self.ask_options = ask_options
         self._lock = lock
         self._turn = WriterTurn(path)
         self._life = Lifetime(f"bank '{path}'", "open it again (MemoryBank.open)")
-        self._lexical = LexicalIndex(path / CATALOG_FILE)
         self._maintenance = Maintenance(catalog, self.segments_folder, manifest.routing_layers)
         if lock is not None:
             first = catalog.counter("next_segment")
@@ -217,21 +208,6 @@ class MemoryBank(ClosedAtExit, NotPickled):
         """True when the bank was opened for reading."""
         return self._lock is None
 
-    @property
-    def segments_folder(self) -> Path:
-        """Where the latent states lie."""
-        return self.path / SEGMENTS_FOLDER
-
-    @property
-    def template(self) -> PromptTemplate:
-        """Text format of the documents."""
-        return self.manifest.prompt_template
-
-    @property
-    def generation(self) -> int:
-        """Grows with every commit, of any process; equal means that nothing has changed."""
-        return self.catalog.counter("generation")
-
     def check_open(self) -> None:
         """Refuse when the bank is closed, or was opened by the process that forked this one.
 
@@ -255,16 +231,6 @@ class MemoryBank(ClosedAtExit, NotPickled):
                 self.catalog.close()
                 if self._lock is not None:
                     self._lock.release()
-
-    def __len__(self) -> int:
-        """Number of documents that the model knows, parts of split ones counted each."""
-        return self.catalog.count()
-
-    def __contains__(self, document_id: object) -> bool:
-        if not isinstance(document_id, str):
-            return False
-        known = self.catalog.known(document_id)
-        return bool(known.numbers) or known.part_of is not None
 
     def __repr__(self) -> str:
         return f"MemoryBank('{self.path}'{', closed' if self._life.ended else ''})"
@@ -364,47 +330,10 @@ class MemoryBank(ClosedAtExit, NotPickled):
                 local = stack.enter_context(contextlib.closing(LocalPool(encoder, self._writer)))
                 submit, capacity = local.submit, local.capacity
             else:
-                submit, capacity = self._adopting(pool), pool.capacity
+                submit, capacity = adopting(pool, self._writer, self.segments_folder), pool.capacity
             limit = self.manifest.max_document_tokens
             pipeline = IngestPipeline(self.catalog, encoder, submit, capacity, limit, options)
             return pipeline.run(documents)
-
-    def _adopting(self, pool: SegmentPool) -> Submit:
-        """Windows that workers encode; their files are taken over when they are waited for."""
-
-        def submit(
-            pieces: Sequence[tuple[int, Sequence[int]]], batch_tokens: int
-        ) -> Callable[[], Written]:
-            files = pool.submit(pieces, batch_tokens)
-            return lambda: self._take_over(files())
-
-        return submit
-
-    def _take_over(self, files: Sequence[WrittenFile]) -> Written:
-        """Move segments that workers wrote to the next numbers.
-
-        So numbers rise with commits, as readers expect.
-
-        Raises:
-            StorageError: a file is not there as it was written, or the disk refused.
-        """
-        written = [(self._taken_over(file), file.numbers) for file in files]
-        with storage_errors(f"take over segments into {self.segments_folder}"):
-            sync_folder(self.segments_folder)
-        return written
-
-    def _taken_over(self, file: WrittenFile) -> SegmentEntry:
-        entry = replace(file.entry, segment=self._writer.take())
-        path = self.segments_folder / file.name
-        with storage_errors(f"take over segment {path}"):
-            size = path.stat().st_size
-            if size != entry.size_bytes:
-                raise StorageError(
-                    f"segment {path} has {size} bytes, {entry.size_bytes} were written; do all "
-                    "hosts see one file system there?"
-                )
-            publish(path, self.segments_folder / entry.name)
-        return entry
 
     def update(self, document: Document) -> None:
         """Replace a document's text, title or metadata.
@@ -431,7 +360,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
         """Give documents other metadata; in one commit. Texts and numbers stay as they are.
 
         Args:
-            metadata: id, as given to `add`, -> all of the document's metadata from now on.
+            metadata: id, as passed to `add`, -> all of the document's metadata from now on.
 
         Raises:
             DocumentNotFoundError: the bank does not hold one of them.
@@ -454,7 +383,7 @@ class MemoryBank(ClosedAtExit, NotPickled):
         Texts are erased at once; latent states stay on disk, unread, until `compact`.
 
         Args:
-            ids: as given to `add`.
+            ids: as passed to `add`.
 
         Returns:
             How many ids were deleted.
@@ -484,12 +413,6 @@ class MemoryBank(ClosedAtExit, NotPickled):
             raise self._not_found(document_id)
         return known.numbers
 
-    def _not_found(self, document_id: str) -> DocumentNotFoundError:
-        return DocumentNotFoundError(
-            f"bank '{self.path}' holds no document '{document_id}'; 'msa bank list {self.path}' "
-            "names those it holds"
-        )
-
     def compact(self) -> CompactReport:
         """Drop the latent states of deleted documents, and merge small segments.
 
@@ -516,168 +439,6 @@ class MemoryBank(ClosedAtExit, NotPickled):
         """
         with self._writing("repair it"):
             return self._maintenance.repair(self._writer, self._encoder("repair it"))
-
-    # ---- reading
-
-    def get(self, document_id: str) -> StoredDocument:
-        """The document with this id; or a part, by its own id ("book#2").
-
-        Raises:
-            DocumentNotFoundError: there is none; for a split document the message names its parts.
-            InputError: the id is no text.
-        """
-        stored = self.catalog.by_id(document_id)
-        if stored is not None:
-            return stored
-        parts = self.catalog.by_source(document_id)
-        if parts:
-            raise DocumentNotFoundError(
-                f"'{document_id}' was too long and is stored as {len(parts)} parts, "
-                f"'{parts[0].document.id}' to '{parts[-1].document.id}'; get those, or all with "
-                "parts()"
-            )
-        raise self._not_found(document_id)
-
-    def parts(self, document_id: str) -> list[StoredDocument]:
-        """The document given under this id: itself, or all its parts in order.
-
-        Raises:
-            DocumentNotFoundError: the bank does not hold it.
-        """
-        stored = self.catalog.by_source(document_id)
-        if not stored:
-            raise self._not_found(document_id)
-        return stored
-
-    def get_number(self, number: int) -> StoredDocument:
-        """The document with this number.
-
-        Raises:
-            DocumentNotFoundError: there is none, or none any more.
-            InputError: it is no whole number.
-        """
-        number = whole_number(number, "document number")
-        stored = self.catalog.by_numbers([number]).get(number)
-        if stored is None:
-            raise DocumentNotFoundError(
-                f"bank '{self.path}' holds no document number {number} (any more)"
-            )
-        return stored
-
-    def get_many(self, numbers: Iterable[int]) -> dict[int, StoredDocument]:
-        """Number -> document, for those that exist; one that was deleted meanwhile is left out.
-
-        Raises:
-            InputError: what was given are no whole numbers.
-        """
-        return self.catalog.by_numbers(numbers)
-
-    def ids(self, numbers: Iterable[int]) -> dict[int, str]:
-        """Number -> id, for those that exist; cheaper than `get_many`, which reads the texts.
-
-        Raises:
-            InputError: what was given are no whole numbers.
-        """
-        return self.catalog.ids(numbers)
-
-    def documents(
-        self, limit: int | None = None, offset: int = 0, *, after: int = 0
-    ) -> list[StoredDocument]:
-        """Documents in the order in which they were added, parts of split ones each.
-
-        Args:
-            limit: documents at most; all by default.
-            offset: documents to leave out.
-            after: only documents with a higher number, so that pages stay in step with a bank
-                that changes.
-
-        Raises:
-            InputError: a limit, offset or number that is no whole number from 0.
-        """
-        most = -1 if limit is None else whole_number(limit, "limit", 0)
-        return self.catalog.page(
-            most, whole_number(offset, "offset", 0), whole_number(after, "after", 0)
-        )
-
-    # ---- lexical search
-
-    def lexical_missing(self) -> str | None:
-        """Why the bank cannot be searched by words, in one line; None when it can."""
-        return self._lexical.missing()
-
-    def lexical_search(
-        self,
-        queries: Sequence[str | LexicalQuery],
-        top_k: int,
-        *,
-        filter: Filter | None = None,
-        title_weight: float = 1.0,
-    ) -> list[list[tuple[int, float]]]:
-        """The documents that share the rarest words with each query, by BM25 (k1 1.2, b 0.75).
-
-        A query is plain text; nothing in it is an operator. It answers from the latest commit:
-        whoever asks an older state of the bank has to drop numbers that this state does not hold.
-
-        Args:
-            queries: questions; or a `LexicalQuery`, with texts that were read, for a second hop
-                (those texts themselves are found too).
-            top_k: documents per query, at most.
-            filter: which documents may be found, see `msa.memory.store.filters`.
-            title_weight: how often a word of the title counts.
-
-        Returns:
-            For each query (document number, score), best first, equal scores by number; scores are
-            positive and grow with relevance. Fewer than `top_k` where no more documents share a
-            word.
-
-        Raises:
-            LexicalIndexError: there is no word index; the message says why and what to type.
-            InputError: a top_k, weight or filter that cannot be used.
-            BankCorruptError: the index is damaged.
-        """
-        return self._lexical.search(queries, top_k, filter=filter, title_weight=title_weight)
-
-    def lexical_scores(
-        self, query: str | LexicalQuery, numbers: Sequence[int], *, title_weight: float = 1.0
-    ) -> list[float]:
-        """The scores that `lexical_search` gives to some documents, however many are better.
-
-        Returns:
-            One score per number; 0.0 for a document that shares no word or does not exist.
-
-        Raises:
-            LexicalIndexError, InputError, BankCorruptError: see `lexical_search`.
-        """
-        return self._lexical.scores(query, numbers, title_weight=title_weight)
-
-    def info(self) -> BankInfo:
-        """Figures of the bank."""
-        totals = self.catalog.totals()
-        segments = self.catalog.segments()
-        manifest = self.manifest
-        catalog_bytes = 0
-        for end in ("", "-wal"):
-            with contextlib.suppress(FileNotFoundError):
-                catalog_bytes += (self.path / (CATALOG_FILE + end)).stat().st_size
-        return BankInfo(
-            path=self.path,
-            num_documents=totals.num_documents,
-            num_ids=totals.num_ids,
-            num_tokens=totals.num_tokens,
-            num_chunks=totals.num_chunks,
-            num_deleted=totals.num_deleted,
-            num_segments=len(segments),
-            segment_bytes=sum(e.size_bytes for e in segments),
-            catalog_bytes=catalog_bytes,
-            generation=self.generation,
-            model=manifest.model,
-            chunk_size=manifest.chunk_size,
-            routing_layers=manifest.routing_layers,
-            dtype=manifest.dtype,
-            content_dtype=manifest.content_dtype,
-            max_document_tokens=manifest.max_document_tokens,
-            created=manifest.created,
-        )
 
     def verify(self) -> VerifyReport:
         """Read everything and compare it with its checksums; repairs nothing.

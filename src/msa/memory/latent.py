@@ -1,4 +1,4 @@
-"""A memory held in plain tensors: for training, and for whoever has states at hand."""
+"""A memory held in plain tensors: for training, and for callers that have the states."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LatentMemory:
         self._is_closed = False
 
     def close(self) -> None:
-        """Let go of the scores, and note no more: those that a backward pass computes again."""
+        """Release the scores, and record no more: those that a backward pass computes again."""
         self.scores, self.last_token_scores, self._is_closed = {}, {}, True
 
     def route(self, layer: int, vectors: Tensor, routing_mask: Tensor) -> Selection:

@@ -18,7 +18,7 @@ from msa.memory.store.segments import SEGMENT_BYTES, Segment, SegmentWriter
 
 
 class Maintenance:
-    """The work behind `MemoryBank.verify`, `compact` and `repair`; documented there.
+    """Does what `MemoryBank.verify`, `compact` and `repair` say.
 
     Args:
         catalog: the bank's.

@@ -191,7 +191,7 @@ def merge(
         )
     for name, tensor in merged.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{where}: weight {name} holds NaN or infinite values; get it anew")
+            raise ModelError(f"{where}: weight {name} holds NaN or infinite values; get it again")
     return merged
 
 
@@ -265,7 +265,7 @@ def _write_merged(folder: Path, base_path: Path, scratch: Path) -> None:
     try:
         adapter = load_file(folder / ADAPTER_FILE)
     except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_FILE}: is damaged ({error}); get it anew") from error
+        raise ModelError(f"{folder / ADAPTER_FILE}: is damaged ({error}); get it again") from error
     merged = merge(read_weights(base_path), adapter, config, folder)
     dtype = getattr(torch, str(values.get("dtype", "bfloat16")))
     try:

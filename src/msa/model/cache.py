@@ -49,7 +49,7 @@ class MSACache(DynamicCache):
         return part
 
     def join(self, other: MSACache) -> None:
-        """Take in the rows of another cache behind the own ones; the shorter is padded in front."""
+        """Take in the rows of another cache after its own; the shorter is padded in front."""
         longest = max(self.get_seq_length(), other.get_seq_length())
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.keys = _stacked(ours.keys, theirs.keys, longest)

@@ -269,12 +269,12 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[MSAForCausalLM, Any]
     missing = sorted(set(report["missing_keys"]) - MADE_ANEW)
     if missing:
         raise ModelError(
-            f"{folder}: {len(missing)} weights are missing ({missing[0]}, ...); get it anew, or "
+            f"{folder}: {len(missing)} weights are missing ({missing[0]}, ...); get it again, or "
             "make one of a plain backbone: msa convert"
         )
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{folder}: weight {name} holds NaN or infinite values; get it anew")
+            raise ModelError(f"{folder}: weight {name} holds NaN or infinite values; get it again")
     return model, tokenizer
 
 

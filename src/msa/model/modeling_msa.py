@@ -94,7 +94,7 @@ class Step:
             self.selections[layer] = selection
 
     def close(self) -> None:
-        """Let go of what was kept, and take no more.
+        """Release what was kept, and take no more.
 
         Layers whose activations are computed again in a backward pass run once more, with this
         object. Were their results kept here, so would be their graphs, and the hooks of those keep
@@ -393,7 +393,7 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def encode_documents(self, input_ids: Tensor, lengths: Tensor) -> LatentStates:
-        """Stage 1: what documents leave behind in every routing layer.
+        """Stage 1: the latent states of documents in every routing layer.
 
         Args:
             input_ids: [N, L] int64, right-padded.
@@ -426,7 +426,7 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T] int64, left-padded; or `inputs_embeds` [B, T, E].
             attention_mask: [B, S] 0 for padding; S counts the cached tokens too. None without
-                padding; a step behind a cache is cheaper then.
+                padding; a step with a cache is cheaper then.
             position_ids: [B, T] int64; by default counted from the cache's length.
             cache: an `MSACache` to continue, or None.
             labels: [B, T] int64, -100 for tokens without a loss.

@@ -1,4 +1,4 @@
-"""Which dtype a model runs in when nobody says so."""
+"""Which dtype a model runs in by default."""
 
 from __future__ import annotations
 

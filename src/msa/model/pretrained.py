@@ -38,7 +38,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: is damaged ({error}); get it anew") from error
+        raise ModelError(f"{path}: is damaged ({error}); get it again") from error
     return weights
 
 
@@ -130,7 +130,7 @@ def _check_gguf(path: Path) -> None:
         raise ModelError(f"{path}: no such file")
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            raise ModelError(f"{path}: is no GGUF file, or damaged; get it anew")
+            raise ModelError(f"{path}: is no GGUF file, or damaged; get it again")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the package gguf; type: pip install gguf")
 

@@ -107,7 +107,7 @@ def packed_width(head_dim: int, precision: str) -> int:
 def pack(x: Tensor, precision: str) -> Tensor:
     """Numbers in eight or four bits with a scale of their own for every row, in one tensor.
 
-    A row is the D numbers of one KV head of one chunk, and behind them the bytes of their float32
+    A row is the D numbers of one KV head of one chunk, and after them the bytes of their float32
     scale; so rows can be copied, selected and hashed like any other.
 
     Args:

@@ -1,4 +1,4 @@
-"""Rows of tensors that hold runs of different length, one behind the other."""
+"""Rows of tensors that hold runs of different length, one after the other."""
 
 from __future__ import annotations
 

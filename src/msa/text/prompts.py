@@ -173,7 +173,7 @@ class PromptEncoder:
         return self._format((_escaped(template), {}))
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text that is somebody's own: none of them is a control token.
+        """Token ids of a text of a user or a document: none of them is a control token.
 
         What reads like a mark of the template, `<|im_end|>` say, becomes the characters it is
         written with. Texts without such strings are tokenized as they are anywhere.
@@ -191,7 +191,7 @@ class PromptEncoder:
         return [token for a, b in pairwise(bounds) for token in self.plain(text[a:b])]
 
     def _format(self, *templates: tuple[str, Mapping[str, object]]) -> list[int]:
-        """Token ids of templates, one behind the other, with the values of their fields.
+        """Token ids of templates, one after the other, with the values of their fields.
 
         Marks in the templates are control tokens, those in values are not. Literals and values
         between two marks are tokenized together, as in a whole string.

@@ -24,7 +24,7 @@ _SPACE = re.compile(r"\s*")
 _FULL_ENOUGH = 0.9  # of max_tokens: a stretch with so many tokens is not made longer
 _TRIES = 4  # to make a stretch longer
 _FIRST_GUESS = 4.0  # characters per token
-_MARKS_IN_A_ROW = 32  # combining marks behind a letter that are kept with it
+_MARKS_IN_A_ROW = 32  # combining marks after a letter that are kept with it
 
 
 def split_text(
@@ -138,7 +138,7 @@ class _Cuts:
             self._strengths.append(strength)
 
     def best(self, start: int, end: int) -> int:
-        """The best place for a cut behind `start`, up to `end`."""
+        """The best place for a cut after `start`, up to `end`."""
         middle = (start + end) // 2
         first, last = bisect_right(self._offsets, start), bisect_right(self._offsets, end)
         lines = [(self._strengths[i], self._offsets[i]) for i in range(first, last)]
@@ -209,7 +209,7 @@ def _depth(line: str, following: str) -> int:
 
 
 def _follow_fence(line: str, fence: str) -> str:
-    """The fence of the code block that goes on behind a line; empty outside of code."""
+    """The fence of the code block that goes on after a line; empty outside of code."""
     found = _FENCE.match(line)
     if not found:
         return fence

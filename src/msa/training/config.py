@@ -139,7 +139,7 @@ class SampleSettings(Settings):
         answer: two-hop question and both documents -> end of retrieval, answer.
         copy: a piece of text that comes twice, the second time to be written; makes copying heads
             appear early.
-        more_questions: further question-answer pairs behind the same read documents.
+        more_questions: further question-answer pairs after the same read documents.
     """
 
     name: Whole = 24
@@ -235,14 +235,14 @@ class QuestionStage(Settings):
         max_read_tokens: samples that would read more than about this many tokens are left out.
         route: samples of round 1 for the routing loss alone; only the layers up to the last
             routing layer are run.
-        route_again: the same of a later round: behind the first gold document of several, or behind
+        route_again: the same of a later round: after the first gold document of several, or after
             documents that do not help.
         name_documents: samples of round 1 that name all gold documents, at most 4, and no other.
         read: samples that read all gold documents, end the retrieval and answer.
         hop: samples of a second round: the first gold document is read, the others are named.
         again: samples of a second round after reading what does not help.
         refuse: samples that end with the refusal.
-        more_questions: further questions that the same texts answer, behind a sample of `read`.
+        more_questions: further questions that the same texts answer, after a sample of `read`.
         foreign: chance that one more question stands there that they do not answer.
         train_from_layer: what lies below is left as it is (and no gradient is computed for it), so
             that with the layer after the last routing layer the memory stays as it was trained.

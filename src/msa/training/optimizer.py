@@ -90,7 +90,7 @@ class Muon(Optimizer):
 
 
 class MuonWithAdamW(Optimizer):
-    """Two optimizers behind one interface, so that schedulers and checkpoints see one.
+    """Two optimizers with one interface, so that schedulers and checkpoints see one.
 
     Its `param_groups` are the groups of both, and its state is theirs.
 

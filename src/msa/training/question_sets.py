@@ -175,7 +175,7 @@ def _rows(
                     faults.add(where, fault)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path}:{number + 1}: cannot be read ({error}); copy or make the file anew"
+            f"{path}:{number + 1}: cannot be read ({error}); copy or make the file again"
         ) from error
 
 

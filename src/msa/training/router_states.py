@@ -116,7 +116,7 @@ def set_states(
     """Router inputs of a set's documents and questions, from disk where they are there.
 
     Only layers up to the last routing layer are run. Questions are run without a memory: before
-    any training nothing useful comes out of it. A run that was interrupted goes on behind the last
+    any training nothing useful comes out of it. A run that was interrupted goes on after the last
     file that it finished.
 
     Args:

@@ -1,7 +1,7 @@
 """`msa train`: tokenizer, then every stage on transformers' `Trainer`, then an exported checkpoint.
 
 Layout of the output folder: `tokenizer/`, `NAME/checkpoint-*` per stage, `metrics.jsonl` (a line
-per logged step), `config.yaml` (as given, or with the values that were set), `model/` (the exported
+per logged step), `config.yaml` (the file, or with the values that were set), `model/` (the exported
 checkpoint) and, when adapters were trained, `adapter/` (the same model as what changed of its
 base). A run that is started again goes on where it was.
 """

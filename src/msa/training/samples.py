@@ -146,7 +146,7 @@ class _WorldSamples:
         """The last round: end of retrieval, the question again, the answer.
 
         Nothing is left to be found, so that the routing loss has no say in it.
-        Behind it stand further questions that the same texts answer, each with its answer.
+        After it stand further questions that the same texts answer, each with its answer.
         """
         sample = self._begin(question, [self._reading(key) for key in question.gold])
         sample.write(self.encoder.retrieval_end(), 1.0)

@@ -15,7 +15,7 @@ NAMESPACE = "msa"
 
 
 def connect(address: str | None = None) -> Any:
-    """The `ray` module, with a cluster behind it.
+    """The `ray` module, connected to a cluster.
 
     Args:
         address: of a running cluster ("auto", "HOST:PORT", "ray://..."); None starts one on this

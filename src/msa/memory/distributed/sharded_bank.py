@@ -208,7 +208,7 @@ class _Shards:
 
 
 class _State:
-    """One generation, held by all shards until nobody uses this any more."""
+    """One generation, held by all shards until this is collected."""
 
     def __init__(self, shards: _Shards, states: Sequence[ShardState]) -> None:
         self.shards = shards

@@ -46,7 +46,7 @@ class AddOptions:
     Attributes:
         on_duplicate: what to do with a document whose id is in the bank with other content:
             "error" raises, "skip" reports it as failed, "update" replaces it. A document that is
-            in the bank as given is unchanged in all three.
+            in the bank with this content is unchanged in all three.
         batch_tokens: tokens of one batch of the encoder, padding included.
         commit_tokens: tokens after which a commit is made.
         progress: called after every commit.
@@ -79,7 +79,7 @@ class DocumentKey:
     """What a document is known by, to decide what becomes of it.
 
     Attributes:
-        id: as given.
+        id: the caller's.
         content_hash, metadata: to compare with what is stored; the metadata is JSON text.
     """
 
@@ -116,19 +116,19 @@ class PendingWrite:
     """A document given by the caller that the next commit stores.
 
     Attributes:
-        claim: what it is known by.
-        verdict: what becomes of it.
+        key: what it is known by.
+        decision: what becomes of it.
         pieces: itself or its parts; none when only its metadata changes.
     """
 
-    claim: DocumentKey
-    verdict: WriteDecision
+    key: DocumentKey
+    decision: WriteDecision
     pieces: tuple[TokenizedDocument, ...] = ()
 
     @property
     def is_new(self) -> bool:
         """True when nothing was stored under its id."""
-        return self.verdict.encode and not self.verdict.replaces
+        return self.decision.encode and not self.decision.replaces
 
     @property
     def part_ids(self) -> list[str]:
@@ -147,11 +147,11 @@ class PendingWrite:
             CatalogRow(
                 piece.number,
                 piece.document,
-                self.claim.id,
+                self.key.id,
                 i + 1 if split else 0,
                 len(self.pieces),
-                self.claim.content_hash,
-                self.claim.metadata,
+                self.key.content_hash,
+                self.key.metadata,
                 len(piece.tokens),
                 -(-len(piece.tokens) // chunk_size),
             )
@@ -265,7 +265,7 @@ class IdRegistry:
 
     @property
     def under_way(self) -> int:
-        """How many documents were claimed and are neither stored nor given up."""
+        """How many documents are on their way."""
         return len(self._under_way)
 
     def take(self, count: int) -> int:
@@ -273,38 +273,38 @@ class IdRegistry:
         self._next_number += count
         return self._next_number - count
 
-    def claim(self, claim: DocumentKey) -> WriteDecision | None:
-        """What to do with a document; None when it is stored as given.
+    def lookup_or_reserve(self, key: DocumentKey) -> WriteDecision | None:
+        """What to do with a document; None when it is stored unchanged.
 
-        With a verdict the document is on its way, until `settle` or `give_up`.
+        With a decision the document is on its way until `mark_stored` or `release`.
 
         Raises:
             RejectedError: it cannot be stored.
             DuplicateDocumentError: its id holds other content, and on_duplicate is "error".
         """
-        waiting = self._under_way.get(claim.id)
-        verdict = WriteDecision()
+        waiting = self._under_way.get(key.id)
+        decision = WriteDecision()
         if waiting is not None:
             known_as, twice = (waiting.content_hash, waiting.metadata), True
         else:
-            known = self._catalog.known(claim.id)
-            if known.part_of is not None or claim.id in self._parts:
+            known = self._catalog.known(key.id)
+            if known.part_of is not None or key.id in self._parts:
                 raise RejectedError(
                     "its id names a part of a document that was split; choose another"
                 )
             if not known.numbers:
-                self._under_way[claim.id] = claim
-                return verdict
+                self._under_way[key.id] = key
+                return decision
             known_as = (known.content_hash, known.metadata)
             twice = known.numbers[0] >= self._first_number
             # Numbers stand in the encoded text: new text, new number. Metadata is not encoded.
-            same_text = known.content_hash == claim.content_hash
-            verdict = WriteDecision(False) if same_text else WriteDecision(True, known.numbers)
-        if known_as == (claim.content_hash, claim.metadata):
+            same_text = known.content_hash == key.content_hash
+            decision = WriteDecision(False) if same_text else WriteDecision(True, known.numbers)
+        if known_as == (key.content_hash, key.metadata):
             return None
-        self._check_duplicate(claim.id, twice)
-        self._under_way[claim.id] = claim
-        return verdict
+        self._check_duplicate(key.id, twice)
+        self._under_way[key.id] = key
+        return decision
 
     def _check_duplicate(self, document_id: str, twice: bool) -> None:
         """Other content is stored, or was given in this call, under the document's id."""
@@ -323,7 +323,7 @@ class IdRegistry:
                 "without --skip) to replace it"
             )
 
-    def claim_parts(self, part_ids: Sequence[str]) -> None:
+    def reserve_parts(self, part_ids: Sequence[str]) -> None:
         """Put the parts of a document that is on its way beside it.
 
         Raises:
@@ -336,13 +336,13 @@ class IdRegistry:
                 )
         self._parts.update(part_ids)
 
-    def settle(self, pending: Iterable[PendingWrite]) -> None:
+    def mark_stored(self, pending: Iterable[PendingWrite]) -> None:
         """These documents are stored."""
         for p in pending:
-            self.give_up(p.claim.id, p.part_ids)
+            self.release(p.key.id, p.part_ids)
             self._stored += 1
 
-    def give_up(self, document_id: str, part_ids: Iterable[str] = ()) -> None:
+    def release(self, document_id: str, part_ids: Iterable[str] = ()) -> None:
         """The document is not on its way any more."""
         self._under_way.pop(document_id, None)
         self._parts.difference_update(part_ids)
@@ -350,7 +350,7 @@ class IdRegistry:
 
 @dataclass(slots=True)
 class WriteBatch:
-    """Documents that go into the bank together, and what else was found among them."""
+    """Documents that go into the bank together, and counts of the others among them."""
 
     pending: list[PendingWrite] = field(default_factory=list)
     num_tokens: int = 0
@@ -403,7 +403,7 @@ class LocalPool:
 
     def _until_stopped(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
         for batch in batches:
-            if self._stopped.is_set():  # nobody waits for it any more
+            if self._stopped.is_set():  # no caller waits for it any more
                 raise CancelledError
             yield batch
 
@@ -436,10 +436,10 @@ class IngestPipeline:
     ) -> None:
         self._catalog = catalog
         self._submit, self._capacity = submit, capacity
-        self._cutter = DocumentSplitter(encoder, max_document_tokens)
+        self._splitter = DocumentSplitter(encoder, max_document_tokens)
         self._chunk_size = int(encoder.model.config.chunk_size)
         self._options = options
-        self._register = IdRegistry(catalog, options.on_duplicate)
+        self._ids = IdRegistry(catalog, options.on_duplicate)
         self._window = WriteBatch()
         self._running: deque[tuple[WriteBatch, Callable[[], Written]]] = deque()
         self._counts = _Counts()
@@ -522,21 +522,21 @@ class IngestPipeline:
         window.num_tokens += pending.num_tokens
 
     def _prepare(self, document: Document) -> PendingWrite | None:
-        """What to store for a document; None when it is stored as given."""
-        claim = DocumentKey.of(document)
-        verdict = self._register.claim(claim)
-        if verdict is None:
+        """What to store for a document; None when it is stored unchanged."""
+        key = DocumentKey.of(document)
+        decision = self._ids.lookup_or_reserve(key)
+        if decision is None:
             return None
-        if not verdict.encode:
-            return PendingWrite(claim, verdict)
+        if not decision.encode:
+            return PendingWrite(key, decision)
         try:
-            pieces = self._cutter.cut(document, self._register.next_number)
-            pending = PendingWrite(claim, verdict, pieces)
-            self._register.claim_parts(pending.part_ids)
+            pieces = self._splitter.cut(document, self._ids.next_number)
+            pending = PendingWrite(key, decision, pieces)
+            self._ids.reserve_parts(pending.part_ids)
         except RejectedError:
-            self._register.give_up(claim.id)
+            self._ids.release(key.id)
             raise
-        self._register.take(len(pieces))
+        self._ids.take(len(pieces))
         return pending
 
     # ---- windows of documents
@@ -554,9 +554,9 @@ class IngestPipeline:
         """Commit the windows on their way, oldest first, but for so many."""
         while len(self._running) > left:
             window, result = self._running.popleft()
-            self._settle(window, result())
+            self._store(window, result())
 
-    def _settle(self, window: WriteBatch, written: Written) -> None:
+    def _store(self, window: WriteBatch, written: Written) -> None:
         """Commit what was written, durably; then say so."""
         pending = window.pending
         if pending:
@@ -565,8 +565,8 @@ class IngestPipeline:
             self._catalog.commit(
                 written,
                 [row for p in pending for row in p.rows(self._chunk_size)],
-                replaced=[n for p in pending for n in p.verdict.replaces],
-                metadata=[(p.claim.id, p.claim.metadata) for p in pending if not p.pieces],
+                replaced=[n for p in pending for n in p.decision.replaces],
+                metadata=[(p.key.id, p.key.metadata) for p in pending if not p.pieces],
             )
         counts = self._counts
         for p in pending:
@@ -579,7 +579,7 @@ class IngestPipeline:
         counts.failed += window.failed
         counts.parts += len(window.pieces)
         counts.tokens += window.num_tokens
-        self._register.settle(pending)
+        self._ids.mark_stored(pending)
         if self._options.progress is not None:
             self._options.progress(
                 AddProgress(

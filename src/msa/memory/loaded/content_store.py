@@ -89,7 +89,7 @@ class ResidentSegment:
         arena: where it is held.
 
     Attributes:
-        segment: as given.
+        segment: of which it is a part.
         layers: routing layer -> keys and values [C, G, D], chunks of the piece.
         first: chunks of the segment before the piece.
     """
@@ -192,7 +192,7 @@ class ContentStore:
         self._held: list[
             ResidentSegment
         ] = []  # as many as the rows have segments; only appended to
-        self._ahead = Prefetcher(self) if prefetch else None
+        self._prefetcher = Prefetcher(self) if prefetch else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -229,20 +229,20 @@ class ContentStore:
             BankCorruptError: what is on disk is not what was written.
         """
         self.check()
-        ahead = None if self._ahead is None else self._ahead.take(layer)
-        result = self._joined(ahead, rows, layer, chosen)
-        if self._ahead is not None and layer != self.layers[-1] and len(chosen):
-            self._ahead.start(rows, self.layers[self.layers.index(layer) + 1], chosen)
+        prefetched = None if self._prefetcher is None else self._prefetcher.take(layer)
+        result = self._joined(prefetched, rows, layer, chosen)
+        if self._prefetcher is not None and layer != self.layers[-1] and len(chosen):
+            self._prefetcher.start(rows, self.layers[self.layers.index(layer) + 1], chosen)
         return result
 
     def _joined(
-        self, ahead: Fetched | None, rows: DocumentTable, layer: int, chosen: Tensor
+        self, prefetched: Fetched | None, rows: DocumentTable, layer: int, chosen: Tensor
     ) -> Fetched:
-        """What was fetched ahead and is of use, and the rest."""
-        there = chosen[:0] if ahead is None else chosen[torch.isin(chosen, ahead.rows)]
-        if ahead is None or not len(there):
+        """What was prefetched and is of use, and the rest."""
+        there = chosen[:0] if prefetched is None else chosen[torch.isin(chosen, prefetched.rows)]
+        if prefetched is None or not len(there):
             return self._ready(self._copied(rows, layer, chosen))
-        first = self._ready(ahead).only(there)
+        first = self._ready(prefetched).only(there)
         if len(there) == len(chosen):
             return first
         rest = chosen[~torch.isin(chosen, there)]
@@ -330,15 +330,15 @@ class ContentStore:
             keys.append(k.to(self.stored))
             values.append(v.to(self.stored))
         if mapped:
-            self.window.touched(2 * len(chosen), mapped, (s.a_map for s in rows.segments))
+            self.window.touched(2 * len(chosen), mapped, (s.mapped_tensor for s in rows.segments))
         return torch.cat(keys), torch.cat(values)
 
 
 class Prefetcher:
-    """Content that is fetched before it is asked for, by one thread; at best, so to speak.
+    """Content that one thread fetches before it is asked for.
 
-    What is fetched may turn out to be of no use, or to be damaged: then it is dropped, and who asks
-    fetches for himself and hears what is wrong.
+    What turns out to be of no use, or damaged, is dropped: the layer that asks for it reads it
+    itself, and raises what is wrong.
     """
 
     def __init__(self, store: ContentStore) -> None:

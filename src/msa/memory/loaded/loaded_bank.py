@@ -2,7 +2,7 @@
 
 `LoadedBank` follows the bank (`refresh`); a `BankSnapshot` is one consistent state of it, and the
 `MemoryReader` that a question uses from beginning to end. Views share the routing keys: new
-documents are written behind the rows of the views that are in use, never over them. What lies where
+documents are written after the rows of the views that are in use, never over them. What lies where
 is decided by a `msa.memory.loaded.memory_plan.MemoryPlan`.
 
 Shapes: B batch, T query tokens, N rows (documents loaded, deleted ones included until the next
@@ -23,10 +23,10 @@ from torch import Tensor
 from msa.errors import BankError, BudgetError, EmptyBankError, InputError
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded import memory_plan
-from msa.memory.loaded.claims import CLAIMS, Claim
 from msa.memory.loaded.content_store import ContentStore
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.memory_plan import MemoryPlan
+from msa.memory.loaded.reservations import RESERVATIONS, Reservation
 from msa.memory.search.clustered_index import ClusteredIndex, PruningSettings
 from msa.memory.search.layer_index import FlatIndex, LayerIndex
 from msa.memory.search.layer_keys import KeyBuffers, LayerKeys, StoredKeys, map_keys
@@ -55,6 +55,7 @@ class BankSnapshot(NotPickled):
         generation: of the bank when this state was read.
         top_k: documents that a layer selects, at most.
         num_documents: documents that can be selected.
+        keys_device: where the routing keys are.
         shard: the share of the bank that this view holds; the whole by default. DocumentTable and
             selections are local to it.
         first_row: row of the whole bank at which the share begins.
@@ -68,9 +69,9 @@ class BankSnapshot(NotPickled):
     score: str
     dtype: torch.dtype
     device: torch.device
+    keys_device: torch.device
     _layers: tuple[int, ...]
     _indexes: Mapping[int, LayerIndex]
-    _keys_device: torch.device
     _mask: Tensor | None
     _content: ContentStore = field(repr=False)
     _rows: DocumentTable = field(repr=False)
@@ -109,7 +110,7 @@ class BankSnapshot(NotPickled):
                 f"bank '{self.bank}' holds no documents to ask (or none that pass the filter); add "
                 "some with 'msa index' or MemoryBank.add"
             )
-        where = self._keys_device
+        where = self.keys_device
         found = self.search(layer, vectors.to(where), routing_mask.to(where), self.top_k)
         return Selection(found.documents.to(self.device), found.scores.to(self.device))
 
@@ -125,7 +126,7 @@ class BankSnapshot(NotPickled):
         Raises:
             BankCorruptError, BudgetError: see `route`.
         """
-        with _out_of_memory("routing", self._keys_device):
+        with _out_of_memory("routing", self.keys_device):
             return self._indexes[layer].search(vectors, routing_mask, top_k, self._mask)
 
     def content(self, layer: int, selection: Selection) -> Content:
@@ -164,15 +165,10 @@ class BankSnapshot(NotPickled):
         """Rows of the share, deleted documents included."""
         return len(self._rows.numbers)
 
-    @property
-    def keys_device(self) -> torch.device:
-        """Where the routing keys are."""
-        return self._keys_device
-
     def among(self, numbers: Tensor) -> BankSnapshot:
         """The same state, of which only documents with these numbers [P] may be selected."""
         mask = self._rows.live & torch.isin(self._rows.numbers, numbers)
-        return replace(self, num_documents=int(mask.sum()), _mask=mask.to(self._keys_device))
+        return replace(self, num_documents=int(mask.sum()), _mask=mask.to(self.keys_device))
 
     def rows_to_numbers(self, rows: Tensor) -> Tensor:
         """The bank's numbers of documents given by row: int64 of the same shape; -1 stays -1."""
@@ -186,7 +182,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     """A bank loaded for asking; itself a `MemoryReader` over its latest state.
 
     A question that takes several rounds should use one `view()` throughout: rows of different
-    views do not mean the same documents after a `compact`. What its plan claims of the memory is
+    views do not mean the same documents after a `compact`. What its plan reserves of the memory is
     counted for other banks of the process, until `close` or until it is collected.
 
     Args:
@@ -198,7 +194,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         content_dtype: of the content that is handed out; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
         shard: (rank, world), to hold one of `world` shares of the bank (see `Partition`). A share
-            is loaded anew when documents were added, since the ranges move; deleting changes a
+            is loaded again when documents were added, since the ranges move; deleting changes a
             mask.
         plan: which tier holds what; by default `msa.memory.loaded.memory_plan.plan` decides, now
             and again when the bank has grown by a quarter.
@@ -250,9 +246,9 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         self._life = Lifetime(
             f"the loaded bank '{bank.path}'", "load it again: LoadedBank(MemoryBank.open(...))"
         )
-        with CLAIMS.lock:
+        with RESERVATIONS.lock:
             self.plan = self._new_plan() if plan is None else plan
-            CLAIMS.enter(self)
+            RESERVATIONS.enter(self)
         self._view = BankSnapshot(
             bank=str(bank.path),
             generation=-1,
@@ -264,7 +260,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             device=self.device,
             _layers=manifest.routing_layers,
             _indexes={},
-            _keys_device=torch.device(self.plan.keys_device),
+            keys_device=torch.device(self.plan.keys_device),
             _mask=None,
             _content=self._new_content(),
             _rows=DocumentTable.none(len(manifest.routing_layers)),
@@ -279,7 +275,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     # ---- life
 
     def close(self) -> None:
-        """Give up what is in memory, and the claim on more; calling it twice does nothing.
+        """Release what is in memory, and the reservation of more; calling it twice does nothing.
 
         The bank stays open, and views that were handed out stay as they are.
         """
@@ -287,7 +283,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             return
         with self._lock:
             self._life.end()
-            CLAIMS.end(self)
+            RESERVATIONS.end(self)
             self._buffers, self._maps, self._entries = None, (), ()
             self._view = replace(
                 self._view,
@@ -301,8 +297,8 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     def _check(self) -> None:
         self._life.check()
 
-    def claim(self) -> Claim:
-        """What the plan counts with and is not taken yet; see `msa.memory.loaded.claims`."""
+    def reservation(self) -> Reservation:
+        """What the plan counts with and is not taken yet; see `msa.memory.loaded.reservations`."""
         plan, view = self.plan, getattr(self, "_view", None)
         loaded = view is not None and view.generation >= 0
         taken = view._content.num_bytes if view is not None and loaded else 0
@@ -314,7 +310,9 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         whole = plan.memory_bytes
         if loaded:  # what loading takes for a while has been given back
             whole -= max(0, plan.loading_bytes - plan.question_bytes)
-        return Claim(max(0, whole - taken), self.device, max(0, plan.device_bytes - device_taken))
+        return Reservation(
+            max(0, whole - taken), self.device, max(0, plan.device_bytes - device_taken)
+        )
 
     def _new_plan(self, in_use: int = 0) -> MemoryPlan:
         """What is to lie where; RAM that is in use now counts as free."""
@@ -325,7 +323,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
             content_dtype=self._content_dtype,
             pruning=self._pruning,
             shard=(self.shard.rank, self.shard.world),
-            claimant=self,
+            reserver=self,
             in_use=in_use,
         )
 
@@ -444,7 +442,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         total = sum(e.num_chunks for e in self.bank.catalog.segments()) // self.shard.world
         if total <= self.plan.num_chunks * memory_plan.GROWTH:
             return old
-        with CLAIMS.lock:
+        with RESERVATIONS.lock:
             plan = self._new_plan(self.num_bytes + self._view._content.num_bytes)
             self.plan, before = plan, self.plan
         same = all(
@@ -489,7 +487,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         return self._at(view, snapshot, rows)
 
     def _load_share(self, old: BankSnapshot | None) -> BankSnapshot:
-        """The present state of this process's share; loaded anew unless documents only went."""
+        """The present state of this process's share; loaded again unless documents only went."""
         snapshot = self.bank.catalog.snapshot()
         entries = snapshot.segments
         if old is None or entries != self._entries:
@@ -529,7 +527,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     def _appended(
         self, old: BankSnapshot | None, segments: Sequence[tuple[Segment, SegmentSlice]]
     ) -> BankSnapshot:
-        """A view with the documents of more segments behind those of before, if there are such."""
+        """A view with the documents of more segments after its own, if there are any."""
         layers = self.bank.manifest.routing_layers
         rows = DocumentTable.none(len(layers)) if old is None else old._rows
         content = self._new_content() if old is None else old._content
@@ -562,7 +560,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         return replace(
             self._view,
             _indexes={i: self._index(keys, before.get(i)) for i, keys in found.items()},
-            _keys_device=buffers.device,
+            keys_device=buffers.device,
             _content=content,
             _rows=rows,
         )

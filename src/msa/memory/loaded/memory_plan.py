@@ -10,8 +10,11 @@ All sizes are in bytes; GB in messages is 1e9.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 
 from msa.errors import BudgetError, InputError
 from msa.memory.bank import MemoryBank
-from msa.memory.loaded.claims import CLAIMS, Claimant
+from msa.memory.loaded.reservations import RESERVATIONS, Reserver
 from msa.memory.search.clustered_index import PruningSettings
 from msa.memory.store.document_table import Partition
 from msa.memory.store.manifest import DTYPES, Manifest
@@ -186,7 +189,7 @@ class _Draft:
     content_dtype: torch.dtype
     world: int
     pruning: PruningSettings | None
-    claimed: int = 0
+    reserved: int = 0
     why: list[str] = field(default_factory=list)
 
     @property
@@ -234,7 +237,7 @@ def plan(
     memory: int | None = None,
     device_memory: int | None = None,
     entries: Sequence[SegmentEntry] | None = None,
-    claimant: Claimant | None = None,
+    reserver: Reserver | None = None,
     in_use: int = 0,
 ) -> MemoryPlan:
     """Which tier will hold what of a bank, before anything is loaded.
@@ -252,10 +255,10 @@ def plan(
         content: "held" or "mapped"; the plan's choice by default.
         pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.
-        memory, device_memory: bytes to plan for, instead of what is free now and not claimed by
+        memory, device_memory: bytes to plan for, instead of what is free now and not reserved by
             banks that this process has loaded.
         entries: segments to plan for, instead of the bank's.
-        claimant: the loaded bank that the plan is for, whose own claim does not count.
+        reserver: the loaded bank that the plan is for, whose own reservation does not count.
         in_use: RAM that it has taken already, which counts as free.
 
     Raises:
@@ -272,18 +275,18 @@ def plan(
         if given is not None and given <= 0:
             raise InputError(f"memory of {given} bytes: expected more than 0")
     target = torch.device(device)
-    claimed, device_claimed = CLAIMS.total(target, claimant)
+    reserved, device_reserved = RESERVATIONS.total(target, reserver)
     if device_memory is None and (free := _free_on(target)) is not None:
-        device_memory = max(1, free - device_claimed)
+        device_memory = max(1, free - device_reserved)
     draft = _Draft(
         sizes=_sizes_of(bank, Partition(*shard), entries),
         device=str(target),
-        memory=memory or max(1, available_memory() + in_use - claimed),
+        memory=memory or max(1, available_memory() + in_use - reserved),
         device_memory=device_memory,
         content_dtype=content_dtype or manifest.torch_dtype,
         world=shard[1],  # shares may well be on one machine
         pruning=pruning,
-        claimed=0 if memory else claimed,
+        reserved=0 if memory else reserved,
     )
     if target.type == "cpu":
         draft.device_memory = None
@@ -320,11 +323,11 @@ def plan(
 
 
 def lower(
-    given: MemoryPlan, bank: MemoryBank, claimant: Claimant | None = None
+    given: MemoryPlan, bank: MemoryBank, reserver: Reserver | None = None
 ) -> MemoryPlan | None:
     """The plan to go on with when the device had no memory for this one; None when there is none.
 
-    One tier down: from wider keys to int8, from int8 on a device to RAM. The claimant is the one
+    One tier down: from wider keys to int8, from int8 on a device to RAM. The reserver is the one
     of `plan`.
     """
     sizes = _sizes_of(bank, Partition(*given.shard), None)
@@ -337,7 +340,7 @@ def lower(
         )
     if given.keys_device == "cpu":
         return None
-    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content, claimant=claimant)
+    on_cpu = plan(bank, "cpu", shard=given.shard, content=given.content, reserver=reserver)
     return replace(
         given,
         keys_device="cpu",
@@ -438,10 +441,10 @@ def _refusal(draft: _Draft, bank: MemoryBank, choices: Sequence[str]) -> str:
             f"compact it ({draft.sizes.deleted:,} deleted documents still take room): msa bank "
             f"compact {bank.path}"
         )
-    if draft.claimed:
+    if draft.reserved:
         advice.append(
             f"close another bank that this process has loaded (they have planned for "
-            f"{_gb(draft.claimed)} more)"
+            f"{_gb(draft.reserved)} more)"
         )
     advice.append("or free memory")
     return (
@@ -486,8 +489,8 @@ def available_memory(root: Path = Path("/")) -> int:
     """RAM that this process can still have without swapping, in bytes.
 
     Linux: what the kernel calls available, or what is left below the limit of the control group
-    (version 1 or 2), caches of files not counted, if that is less. Elsewhere: free pages if the
-    system tells, else half of all.
+    (version 1 or 2), caches of files not counted, if that is less. Windows: free physical memory.
+    Elsewhere: free pages if the system tells, else half of all.
 
     Args:
         root: of the file system, for tests.
@@ -495,6 +498,8 @@ def available_memory(root: Path = Path("/")) -> int:
     limits = [left for left in (_kernel_available(root), _group_left(root)) if left is not None]
     if limits:
         return max(min(limits), 0)
+    if sys.platform == "win32":
+        return _windows_available()
     page = os.sysconf("SC_PAGE_SIZE")
     try:
         return page * os.sysconf("SC_AVPHYS_PAGES")
@@ -507,6 +512,15 @@ def _kernel_available(root: Path) -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _windows_available() -> int:
+    """Free physical memory as `GlobalMemoryStatusEx` tells it."""
+    # MEMORYSTATUSEX: its size and the load in percent, then total and free physical memory, ...
+    status = struct.pack("II7Q", 64, *[0] * 8)
+    buffer = ctypes.create_string_buffer(status, 64)
+    ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(buffer)  # type: ignore[attr-defined]
+    return int(struct.unpack("II7Q", buffer.raw)[3])
 
 
 def _group_left(root: Path) -> int | None:

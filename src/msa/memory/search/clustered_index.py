@@ -14,8 +14,8 @@ In many dimensions the bound is far from what a block's best key really scores: 
 have to point the same way. With a slack s < 1 the bound is v . m + s |v| r: it is exceeded now and
 then, so what is found is nearly, not always, what a full scan finds; and far fewer blocks are read.
 
-Documents that are added later lie behind, in a tail that is read in full until it has grown to a
-quarter; then all is parted anew.
+Documents that are added later follow, in a tail that is read in full until it has grown to a
+quarter; then all is clustered again.
 
 Shapes: B batch, T query tokens, N documents, C chunks, M blocks, G KV heads, D head dim, K selected
 documents per row.
@@ -47,7 +47,7 @@ BUILD_ROWS = 1 << 14
 SCAN_ROWS = 1 << 13
 # The first step of a scan, which finds a threshold, reads about so many keys; the next ones double.
 FIRST_ROWS = 1 << 10
-# A layer that has grown to so many times the chunks of its blocks is parted anew.
+# A layer that has grown to so many times the chunks of its blocks is clustered again.
 REBUILD = 1.25
 # Relative room for the rounding of means, distances and scores in float32.
 _ROOM = 1e-5

@@ -164,7 +164,7 @@ def map_keys(path: Path, layers: Sequence[int]) -> dict[int, Tensor]:
 class KeyBuffers:
     """Room for the routing keys of all layers. Views take slices of what is written.
 
-    New keys are written behind those of the views in use, never over them. On a CPU, memory that
+    New keys are written after those of the views in use, never over them. On a CPU, memory that
     was never written to costs nothing.
 
     Args:
@@ -213,7 +213,7 @@ class KeyBuffers:
         return larger
 
     def write(self, layer: int, start: int, keys: Tensor) -> None:
-        """Put keys [C, G, D] (on the CPU) behind the first `start` chunks."""
+        """Put keys [C, G, D] (on the CPU) after the first `start` chunks."""
         if self.dtype != torch.int8:
             self._keys[layer][start : start + len(keys)] = keys  # converts dtype and device
             return

@@ -63,7 +63,7 @@ class CatalogRow:
     Attributes:
         number: assigned.
         document: as stored (a part carries its part id).
-        source: id as given; differs from `document.id` for a part.
+        source: id that the caller gave; differs from `document.id` for a part.
         part, num_parts: 0 and 1 for a whole document.
         content_hash: of the source's title and text.
         metadata: JSON text.
@@ -314,7 +314,7 @@ class Catalog(NotPickled):
         return Totals(*(int(v) for v in (*live, *dead)))
 
     def known(self, document_id: str) -> Known:
-        """What is stored under an id as given."""
+        """What is stored under an id that the caller gave."""
         _check_id(document_id)
         if not _is_unicode(document_id):
             return Known()
@@ -382,31 +382,48 @@ class Catalog(NotPickled):
                 )
         return found
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
-        """Those documents among `numbers` whose text one of the others has too."""
-        found: set[int] = set()
-        wanted, others = _numbers(numbers), _numbers(of)
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
+        """Which documents have the text of others, for several questions at once.
+
+        Args:
+            asked: numbers of documents, and of those that they may be copies of.
+
+        Returns:
+            For each pair, the first numbers whose text one of the second has; no second number.
+        """
+        pairs = [(set(_numbers(numbers)), set(_numbers(of))) for numbers, of in asked]
+        pairs = [(numbers - of if of else set(), of) for numbers, of in pairs]
+        copied = self._equal_texts(
+            sorted(set().union(*(numbers for numbers, _ in pairs))),
+            sorted(set().union(*(of for _, of in pairs))),
+        )
+        return [{n for n in numbers if copied.get(n, set()) & of} for numbers, of in pairs]
+
+    def _equal_texts(self, numbers: Sequence[int], others: Sequence[int]) -> dict[int, set[int]]:
+        """Number -> those of the others that have its text; only if there are any."""
+        found: dict[int, set[int]] = {}
         with self._db.reading() as db:
-            for start in range(0, len(wanted), _IDS_PER_QUERY):
+            for start in range(0, len(numbers), _IDS_PER_QUERY):
                 for first in range(0, len(others), _IDS_PER_QUERY):
-                    some = wanted[start : start + _IDS_PER_QUERY]
+                    some = numbers[start : start + _IDS_PER_QUERY]
                     rest = others[first : first + _IDS_PER_QUERY]
                     query = (
-                        "SELECT number FROM texts WHERE "
-                        f"number IN ({','.join('?' * len(some))}) AND text IN "
-                        f"(SELECT text FROM texts WHERE number IN ({','.join('?' * len(rest))}))"
+                        "SELECT a.number, b.number FROM texts a JOIN texts b ON a.text = b.text "
+                        f"WHERE a.number IN ({','.join('?' * len(some))}) "
+                        f"AND b.number IN ({','.join('?' * len(rest))})"
                     )
-                    found.update(row[0] for row in db.execute(query, (*some, *rest)))
-        return found - set(others)
+                    for number, other in db.execute(query, (*some, *rest)):
+                        found.setdefault(number, set()).add(other)
+        return found
 
     def page(self, limit: int, offset: int, after: int = 0) -> list[StoredDocument]:
-        """Documents behind a number in the order of their numbers; a negative limit means all."""
+        """Documents after a number in the order of their numbers; a negative limit means all."""
         given = (("after", after), ("limit", limit), ("offset", offset))
         values = [min(whole_number(value, name), _LARGEST) for name, value in given]
         return self._stored("WHERE d.number > ? ORDER BY d.number LIMIT ? OFFSET ?", values)
 
     def sources(self, prefix: str) -> list[str]:
-        """Ids as given to `add`, of those documents whose id begins so; sorted."""
+        """Ids as passed to `add`, of those documents whose id begins so; sorted."""
         if not _is_unicode(prefix):
             return []
         query = "SELECT DISTINCT source FROM documents WHERE source >= ? AND source < ? ORDER BY 1"

@@ -27,7 +27,7 @@ class Database(NotPickled):
         read_only: never write, not even to recover.
 
     Attributes:
-        path, read_only: as given.
+        path, read_only: of the caller.
         connection: used under `transaction` or `reading` only.
 
     Raises:
@@ -155,7 +155,7 @@ class Database(NotPickled):
     def _end_left_over(self) -> None:
         """Give up the transaction that is open, if one is.
 
-        Ctrl-C can come right after any statement, so that nobody can be sure to end what he began.
+        Ctrl-C can come right after any statement: no caller can be sure to end its transaction.
         """
         if self.connection.in_transaction:
             self.connection.execute("ROLLBACK")

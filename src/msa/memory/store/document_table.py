@@ -71,7 +71,7 @@ class SegmentSlice:
 
 
 class RowsBuilder:
-    """Rows with the documents of more segments behind those of before."""
+    """Rows with the documents of more segments after the present ones."""
 
     def __init__(self, rows: DocumentTable) -> None:
         self._rows = rows

@@ -69,7 +69,7 @@ def publish(temporary: Path, path: Path) -> None:
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a new file, durably: it is there complete under its name, or not at all.
 
-    Temporary name, write, fsync, name, fsync of the folder. A failed write leaves nothing behind,
+    Temporary name, write, fsync, name, fsync of the folder. A failed write leaves no file,
     and a file that was there before stays as it is.
 
     Raises:

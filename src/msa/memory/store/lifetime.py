@@ -1,7 +1,7 @@
 """Objects that belong to one process until they are closed, and what they say to other uses.
 
-Connections, locks, maps and threads neither travel with pickle nor survive a fork. Whoever holds
-them refuses in one line that says what to do instead.
+Connections, locks, maps and threads neither travel with pickle nor survive a fork. An object that
+holds them refuses both, in one line that says what to do instead.
 """
 
 from __future__ import annotations

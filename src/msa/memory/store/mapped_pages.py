@@ -1,4 +1,4 @@
-"""Pages of mapped files, let go of, so that a process stays as small as was planned.
+"""Pages of mapped files are dropped, so that a process stays as small as was planned.
 
 What is read through a map counts as the process's own memory until the kernel wants it back, so a
 process that asks for long from a bank larger than memory grows to the whole of it. Letting go of
@@ -24,12 +24,12 @@ _DONTNEED = 4
 # A fault brings in its neighbours: up to 16 pages, at both ends of what is read.
 _AROUND = 2 * 16 * mmap.PAGESIZE
 
-# A process may hold about so much of mapped files before it lets go.
+# A process may hold about so much of mapped files before it drops them.
 WINDOW_BYTES = 128 << 20
 
 
 class PageWindow:
-    """Counts what is read through maps, and lets go of it when it is too much (ours)."""
+    """Counts what is read through maps, and drops the pages when they are too many."""
 
     def __init__(self, limit: int = WINDOW_BYTES) -> None:
         self.limit = limit
@@ -49,10 +49,10 @@ class PageWindow:
             if self._touched < self.limit:
                 return
             self._touched = 0
-        let_go(maps)
+        drop_pages(maps)
 
 
-def let_go(maps: Iterable[Tensor]) -> int:
+def drop_pages(maps: Iterable[Tensor]) -> int:
     """Give back the pages of mapped files; what they hold stays as it is.
 
     Args:

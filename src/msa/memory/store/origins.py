@@ -1,6 +1,6 @@
 """Which file each document came from, and the folder that their paths start at: the root.
 
-Both are for whoever indexes files (`msa index`): a file is the same document however its path was
+Both are for indexing files (`msa index`): a file is the same document however its path was
 typed, and files that are gone, or gave more documents before, are noticed. Banks that remember no
 root, of earlier versions or made through the API, get one when files are first indexed into them.
 """

@@ -13,7 +13,7 @@ class StoredDocument:
     """A document as the bank holds it.
 
     Attributes:
-        document: as given; for a part, its own id ("book#2") and its piece of the text.
+        document: as it was added; for a part, its own id ("book#2") and its piece of the text.
         number: by which the model knows it; assigned by the bank, never used twice.
         num_tokens: tokens encoded, template included.
         num_chunks: rows of latent state in every routing layer.
@@ -70,7 +70,7 @@ class AddReport:
     Attributes:
         added: documents stored under a new id.
         updated: documents that replaced another text or other metadata under their id.
-        unchanged: documents that the bank already held as given.
+        unchanged: documents that the bank already held unchanged.
         failed: (id, reason) of the documents that were not stored.
         parts: documents that the model knows now, parts of split ones counted each.
         tokens: tokens encoded.

@@ -129,7 +129,7 @@ def write_segment(folder: Path, segment: int, batches: Sequence[EncodedBatch]) -
         The entry to put into the catalog. Until it is there, the file does not count.
 
     Raises:
-        StorageError: the disk refused; nothing is left behind.
+        StorageError: the disk refused; no file is left.
     """
     layers = sorted(batches[0].states.layers)
     numbers = torch.tensor([n for b in batches for n in b.numbers], dtype=torch.int64)
@@ -184,7 +184,7 @@ def _file_pieces(
 
 
 def _header(tensors: Sequence[tuple[str, list[Tensor]]]) -> tuple[bytes, list[int]]:
-    """The safetensors header, padded to 8 bytes, and where each tensor's data ends behind it."""
+    """The safetensors header, padded to 8 bytes, and where each tensor's data ends after it."""
     fields: dict[str, object] = {"__metadata__": {"format": "msa-segment", "version": "1"}}
     ends: list[int] = []
     for name, parts in tensors:
@@ -301,7 +301,7 @@ class Segment:
         return BankCorruptError(_message(self.path, what))
 
     @property
-    def a_map(self) -> Tensor:
+    def mapped_tensor(self) -> Tensor:
         """One of the mapped tensors; who holds it holds the whole map."""
         return self._content[self.layers[0]][0]
 

@@ -2,7 +2,7 @@
 
 The index holds words and positions only; the texts stay in the table `texts` (external content).
 Two triggers on that table keep it in step within the very transaction that adds or deletes a
-document, whoever writes. The index counts as present if and only if the table and both triggers are
+document, by any writer. The index counts as present if and only if the table and both triggers are
 there as they are defined here.
 """
 
@@ -117,7 +117,7 @@ def shrink(database: Database) -> None:
 
 
 def problems(db: sqlite3.Connection) -> list[str]:
-    """How the index differs from one that is built anew from the texts, in one line each.
+    """How the index differs from one that is rebuilt from the texts, in one line each.
 
     Reads only, so that it serves beside a writer. A bank without an index has no problem.
     """

@@ -114,7 +114,7 @@ def _token_tiles(vectors: Tensor, routing_mask: Tensor) -> tuple[Tensor, Tensor,
 
 @triton.jit
 def _later(document_a, score_a, document_b, score_b):  # type: ignore[no-untyped-def]
-    """Running maximum that starts anew with every document."""
+    """Running maximum that starts again with every document."""
     return document_b, tl.where(document_a == document_b, tl.maximum(score_a, score_b), score_b)
 
 

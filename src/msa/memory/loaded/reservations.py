@@ -18,7 +18,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Reservation:
     """What a loaded bank will still take, in bytes.
 
     Attributes:
@@ -32,53 +32,53 @@ class Claim:
     device_memory: int
 
 
-class Claimant(Protocol):
+class Reserver(Protocol):
     """A bank that is loaded, or being loaded."""
 
-    def claim(self) -> Claim:
+    def reservation(self) -> Reservation:
         """What it will still take."""
         ...
 
 
-class Claims:
-    """The claims of a process.
+class Reservations:
+    """The reservations of a process.
 
     Attributes:
-        lock: to be held from asking what is claimed to entering a plan that was made with it.
+        lock: to be held from asking what is reserved to entering a plan that was made with it.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._claimants: weakref.WeakSet[Claimant] = weakref.WeakSet()
+        self._reservers: weakref.WeakSet[Reserver] = weakref.WeakSet()
 
-    def enter(self, claimant: Claimant) -> None:
-        """From now on what it claims counts, until `end` or until it is collected."""
+    def enter(self, reserver: Reserver) -> None:
+        """From now on what it reserves counts, until `end` or until it is collected."""
         with self.lock:
-            self._claimants.add(claimant)
+            self._reservers.add(reserver)
 
-    def end(self, claimant: Claimant) -> None:
-        """It claims nothing any more; calling it twice does nothing."""
+    def end(self, reserver: Reserver) -> None:
+        """It reserves nothing any more; calling it twice does nothing."""
         with self.lock:
-            self._claimants.discard(claimant)
+            self._reservers.discard(reserver)
 
-    def total(self, device: torch.device, but: Claimant | None = None) -> tuple[int, int]:
+    def total(self, device: torch.device, but: Reserver | None = None) -> tuple[int, int]:
         """RAM, and memory of a device, that others will still take, in bytes.
 
         Args:
             device: the first of its kind when it names none.
-            but: whose claim does not count.
+            but: whose reservation does not count.
         """
         with self.lock:
-            found = [c.claim() for c in self._claimants if c is not but]
-        here = [claim.device_memory for claim in found if _place(claim.device) == _place(device)]
-        return sum(claim.memory for claim in found), sum(here)
+            found = [c.reservation() for c in self._reservers if c is not but]
+        here = [r.device_memory for r in found if _place(r.device) == _place(device)]
+        return sum(r.memory for r in found), sum(here)
 
 
 def _place(device: torch.device) -> tuple[str, int]:
     return device.type, device.index or 0
 
 
-CLAIMS = Claims()
+RESERVATIONS = Reservations()
 """Those of this process."""
 if hasattr(os, "register_at_fork"):  # a forked child has loaded nothing yet, and its lock is free
-    os.register_at_fork(after_in_child=CLAIMS.__init__)  # type: ignore[misc]
+    os.register_at_fork(after_in_child=RESERVATIONS.__init__)  # type: ignore[misc]

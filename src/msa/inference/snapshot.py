@@ -1,4 +1,4 @@
-"""A memory as it was when a question came, and the texts behind its rows."""
+"""A memory as it was when a question came, and the texts of its rows."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class QuerySnapshot(Protocol):
         """Number -> the document, without those that were deleted meanwhile."""
         ...
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
-        """Those documents among `numbers` that have the text of one of the others."""
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
+        """For each pair, the first numbers whose document has the text of one of the second."""
         ...
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
@@ -57,7 +57,7 @@ class QuerySnapshot(Protocol):
 
 
 class BankQuerySnapshot:
-    """A `QuerySnapshot` over one view of a resident or parallel bank."""
+    """A `QuerySnapshot` over one view of a loaded or sharded bank."""
 
     def __init__(
         self, bank: MemoryBank, view: BankSnapshot | ShardedSnapshot, where: Filter | None = None
@@ -91,9 +91,9 @@ class BankQuerySnapshot:
         """See `QuerySnapshot.texts`."""
         return self._bank.get_many(numbers)
 
-    def copies(self, numbers: Iterable[int], of: Iterable[int]) -> set[int]:
+    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
         """See `QuerySnapshot.copies`."""
-        return self._bank.catalog.copies(numbers, of)
+        return self._bank.catalog.copies(asked)
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
         """See `QuerySnapshot.lexical`; documents that came after the view are left out."""
@@ -102,20 +102,20 @@ class BankQuerySnapshot:
 
 
 class SnapshotCache:
-    """Hands out libraries over the latest state of a bank."""
+    """Snapshots of the latest state of a bank, kept until it changes."""
 
-    def __init__(self, bank: MemoryBank, resident: LoadedBank | ShardedBank) -> None:
+    def __init__(self, bank: MemoryBank, loaded: LoadedBank | ShardedBank) -> None:
         """Take a bank that is loaded for asking.
 
         Args:
             bank: open.
-            resident: the same bank, loaded.
+            loaded: the same bank, loaded.
         """
         self.bank = bank
-        self._resident = resident
+        self._loaded = loaded
         self._known: dict[tuple[str, int], BankQuerySnapshot] = {}  # of filter and top_k
 
-    def library(self, top_k: int, where: Filter | None = None) -> BankQuerySnapshot:
+    def snapshot(self, top_k: int, where: Filter | None = None) -> BankQuerySnapshot:
         """The bank as it is now.
 
         Args:
@@ -126,14 +126,14 @@ class SnapshotCache:
             EmptyBankError: there is no document to ask, or none that passes.
             InputError: `where` is neither a mapping nor a function.
         """
-        self._resident.refresh()
+        self._loaded.refresh()
         key = (_filter_key(where), top_k)
         known = self._known.get(key)
-        if known is not None and known.generation == self._resident.generation:
+        if known is not None and known.generation == self._loaded.generation:
             return known
-        view = self._resident.view() if where is None else self._resident.view(where)
+        view = self._loaded.view() if where is None else self._loaded.view(where)
         if not view.num_documents:
-            if where is not None and len(self._resident):
+            if where is not None and len(self._loaded):
                 raise EmptyBankError(
                     f"No document of bank '{self.bank.path}' passes the filter; ask with another, "
                     "or without."
@@ -142,12 +142,12 @@ class SnapshotCache:
                 f"Bank '{self.bank.path}' holds no documents; add some with "
                 f"'msa index FILES... --bank {shlex.quote(str(self.bank.path))}' or MemoryBank.add."
             )
-        library = BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
+        snapshot = BankQuerySnapshot(self.bank, replace(view, top_k=top_k), where)
         if not callable(where):
             if len(self._known) >= _VIEWS_KEPT:
                 self._known.clear()
-            self._known[key] = library
-        return library
+            self._known[key] = snapshot
+        return snapshot
 
 
 def _filter_key(where: Filter | None) -> str:
