@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 
 import pytest
 
@@ -12,8 +13,10 @@ pytest.importorskip("httpx2")
 
 from starlette.testclient import TestClient
 
+import msa
 from msa import Document, MemoryBank
 from msa.errors import BankError, BankNotFoundError
+from msa.evaluation.provenance import commit
 from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
 from msa.serve.app import create_app
@@ -23,6 +26,7 @@ from msa.serve.keys import ANONYMOUS, Principal
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 from msa.text.prompts import PromptTemplate
+from serve_tools import running
 
 ALICE = Principal("alice", frozenset({"read", "admin"}), ("notes", "alice-*"))
 
@@ -155,11 +159,37 @@ def test_pages_of_allowed_origins_may_call_and_others_may_not(tmp_path):
 def test_nothing_is_asked_before_the_banks_are_loaded(tmp_path):
     settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
     client = TestClient(create_app(settings), base_url="http://localhost")
-    assert client.get("/readyz").json() == {"status": "loading"}
+    assert client.get("/readyz").json() == {"status": "loading", "banks": {"notes": "loading"}}
+    version = client.get("/version").json()
+    assert version == {
+        "version": msa.__version__,
+        **dict.fromkeys(("commit", "model", "weights", "router")),
+    }
     refused = client.post("/api/banks/notes/ask", json={"question": "Who?"})
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "loading"
     assert int(refused.headers["retry-after"]) > 0
+
+
+def test_readiness_names_to_a_key_the_banks_that_it_may_know_of(tmp_path, checkpoint):
+    keys = f"{hashlib.sha256(b'alice-key').hexdigest()} alice read notes\n"
+    with running(tmp_path, checkpoint, keys) as client:
+        service = client.app.state.service
+        service.registry.create("secret", ANONYMOUS)
+        asked = [None, "alice-key", "another"]
+        headers = [{"Authorization": f"Bearer {key}"} if key else {} for key in asked]
+        named = [client.get("/readyz", headers=some).json()["banks"] for some in headers]
+        assert named == [{}, {"notes": "ready"}, {}]
+        assert service.registry.states(ANONYMOUS) == {"notes": "ready", "secret": "ready"}
+
+
+def test_the_version_says_which_model_made_the_banks(tmp_path, checkpoint):
+    with running(tmp_path, checkpoint) as client:
+        version = client.get("/version").json()
+        manifest = client.app.state.service.registry.get("notes", ANONYMOUS).bank.manifest
+        assert version["model"] == "tiny"
+        assert (version["weights"], version["router"]) == (manifest.weights, manifest.router)
+        assert version["commit"] == commit()
 
 
 def test_a_service_that_cannot_load_says_why(tmp_path):

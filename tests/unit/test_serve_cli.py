@@ -73,6 +73,13 @@ def test_a_port_that_is_taken_is_named(capsys, tmp_path):
     assert f"cannot listen on 127.0.0.1, port {port}" in line
 
 
+def test_the_event_loop_does_not_depend_on_what_is_installed():
+    from msa.cli.serve import _server
+
+    factory = _server(None, None).config.get_loop_factory()
+    assert factory.__module__.partition(".")[0] == "asyncio"
+
+
 def test_a_model_that_is_not_there_ends_the_service(capsys, tmp_path):
     options = ["--bank", tmp_path / "bank", "--port", 0, "--model", tmp_path / "no-model"]
     status, line = serve(capsys, *options)

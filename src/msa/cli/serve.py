@@ -294,6 +294,7 @@ def _server(app: Any, service: Service) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # not what happens to be installed, so that figures can be compared
         http="h11",
         ws="none",
         lifespan="on",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -24,7 +26,7 @@ def provenance(seed: int, **more: Any) -> dict[str, Any]:
     name = f"python {script.parent.name}/{script.name}" if is_file else script.name
     return {
         "command": " ".join([name, *(_shown(word) for word in sys.argv[1:])]),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "machine": f"{platform.machine()}, {_processor()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -40,21 +42,37 @@ def _shown(word: str) -> str:
     return "/".join(path.parts[1:][-3:]) if path.is_absolute() else word
 
 
-def _commit() -> str:
-    """Short hash of the package's checkout, with "+" when files differ from it; or "unknown"."""
+def commit() -> str | None:
+    """Short hash of the package's checkout, with "+" when files differ from it.
 
-    def git(*command: str) -> str:
-        folder = Path(__file__).parent
-        try:
-            run = subprocess.run(
-                ["git", "-C", str(folder), *command], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return ""
-        return run.stdout.strip() if run.returncode == 0 else ""
+    Of a package that was installed from Git, of what was installed; None if neither can be told.
+    """
+    here = Path(__file__)
+    if not _git("ls-files", here.name):  # another repository may lie around an installed package
+        return _installed_commit()
+    changed = _git("status", "--short", "--untracked-files=no")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
-    commit = git("rev-parse", "--short", "HEAD")
-    return (commit + ("+" if git("status", "--short", "--untracked-files=no") else "")) or "unknown"
+
+def _git(*command: str) -> str:
+    folder = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _installed_commit() -> str | None:
+    """What pip noted down."""
+    try:
+        noted = importlib.metadata.distribution("msa-memory").read_text("direct_url.json")
+        found: str = json.loads(noted or "{}")["vcs_info"]["commit_id"][:7]
+    except (importlib.metadata.PackageNotFoundError, KeyError):
+        return None
+    return found
 
 
 def _processor() -> str:
