@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 COMMAND = "import sys; from msa.cli.main import main; main(sys.argv[1:])"
+PATIENCE = {"MSA_QUEUE_SECONDS": "600", "MSA_ASK_SECONDS": "600"}  # on a busy machine
 ADDRESS = re.compile(r"Serving at http://127\.0\.0\.1:(\d+)")
 
 
@@ -43,7 +44,7 @@ class ServeProcess:
             self.process = subprocess.Popen(
                 [*command, "--port", "0", "--model", "worlds"],
                 stderr=log,
-                env={**os.environ, **environment},
+                env={**os.environ, **PATIENCE, **environment},
             )
 
     def text(self) -> str:
