@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ from msa import Document, MemoryBank
 from msa.errors import BankError, BankNotFoundError
 from msa.evaluation.provenance import commit
 from msa.inference.options import AskOptions
+from msa.memory.loaded.content_store import CONTENT_READ
 from msa.model.checkpoint import Checkpoint
 from msa.serve.app import create_app
 from msa.serve.banks import BankRegistry
@@ -121,6 +123,7 @@ def test_what_is_no_bank_is_not_made_one(tmp_path, checkpoint):
 def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint):
     async def run():
         settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+        before = CONTENT_READ.total
         async with Service.running(settings, checkpoint) as service:
             served = service.registry.get("notes", ANONYMOUS)
             await asyncio.to_thread(served.bank.add, [Document("a", "Ada is here.")])
@@ -130,6 +133,8 @@ def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint
             assert hit.id == "a"
             figures = service.metrics.text(with_banks=True).decode()
             assert 'msa_bank_documents{bank="notes"} 1.0' in figures
+            read = re.search(r"^msa_content_bytes_read_total (\S+)$", figures, re.MULTILINE)
+            assert float(read[1]) == CONTENT_READ.total > before
             assert 'msa_asks_total{outcome="answered"} 1.0' in figures
             assert "notes" not in service.metrics.text(with_banks=False).decode()
         with pytest.raises(BankError, match="closed"):
