@@ -19,7 +19,7 @@ for name in ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client", "mu
     pytest.importorskip(name, reason="needs the extra 'serve'")
 pytest.importorskip("ray.serve", reason="needs the extra 'replicas'", exc_type=ImportError)
 
-SECONDS = 400  # to start several processes with a model, on a busy machine
+SECONDS = 1200  # to start several processes with a model, on a busy machine
 CLIENTS = 3
 ROUNDS = 3
 READS = 4  # after every write, side by side
