@@ -20,6 +20,10 @@ for name in ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client", "mu
 pytest.importorskip("ray.serve", reason="needs the extra 'replicas'", exc_type=ImportError)
 
 SECONDS = 1200  # to start several processes with a model, on a busy machine
+PATIENCE_OF_RAY = {  # with its own proxy
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "600",
+}
 CLIENTS = 3
 ROUNDS = 3
 READS = 4  # after every write, side by side
@@ -34,7 +38,8 @@ class Service(ServeProcess):
         (notes / "watts.txt").write_text("Erik Watts was born in 1912.")
         self.bank = folder / "bank"
         options = [notes, "--bank", f"notes={self.bank}", "--ray"]
-        super().__init__(folder, *options, seconds=SECONDS, MSA_SHARDS="1", MSA_REPLICAS="2")
+        settings = {"MSA_SHARDS": "1", "MSA_REPLICAS": "2", **PATIENCE_OF_RAY}
+        super().__init__(folder, *options, seconds=SECONDS, **settings)
 
 
 @pytest.fixture(scope="module")
