@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -28,7 +30,7 @@ from msa.serve.keys import ANONYMOUS, Principal
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 from msa.text.prompts import PromptTemplate
-from serve_tools import running
+from serve_tools import error_of, running
 
 ALICE = Principal("alice", frozenset({"read", "admin"}), ("notes", "alice-*"))
 
@@ -195,6 +197,23 @@ def test_the_version_says_which_model_made_the_banks(tmp_path, checkpoint):
         assert version["model"] == "tiny"
         assert (version["weights"], version["router"]) == (manifest.weights, manifest.router)
         assert version["commit"] == commit()
+
+
+def test_the_demo_is_given_as_a_batch_takes_it(tmp_path, checkpoint):
+    waiting = TestClient(
+        create_app(ServeSettings.load(banks={"notes": tmp_path / "b"})), base_url="http://localhost"
+    )
+    assert error_of(waiting.get("/api/demo")) == (503, "loading")
+    with running(tmp_path, replace(checkpoint, name="worlds")) as client:
+        demo = client.get("/api/demo").json()
+        assert len(demo["questions"]) == 3
+        lines = "\n".join(map(json.dumps, demo["documents"][:3]))
+        job = client.post("/api/banks/notes/documents:batch?wait_s=60", content=lines).json()
+        assert (job["status"], job["added"]) == ("done", 3)
+        ids = [row["id"] for row in client.get("/api/banks/notes/documents").json()["data"]]
+        assert ids == [document["id"] for document in demo["documents"][:3]]
+    with running(tmp_path / "other", checkpoint) as client:
+        assert client.get("/api/demo").json()["documents"] != demo["documents"]
 
 
 def test_a_service_that_cannot_load_says_why(tmp_path):
