@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 import msa
 from msa import Document, MemoryBank
+from msa.build import commit
 from msa.errors import BankError, BankNotFoundError
-from msa.evaluation.provenance import commit
 from msa.inference.options import AskOptions
 from msa.memory.loaded.content_store import CONTENT_READ
 from msa.model.checkpoint import Checkpoint

@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from msa.demo.material import load_material
 from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
@@ -260,6 +259,8 @@ class Demo(BaseModel):
 @router.get("/demo")
 def get_demo(service: ServiceDep, caller: CallerDep) -> Demo:
     """Documents that ship with the package, and questions for them; no bank has to hold them."""
+    from msa.demo.material import load_material  # which brings what it is checked with
+
     checkpoint = service.checkpoint
     if checkpoint is None:
         raise unavailable("loading", "The model and the banks are being loaded.")

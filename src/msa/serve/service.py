@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
 
-from msa.evaluation.provenance import commit
+from msa.build import commit
 from msa.model.identity import model_fingerprints
 from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry, BankState, ServedBank
@@ -42,7 +42,7 @@ class Service:
         settings, keys, metrics, registry, asking, turns, jobs: its parts.
         checkpoint: the model, once it is loaded.
         fingerprints: of its weights and of its router, once they are known.
-        commit: of this package, see `msa.evaluation.provenance.commit`.
+        commit: of this package, see `msa.build.commit`.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
 
