@@ -30,7 +30,13 @@ def running(
         given["api_key_file"] = folder / "keys"
         given["api_key_file"].write_text(keys)
     settings = ServeSettings.load(
-        **{"banks": {"notes": folder / "notes"}, "banks_folder": folder / "made", **given}
+        **{
+            "banks": {"notes": folder / "notes"},
+            "banks_folder": folder / "made",
+            "queue_seconds": 600,  # on a busy machine
+            "ask_seconds": 600,
+            **given,
+        }
     )
     app = create_app(settings, checkpoint or msa.load("worlds"))
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+
+from serve_process import ServeProcess
 
 for name in ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client", "multipart"):
     pytest.importorskip(name)
 
-START_SECONDS = 120
+SECONDS = 120
 FACTS = {
     "watts.txt": "Erik Watts was born in 1912.",
     "lane.txt": "Anna Lane was born in 1950.",
@@ -28,11 +25,10 @@ FACTS = {
 }
 SECRET = "Secret Agent was born in 1777."
 KEYS = {"root-key-1": "root read,write,admin *", "alice-key-1": "alice read notes"}
-COMMAND = "import sys; from msa.cli.main import main; main(sys.argv[1:])"
 
 
-class Service:
-    """A running `msa serve`."""
+class Service(ServeProcess):
+    """A service of two banks, one of them with files to index, for two keys."""
 
     def __init__(self, folder: Path) -> None:
         notes = folder / "files"
@@ -41,28 +37,11 @@ class Service:
             (notes / file).write_text(text)
         lines = [f"{hashlib.sha256(k.encode()).hexdigest()} {who}" for k, who in KEYS.items()]
         (folder / "keys").write_text("\n".join(lines))
-        self.log = folder / "log"
-        options = ["--bank", f"notes={folder / 'notes'}", "--bank", f"secret={folder / 'secret'}"]
-        options += ["--api-key-file", str(folder / "keys"), "--port", "0", "--model", "worlds"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "serve", str(notes), *options],
-                stderr=log,
-                env={**os.environ, "MSA_SHUTDOWN_SECONDS": "60"},
-            )
-        self.port = int(self._wait(lambda: re.search(r"127\.0\.0\.1:(\d+)", self.text()))[1])
+        banks = ["--bank", f"notes={folder / 'notes'}", "--bank", f"secret={folder / 'secret'}"]
+        options = [notes, *banks, "--api-key-file", folder / "keys"]
+        shutdown = {"MSA_SHUTDOWN_SECONDS": str(SECONDS)}
+        super().__init__(folder, *options, seconds=SECONDS, key="root-key-1", **shutdown)
         self.first_states: list[tuple[int, str]] = []
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def _wait(self, found):
-        deadline = time.monotonic() + START_SECONDS
-        while not (result := found()):
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
-        return result
 
     def until_ready(self) -> None:
         def ready() -> bool:
@@ -71,36 +50,9 @@ class Service:
             self.first_states.append((answer.status, answer.json["status"]))
             return answer.status == 200
 
-        self._wait(ready)
-        self._wait(lambda: self.ask("GET", "/api/banks/notes").json["info"]["num_ids"] == 3)
-
-    def send(self, method, path, body=None, key="root-key-1", **headers):
-        """A connection on which a request was sent."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS)
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        return connection
-
-    def ask(self, method, path, body=None, key="root-key-1", **headers):
-        connection = self.send(method, path, body, key, **headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return SimpleNamespace(
-            status=response.status,
-            headers=response.headers,
-            text=text,
-            json=json.loads(text) if is_json else None,
-        )
-
-    def metric(self, name: str) -> float:
-        text = self.ask("GET", "/metrics").text
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        self.until_listening()
+        self.until(ready)
+        self.until(lambda: self.ask("GET", "/api/banks/notes").json["info"]["num_ids"] == 3)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +64,7 @@ def service(tmp_path_factory):
         assert put.status in (200, 201), put.text
         yield service
     finally:
-        if service.process.poll() is None:
-            service.process.kill()
-        service.process.wait()
+        service.end()
 
 
 def test_it_answers_while_it_loads_and_says_when_it_is_ready(service):
@@ -230,7 +180,7 @@ def test_the_description_and_its_page_come_from_here(service):
 
 def test_it_ends_its_work_before_it_stops_and_leaves_lines_without_texts(service):
     answered = []
-    questions = {"questions": ["When was Anna Lane born?"] * 16}
+    questions = {"questions": ["When was Anna Lane born?"] * 64}  # long enough to look at it
     thread = threading.Thread(
         target=lambda: answered.append(service.ask("POST", "/api/banks/notes/ask", questions))
     )
@@ -244,9 +194,9 @@ def test_it_ends_its_work_before_it_stops_and_leaves_lines_without_texts(service
     refused = service.ask("POST", "/api/banks/notes/ask", {"question": "Who?"})
     assert (refused.status, refused.json["error"]["code"]) == (503, "draining")
     assert int(refused.headers["retry-after"]) > 0
-    thread.join(START_SECONDS)
+    thread.join(SECONDS)
     assert {answer["text"] for answer in answered[0].json["data"]} == {"1950"}
-    assert service.process.wait(START_SECONDS) == 0
+    assert service.process.wait(SECONDS) == 0
     lines = [json.loads(line) for line in service.text().splitlines() if line.startswith("{")]
     routes = {line["route"] for line in lines if line["message"] == "request"}
     assert {"/api/banks/{bank}/ask", "/healthz", "/metrics"} <= routes

@@ -60,10 +60,13 @@ class Service:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End it as a power cut does."""
+        """End it as a power cut does; the client stays open, for threads that still use it."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()
+
+    def close(self) -> None:
+        """Close the client, once nobody uses it."""
         self.http.close()
 
     def idle(self) -> None:
@@ -136,11 +139,13 @@ def test_what_was_acknowledged_survives_being_killed_and_is_there_once(tmp_path)
         service.kill()
         client.join(60)
         assert not client.is_alive()
+        service.close()
     service = Service(tmp_path)
     service.idle()
     ids = service.ids()
     job = service.http.post("/api/banks/notes:verify?wait_s=60").json()
     service.kill()
+    service.close()
     assert job["result"]["problems"] == []
     assert len(ids) == len(set(ids))
     assert deleted.isdisjoint(ids), "what was deleted has come back"

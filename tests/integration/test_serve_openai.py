@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -171,3 +172,119 @@ def test_what_cannot_be_asked_is_refused_before_a_stream_begins(service, questio
         with pytest.raises(openai.BadRequestError) as caught:
             complete(service.client, question, stream=stream, extra_body={"msa": msa})
         assert caught.value.code == code
+
+
+# ---- chat programs, as their own code sends and reads
+
+
+def lines_of(service, body):
+    """The lines of a stream that is asked for without a client of OpenAI's."""
+    url = f"http://127.0.0.1:{service.port}/v1/chat/completions"
+    with httpx2.stream("POST", url, json=body, timeout=120) as response:
+        assert response.headers["content-type"].startswith("text/event-stream"), response.read()
+        return list(response.iter_lines())
+
+
+def read_as_open_webui(lines):
+    """Text, sources and usage, by the order of the questions that its stream handler asks."""
+    text, sources, usage = "", [], {}
+    for line in lines:
+        if not line or not line.startswith("data:"):
+            assert not line or line.startswith(":"), "another line would be taken for an error"
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return text, sources, usage
+        data = json.loads(data)
+        assert not data.get("type", "").startswith("response.")
+        if "event" in data:
+            sources.append(data["event"])
+        usage |= data.get("usage") or {}
+        if not data.get("choices"):
+            assert not data.get("error")
+            continue
+        delta = data["choices"][0].get("delta", {})
+        for annotation in delta.get("annotations") or ():
+            cited = annotation["url_citation"]
+            source = {"name": cited["title"], "url": cited["url"]}
+            sources.append({"type": "source", "data": {"source": source}})
+        text += delta.get("content") or ""
+    raise AssertionError("the stream has no end")
+
+
+def test_open_webui_shows_every_source_once_with_its_passage(service):
+    question, answer, _ = BIRTHPLACE
+    body = {
+        "model": MODEL,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [
+            {"role": "system", "content": "You are helpful."},
+            {"role": "user", "content": [{"type": "text", "text": question}]},
+        ],
+        "temperature": 0.0,
+        "frequency_penalty": 0.0,
+        "msa": {"citations": "open_webui"},  # a custom parameter, which it reads as JSON
+    }
+    text, sources, usage = read_as_open_webui(lines_of(service, body))
+    assert text == f"{answer} [1]"
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+    (source,) = sources
+    data = source["data"]
+    assert source["type"] == "source"
+    assert len(data["document"]) == len(data["metadata"]) == len(data["distances"]) == 1
+    assert answer in data["document"][0]
+    assert not data["metadata"][0]["source"].startswith("http"), "a URL would replace the name"
+    assert data["metadata"][0]["source_url"].startswith(f"http://127.0.0.1:{service.port}/d/")
+    assert 0 <= data["distances"][0] <= 1
+    del body["msa"]  # without the parameter: the annotations, and their titles
+    text, sources, _ = read_as_open_webui(lines_of(service, body))
+    assert text == answer
+    (source,) = sources
+    assert source["data"]["source"]["url"].startswith(f"http://127.0.0.1:{service.port}/d/")
+
+
+def test_open_webui_and_librechat_list_the_banks_and_show_what_is_refused(service):
+    url = f"http://127.0.0.1:{service.port}/v1"
+    listed = httpx2.get(f"{url}/models?user=1234", headers={"Authorization": "Bearer none"}).json()
+    assert [model["id"] for model in listed["data"]] == [MODEL]
+    assert all(model.get("name", model["id"]) for model in listed["data"])
+    body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": ""}]}
+    refused = httpx2.post(f"{url}/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.headers["content-type"] == "application/json"
+    assert "says nothing" in refused.json()["error"]["message"]
+
+
+def test_librechat_shows_the_sources_as_links_and_may_send_them_back(service):
+    """It reads by LangChain: role and text of the deltas, a reason for the end, the usage."""
+    question, answer, _ = BIRTHPLACE
+    body = {
+        "model": MODEL,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "n": 1,
+        "user": "1234",
+        "messages": [{"role": "user", "content": question}],
+        "msa": {"citations": "markdown"},  # of addParams
+    }
+    data = [line.removeprefix("data: ") for line in lines_of(service, body) if line]
+    assert data.pop() == "[DONE]"
+    *chunks, last = map(json.loads, data)
+    assert last["choices"] == []
+    assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0]["role"] == "assistant"
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text.startswith(f"{answer} [1]\n\n")
+    assert f"](http://127.0.0.1:{service.port}/d/notes/" in text
+    assert [
+        c["choices"][0]["finish_reason"] for c in chunks if c["choices"][0]["finish_reason"]
+    ] == ["stop"]
+    messages = [
+        *body["messages"],
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "Who employed her?"},
+    ]
+    followed = service.client.chat.completions.create(model=MODEL, messages=messages)
+    assert followed.msa["question"] == "Who employed Ursula F. Malic?"

@@ -73,8 +73,9 @@ def service(tmp_path_factory, checkpoint):
     folder = tmp_path_factory.mktemp("served")
     with MemoryBank.create(folder / "worlds", checkpoint) as bank:
         bank.add([*load_material("worlds").documents, evil_document()])
-    MemoryBank.create(folder / "zero", checkpoint).close()
-    banks = {"worlds": folder / "worlds", "zero": folder / "zero"}
+    banks = {name: folder / name for name in ("worlds", "yard", "zero")}
+    for name in ("yard", "zero"):
+        MemoryBank.create(banks[name], checkpoint).close()
     with serving(checkpoint, banks=banks) as (url, app):
         yield url, app
 
@@ -477,6 +478,49 @@ def test_an_empty_memory_says_how_to_fill_it(page):
     expect(page.locator("#question")).to_be_focused()
 
 
+def test_the_demo_fills_an_empty_memory_and_brings_questions(page):
+    page.select_option("#banks", "yard")
+    page.click("#load-demo")
+    expect(page.locator("#jobs > li")).to_have_class(re.compile("finished"))
+    expect(page.locator("#ask")).to_be_visible()
+    expect(page.locator("#empty-text")).to_be_hidden()
+    examples = page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    expect(examples.last).to_have_text(TWO_HOPS)
+    examples.last.click()
+    page.keyboard.press("Enter")
+    expect(page.locator("#answers .answer").first).to_have_text("Cornelius Vidal")
+    expect(examples.last).to_be_hidden()
+    page.select_option("#banks", "zero")
+    expect(page.locator("#empty-text")).to_be_visible()
+    expect(examples.first).to_have_text("Who signed the contract with Northwind?")
+
+
+def test_a_memory_is_verified_and_compacted(page, url):
+    put(url, "brief", text="This note does not stay for long.")
+    page.click("#to-memory")
+    about = page.locator("#upkeep-about")
+    page.get_by_role("button", name="Verify").click()
+    expect(about).to_have_text(re.compile(r"^Sound: \d+ documents, [\d.]+ [kM]B are as they were"))
+    page.select_option("#search-by", "words")
+    page.fill("#search", "does not stay for long")
+    page.keyboard.press("Enter")
+    page.locator("#documents > li[data-id=brief]").get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Compact").click()  # sends the delete first
+    expect(about).to_have_text(re.compile(r"^\d+ deleted documents? dropped, [\d.]+ .* freed\.$"))
+    expect(page.locator("#figures")).not_to_contain_text("Deleted, not compacted")
+
+
+def test_what_fails_in_upkeep_is_told(browser, url):
+    full = {"error": {"message": "Too many jobs are waiting."}}
+    with visit(browser, url, expected_errors=("429",)) as page:
+        page.route("**:verify", lambda route: route.fulfill(status=429, json=full))
+        page.click("#to-memory")
+        page.get_by_role("button", name="Verify").click()
+        expect(page.locator("#upkeep-about")).to_have_text("Too many jobs are waiting.")
+        expect(page.get_by_role("button", name="Verify")).to_be_enabled()
+
+
 # ---- who may come in
 
 
@@ -502,6 +546,7 @@ def test_who_has_no_key_is_asked_for_one(browser, tmp_path, checkpoint):
         expect(page.locator("#ask-about")).to_have_text("Nothing is in it yet")
         page.click("#to-memory")
         expect(page.locator("#add-files")).to_be_hidden()  # the key may read only
+        expect(page.locator("#upkeep")).to_be_hidden()
         stored = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
         assert KEY not in stored[0]
         assert KEY in stored[1]

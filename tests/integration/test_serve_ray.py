@@ -2,92 +2,51 @@
 
 from __future__ import annotations
 
-import http.client
-import json
+import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from msa import MemoryBank
+from serve_process import ServeProcess
 
 for name in ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client", "multipart"):
     pytest.importorskip(name, reason="needs the extra 'serve'")
 pytest.importorskip("ray.serve", reason="needs the extra 'replicas'", exc_type=ImportError)
 
-SECONDS = 400  # to start several processes with a model, on a busy machine
-COMMAND = "import sys; from msa.cli.main import main; main(sys.argv[1:])"
+SECONDS = 1200  # to start several processes with a model, on a busy machine
+PATIENCE_OF_RAY = {  # with its own proxy
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "600",
+}
 CLIENTS = 3
 ROUNDS = 3
 READS = 4  # after every write, side by side
 
 
-class Service:
-    """A running `msa serve --ray`."""
+class Service(ServeProcess):
+    """Two replicas and a writer, of a bank with a file to index."""
 
     def __init__(self, folder: Path) -> None:
         notes = folder / "files"
         notes.mkdir()
         (notes / "watts.txt").write_text("Erik Watts was born in 1912.")
-        self.bank, self.log = folder / "bank", folder / "log"
-        options = ["--bank", f"notes={self.bank}", "--port", "0", "--model", "worlds"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "serve", notes, *options, "--ray"],
-                stderr=log,
-                env={**os.environ, "MSA_SHARDS": "1", "MSA_REPLICAS": "2"},
-            )
-        self.port = 0
-
-    def until_ready(self) -> None:
-        address = r"Serving at http://127\.0\.0\.1:(\d+)"
-        self.port = int(self.until(lambda: re.search(address, self.log.read_text()))[1])
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-
-    def until(self, found):
-        deadline = time.monotonic() + SECONDS
-        while not (result := found()):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
-        return result
-
-    def ask(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return SimpleNamespace(
-            status=response.status,
-            headers=response.headers,
-            text=text,
-            json=json.loads(text) if is_json else None,
-        )
+        self.bank = folder / "bank"
+        options = [notes, "--bank", f"notes={self.bank}", "--ray"]
+        settings = {"MSA_SHARDS": "1", "MSA_REPLICAS": "2", **PATIENCE_OF_RAY}
+        super().__init__(folder, *options, seconds=SECONDS, **settings)
 
 
 @pytest.fixture(scope="module")
 def service(one_ray, tmp_path_factory):
     service = Service(tmp_path_factory.mktemp("replicas"))
     try:
-        service.until_ready()
+        service.until_listening()
         yield service
     finally:
         service.end()
@@ -100,6 +59,8 @@ def test_every_replica_knows_what_its_client_wrote_before(service):
     def found() -> set[str]:
         body = {"query": "Who was born?", "top_k": 64}
         response = service.ask("POST", "/api/banks/notes/search", body)
+        while response.status == 503:  # a busy replica has not seen the latest writes in time
+            response = service.ask("POST", "/api/banks/notes/search", body)
         assert response.status == 200, response.text
         seen[response.headers["MSA-Replica"]] += 1
         return {hit["id"] for hit in response.json["data"]}
@@ -153,9 +114,56 @@ def test_the_whole_app_is_there(service):
     assert (missing.status, missing.json["error"]["code"]) == (404, "bank_not_found")
 
 
+def process_of(root: int, title: str) -> int:
+    """Id of the process below another one whose title begins so."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            titles[int(folder.name)] = (folder / "cmdline").read_text()
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(") ")[2][2:].split()[0]
+            )
+    found = []
+    for pid, told in titles.items():
+        above = pid
+        while above not in (root, 0):
+            above = parents.get(above, 0)
+        if above == root and told.startswith(title):
+            found.append(pid)
+    (pid,) = found
+    return pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find a process")
+def test_a_writer_that_is_killed_comes_back_with_all_it_has_acknowledged(service):
+    documents = "/api/banks/notes/documents"
+    kept = service.ask("PUT", f"{documents}/kept", {"text": "Ida Kept was born in 1931."})
+    assert kept.status == 201, kept.text
+    os.kill(process_of(service.process.pid, "ray::Writer"), signal.SIGKILL)
+    statuses = Counter()
+
+    def written() -> bool:
+        put = service.ask("PUT", f"{documents}/next", {"text": "Ivo Next was born in 1932."})
+        statuses[put.status] += 1
+        if put.status == 503:
+            assert int(put.headers["Retry-After"]) > 0
+        return put.status in (200, 201)
+
+    service.until(written)
+    assert set(statuses) <= {200, 201, 503}
+    found = service.ask("POST", "/api/banks/notes/search", {"query": "Who was born?", "top_k": 64})
+    assert found.status == 200, found.text
+    assert {"kept", "next"} <= {hit["id"] for hit in found.json["data"]}
+    assert service.ask("GET", f"{documents}/kept").json["text"] == "Ida Kept was born in 1931."
+    answer = service.ask("POST", "/api/banks/notes/ask", {"question": "When was Ivo Next born?"})
+    assert answer.status == 200, answer.text
+    for name in ("kept", "next"):
+        assert service.ask("DELETE", f"{documents}/{name}").status == 200
+
+
 def test_it_ends_when_told_to_and_leaves_the_bank_to_the_next_writer(service):
     service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(SECONDS) == 0, service.log.read_text()
+    assert service.process.wait(SECONDS) == 0, service.text()
     with MemoryBank.open(service.bank) as bank:
         assert "client0-0" not in bank
         assert len(bank) == 1

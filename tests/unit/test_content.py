@@ -11,7 +11,7 @@ from bank_tools import LAYERS, make_documents
 from msa.errors import BankCorruptError, BudgetError
 from msa.memory.bank import MemoryBank
 from msa.memory.loaded import content_store, memory_plan
-from msa.memory.loaded.content_store import Arena, Fetched
+from msa.memory.loaded.content_store import CONTENT_READ, Arena, Fetched
 from msa.memory.loaded.loaded_bank import LoadedBank
 from msa.memory.store import mapped_pages
 from msa.memory.store.mapped_pages import PageWindow, drop_pages
@@ -63,6 +63,18 @@ def test_every_tier_gives_the_same_content(bank, dtype, prefetch):
                     assert wanted.keys.dtype == dtype
                     assert same(held.content(layer, chosen), wanted)
                     assert same(mapped.content(layer, chosen), wanted)
+
+
+@pytest.mark.parametrize("tier", ["held", "mapped"])
+def test_what_is_fetched_is_counted(bank, tier):
+    resident = loaded(bank, tier)
+    chosen = selections()[0]
+    before = CONTENT_READ.total
+    content = resident.content(2, chosen)  # rows 0, 5, 11 and 39, each of them once
+    whole = content.keys[content.mask].nbytes + content.values[content.mask].nbytes
+    assert CONTENT_READ.total == before + whole
+    resident.content(2, selections()[2])  # of nothing
+    assert CONTENT_READ.total == before + whole
 
 
 @pytest.mark.parametrize("tier", ["held", "mapped"])

@@ -18,6 +18,7 @@ PACKAGE = SOURCE / "msa"
 # Packages and modules of the first level, in the order in which data flows.
 ORDER = [
     "errors",
+    "build",
     "types",
     "ops",
     "text",

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,9 +16,12 @@ pytest.importorskip("httpx2")
 
 from starlette.testclient import TestClient
 
+import msa
 from msa import Document, MemoryBank
+from msa.build import commit
 from msa.errors import BankError, BankNotFoundError
 from msa.inference.options import AskOptions
+from msa.memory.loaded.content_store import CONTENT_READ
 from msa.model.checkpoint import Checkpoint
 from msa.serve.app import create_app
 from msa.serve.banks import BankRegistry
@@ -23,6 +30,7 @@ from msa.serve.keys import ANONYMOUS, Principal
 from msa.serve.service import Service
 from msa.serve.settings import ServeSettings
 from msa.text.prompts import PromptTemplate
+from serve_tools import error_of, running
 
 ALICE = Principal("alice", frozenset({"read", "admin"}), ("notes", "alice-*"))
 
@@ -117,6 +125,7 @@ def test_what_is_no_bank_is_not_made_one(tmp_path, checkpoint):
 def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint):
     async def run():
         settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
+        before = CONTENT_READ.total
         async with Service.running(settings, checkpoint) as service:
             served = service.registry.get("notes", ANONYMOUS)
             await asyncio.to_thread(served.bank.add, [Document("a", "Ada is here.")])
@@ -126,6 +135,8 @@ def test_a_service_without_an_app_asks_and_closes_its_banks(tmp_path, checkpoint
             assert hit.id == "a"
             figures = service.metrics.text(with_banks=True).decode()
             assert 'msa_bank_documents{bank="notes"} 1.0' in figures
+            read = re.search(r"^msa_content_bytes_read_total (\S+)$", figures, re.MULTILINE)
+            assert float(read[1]) == CONTENT_READ.total > before
             assert 'msa_asks_total{outcome="answered"} 1.0' in figures
             assert "notes" not in service.metrics.text(with_banks=False).decode()
         with pytest.raises(BankError, match="closed"):
@@ -155,11 +166,54 @@ def test_pages_of_allowed_origins_may_call_and_others_may_not(tmp_path):
 def test_nothing_is_asked_before_the_banks_are_loaded(tmp_path):
     settings = ServeSettings.load(banks={"notes": tmp_path / "notes"})
     client = TestClient(create_app(settings), base_url="http://localhost")
-    assert client.get("/readyz").json() == {"status": "loading"}
+    assert client.get("/readyz").json() == {"status": "loading", "banks": {"notes": "loading"}}
+    version = client.get("/version").json()
+    assert version == {
+        "version": msa.__version__,
+        **dict.fromkeys(("commit", "model", "weights", "router")),
+    }
     refused = client.post("/api/banks/notes/ask", json={"question": "Who?"})
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "loading"
     assert int(refused.headers["retry-after"]) > 0
+
+
+def test_readiness_names_to_a_key_the_banks_that_it_may_know_of(tmp_path, checkpoint):
+    keys = f"{hashlib.sha256(b'alice-key').hexdigest()} alice read notes\n"
+    with running(tmp_path, checkpoint, keys) as client:
+        service = client.app.state.service
+        service.registry.create("secret", ANONYMOUS)
+        asked = [None, "alice-key", "another"]
+        headers = [{"Authorization": f"Bearer {key}"} if key else {} for key in asked]
+        named = [client.get("/readyz", headers=some).json()["banks"] for some in headers]
+        assert named == [{}, {"notes": "ready"}, {}]
+        assert service.registry.states(ANONYMOUS) == {"notes": "ready", "secret": "ready"}
+
+
+def test_the_version_says_which_model_made_the_banks(tmp_path, checkpoint):
+    with running(tmp_path, checkpoint) as client:
+        version = client.get("/version").json()
+        manifest = client.app.state.service.registry.get("notes", ANONYMOUS).bank.manifest
+        assert version["model"] == "tiny"
+        assert (version["weights"], version["router"]) == (manifest.weights, manifest.router)
+        assert version["commit"] == commit()
+
+
+def test_the_demo_is_given_as_a_batch_takes_it(tmp_path, checkpoint):
+    waiting = TestClient(
+        create_app(ServeSettings.load(banks={"notes": tmp_path / "b"})), base_url="http://localhost"
+    )
+    assert error_of(waiting.get("/api/demo")) == (503, "loading")
+    with running(tmp_path, replace(checkpoint, name="worlds")) as client:
+        demo = client.get("/api/demo").json()
+        assert len(demo["questions"]) == 3
+        lines = "\n".join(map(json.dumps, demo["documents"][:3]))
+        job = client.post("/api/banks/notes/documents:batch?wait_s=60", content=lines).json()
+        assert (job["status"], job["added"]) == ("done", 3)
+        ids = [row["id"] for row in client.get("/api/banks/notes/documents").json()["data"]]
+        assert ids == [document["id"] for document in demo["documents"][:3]]
+    with running(tmp_path / "other", checkpoint) as client:
+        assert client.get("/api/demo").json()["documents"] != demo["documents"]
 
 
 def test_a_service_that_cannot_load_says_why(tmp_path):

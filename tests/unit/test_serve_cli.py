@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import sys
 
 import pytest
+
+from msa import MemoryBank
 
 for name in ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client", "multipart"):
     pytest.importorskip(name)
@@ -57,6 +60,22 @@ def test_a_folder_with_other_files_is_not_made_a_bank(capsys, tmp_path):
     assert "is not a memory bank" in line or "no memory bank" in line
 
 
+def test_a_bank_that_another_process_writes_to_is_named_before_a_model_is_loaded(
+    capsys, tmp_path, tiny_model, tiny_tokenizer
+):
+    MemoryBank.create(tmp_path / "notes", tiny_model, tiny_tokenizer).close()
+    hold = "import sys, msa\nwith msa.MemoryBank.open(sys.argv[1]):\n  print('held'); input()"
+    command = [sys.executable, "-u", "-c", hold, str(tmp_path / "notes")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        options = ["--bank", tmp_path / "notes", "--model", tmp_path / "no-model"]
+        status, line = serve(capsys, *options)
+        other.communicate(b"\n", timeout=60)
+    assert status == 1
+    assert f"is being written by process {other.pid} on" in line
+    assert "wait until it ends" in line
+
+
 def test_files_need_a_bank_to_go_to(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     options = [tmp_path / "a.txt", "--banks-folder", tmp_path / "made"]
@@ -71,6 +90,13 @@ def test_a_port_that_is_taken_is_named(capsys, tmp_path):
         status, line = serve(capsys, "--bank", tmp_path / "bank", "--port", port)
     assert status == 1
     assert f"cannot listen on 127.0.0.1, port {port}" in line
+
+
+def test_the_event_loop_does_not_depend_on_what_is_installed():
+    from msa.cli.serve import _server
+
+    factory = _server(None, None).config.get_loop_factory()
+    assert factory.__module__.partition(".")[0] == "asyncio"
 
 
 def test_a_model_that_is_not_there_ends_the_service(capsys, tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("httpx2")
 
 import msa
-from serve_tools import FACTS, error_of, put, running
+from serve_tools import FACTS, error_of, finished, put, running
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,31 @@ def test_what_was_put_is_given_back(client):
     assert body["text"] == "On the first shelf stood a lamp."
     assert got.headers["etag"] == f'"{body["etag"]}"'
     assert body["parts"][0]["url"].endswith(f"/d/notes/{body['parts'][0]['number']}")
+
+
+def test_a_bank_that_another_process_took_over_is_not_written_to(tmp_path):
+    """Its lock was removed, and `msa index` opened it."""
+    with running(tmp_path, msa.load("worlds")) as client:
+        assert put(client, "ann", FACTS["ann"]).status_code == 201
+        path = bank_of(client).path
+        (path / "writer.lock").unlink()
+        with msa.MemoryBank.open(path):
+            lines = json.dumps({"text": "One more."})
+            batch = client.post("/api/banks/notes/documents:batch?wait_s=60", content=lines)
+            job = finished(client, batch.json()["id"])
+            for refused in (
+                put(client, "bob", FACTS["bob"]),
+                client.delete("/api/banks/notes/documents/ann"),
+                client.post("/api/banks/notes/documents:delete", json={"ids": ["ann"]}),
+            ):
+                assert error_of(refused) == (409, "bank_locked")
+                assert refused.headers["x-should-retry"] == "false"
+                assert "Another process has opened the bank" in refused.text
+                assert str(tmp_path) not in refused.text
+            assert job["status"] == "failed"
+            assert job["message"].startswith("Another process has opened the bank for writing;")
+        asked = client.post("/api/banks/notes/ask", json={"question": "Where was Ann born?"})
+        assert asked.status_code == 200
 
 
 def test_putting_the_same_again_changes_nothing(client):

@@ -121,17 +121,35 @@ def test_what_cannot_be_taken_leaves_nothing_on_disk(client):
     assert uploads_of(client) == set()
 
 
-def test_bombs_are_told_apart_from_files(client, monkeypatch):
+def test_bombs_are_told_apart_from_files(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr("msa.serve.jobs.MAX_UNPACKED_BYTES", 100_000)
-    monkeypatch.setattr("msa.text.conversion.MAX_UNPACKED_BYTES", 100_000)
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("word/document.xml", b"a" * 1_000_000)
+    with (
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("word/document.xml", "w") as file,
+    ):
+        for _ in range(257):
+            file.write(bytes(2**20))
     bomb = gzip.compress(jsonl({"id": "first", "text": "Fine."}) + b"\n" + b" " * 1_000_000)
-    job = upload(client, ("b.jsonl.gz", bomb), ("b.docx", packed.getvalue())).json()
-    reasons = {r["file"]: r["reason"] for r in finished(client, job["id"])["failed"]}
+    with running(tmp_path, checkpoint) as client:
+        job = upload(client, ("b.jsonl.gz", bomb), ("b.docx", packed.getvalue())).json()
+        reasons = {r["file"]: r["reason"] for r in finished(client, job["id"])["failed"]}
     assert set(reasons) == {"b.jsonl.gz", "b.docx"}
     assert all("unpacks to more than" in reason for reason in reasons.values())
+
+
+def test_a_file_that_takes_too_long_to_convert_does_not_hold_up_the_others(tmp_path, checkpoint):
+    with running(tmp_path, checkpoint, parse_seconds=0.01) as client:
+        files = [("a.html", b"<p>Slow.</p>"), ("b.txt", b"Quick."), ("c.pdf", b"%PDF-1.4")]
+        job = finished(client, upload(client, *files).json()["id"])
+    assert {f["file"]: f["status"] for f in job["files"]} == {
+        "a.html": "failed",
+        "b.txt": "done",
+        "c.pdf": "failed",
+    }
+    reason = "converting it took longer than 0.01 s; save it again in a simpler form, or send"
+    assert all(f["reason"].startswith(reason) for f in job["files"] if f["status"] == "failed")
+    assert job["status"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -83,6 +84,14 @@ async def refusal(client: Any, tool: str, **arguments: Any) -> str:
     result = await client.call_tool(tool, arguments)
     assert result.is_error
     return result.content[0].text
+
+
+def test_the_log_is_left_to_whoever_runs_the_process(settings, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    level = logging.root.level
+    local(Service(settings), OWNER)
+    assert logging.root.handlers == []
+    assert logging.root.level == level
 
 
 @pytest.mark.parametrize("mode", MODES)

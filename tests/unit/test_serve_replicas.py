@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -225,3 +228,50 @@ def test_what_keeps_replicas_from_starting_is_one_line(
         main(["serve", "--bank", str(tmp_path / "bank"), "--port", "0", *options])
     assert ended.value.code == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+class SlowRay:
+    """Ray Serve on a busy machine: its proxy is late, and comes all the same."""
+
+    def __init__(self):
+        self.started = 0
+
+    def start(self, http_options, logging_config):
+        self.started += 1
+        if self.started == 1:
+            raise TimeoutError("HTTP proxies not available after 60s.")
+
+    def ingress(self, build):
+        return lambda: build
+
+    def deployment(self, *given, **options):
+        return SimpleNamespace(bind=lambda: None)
+
+    def run(self, *given, **options):
+        raise TimeoutError("Proxies not available after 60s.")
+
+
+def test_a_proxy_that_is_late_is_waited_for(monkeypatch):
+    pytest.importorskip("ray", reason="needs the extra 'replicas'")
+    asked = []
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(404 if len(asked) == 1 else 200)  # the routes come last
+            self.end_headers()
+
+        def log_message(self, *given):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Door) as door:
+        thread = threading.Thread(target=door.serve_forever)
+        thread.start()
+        settings = ServeSettings(port=door.server_port)
+        replicas._start_replicas(SlowRay(), settings)
+        door.shutdown()
+        thread.join()
+    assert asked == ["/healthz"] * 2
+    monkeypatch.setattr(replicas, "START_SECONDS", 0.0)
+    with pytest.raises(WorkerError, match=f"does not answer at 127.0.0.1, port {settings.port}"):
+        replicas._start_replicas(SlowRay(), settings)

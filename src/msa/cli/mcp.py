@@ -72,8 +72,10 @@ async def _serve(settings: ServeSettings, checkpoint: Checkpoint, write: bool) -
     """
     from msa.serve.keys import READ, WRITE, Principal
     from msa.serve.mcp_server import local
+    from msa.serve.request_log import log_to_stderr
     from msa.serve.service import Service
 
+    log_to_stderr()
     holder = Principal("stdio", frozenset({READ, WRITE} if write else {READ}), ("*",))
     async with Service.running(settings, checkpoint, read_only=not write) as service:
         await local(service, holder, settings.public_url).run_stdio_async()

@@ -198,14 +198,14 @@ def _check_banks(settings: ServeSettings) -> None:
     """Say what is wrong before a model is loaded.
 
     Raises:
-        BankError: a folder cannot be a bank.
+        BankError: a folder cannot be a bank, or another process writes to it.
         ConfigError: there is nothing to serve.
     """
     if not settings.banks and settings.banks_folder is None:
         raise ConfigError("there is no bank to serve; give --bank DIR, or --banks-folder DIR")
     for name, folder in settings.banks.items():
         try:
-            open_bank(folder).close()
+            open_bank(folder, write=True).close()
         except BankNotFoundError:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise
@@ -294,6 +294,7 @@ def _server(app: Any, service: Service) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # not what happens to be installed, so that figures can be compared
         http="h11",
         ws="none",
         lifespan="on",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from msa.build import commit
 
 
 def provenance(seed: int, **more: Any) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def provenance(seed: int, **more: Any) -> dict[str, Any]:
     name = f"python {script.parent.name}/{script.name}" if is_file else script.name
     return {
         "command": " ".join([name, *(_shown(word) for word in sys.argv[1:])]),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "machine": f"{platform.machine()}, {_processor()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -38,23 +39,6 @@ def _shown(word: str) -> str:
     """An argument; of an absolute path its last three parts, which do not depend on the machine."""
     path = Path(word)
     return "/".join(path.parts[1:][-3:]) if path.is_absolute() else word
-
-
-def _commit() -> str:
-    """Short hash of the package's checkout, with "+" when files differ from it; or "unknown"."""
-
-    def git(*command: str) -> str:
-        folder = Path(__file__).parent
-        try:
-            run = subprocess.run(
-                ["git", "-C", str(folder), *command], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return ""
-        return run.stdout.strip() if run.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return (commit + ("+" if git("status", "--short", "--untracked-files=no") else "")) or "unknown"
 
 
 def _processor() -> str:

@@ -266,7 +266,7 @@ class AskService:
         """The answer to one question; arguments and errors as of `start`."""
         ask = await self.start(served, question, client=client, stream=False, **options)
         try:
-            return await while_connected(client, _last(ask))
+            return await while_connected(client, answer_of(ask))
         finally:
             ask.stop()
 
@@ -291,7 +291,7 @@ class AskService:
                 )
                 await self._begun(ask, None)
                 try:
-                    return await _last(ask)
+                    return await answer_of(ask)
                 finally:
                     ask.stop()
 
@@ -567,7 +567,8 @@ async def _wait(future: asyncio.Future[Result]) -> Result:
     return await future
 
 
-async def _last(ask: Ask) -> Answer:
+async def answer_of(ask: Ask) -> Answer:
+    """The answer to a question that runs; errors as of `Ask.events`."""
     async for event in ask.events():
         if event.kind == "answer":
             answer: Answer = event.data

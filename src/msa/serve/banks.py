@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msa.errors import BankError, BankNotFoundError
 from msa.inference.engine import MemoryEngine
@@ -125,6 +125,15 @@ class BankRegistry:
     def all(self) -> list[ServedBank]:
         """Every bank, for the service itself; never for clients."""
         return [served for _, served in sorted(self._banks.items())]
+
+    def states(self, principal: Principal) -> dict[str, Literal["loading", "ready"]]:
+        """Name -> whether it has been opened, of the banks that somebody may know of."""
+        names = [*self._settings.banks, *self._banks]
+        return {
+            name: "ready" if name in self._banks else "loading"
+            for name in sorted(set(names))
+            if principal.knows(name)
+        }
 
     def names(self, principal: Principal) -> list[str]:
         """Names of the banks that somebody may read."""

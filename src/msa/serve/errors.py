@@ -151,7 +151,11 @@ def service_error(error: BaseException) -> ServiceError:
     if isinstance(error, DocumentNotFoundError):
         return ServiceError(404, None, "document_not_found", "The bank holds no such document.")
     if isinstance(error, BankLockedError):
-        return conflict("bank_locked", "Another process is writing to the bank.")
+        message = (
+            "Another process has opened the bank for writing; when that one has ended, this "
+            "service has to be started again to write."
+        )
+        return conflict("bank_locked", message)
     log_failure(error)
     if isinstance(error, StorageError):
         return ServiceError(507, None, "disk_full", "The disk refused to write.")

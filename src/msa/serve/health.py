@@ -26,9 +26,15 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether questions are answered."""
+    """Whether questions are answered.
+
+    Attributes:
+        status: of the service.
+        banks: name -> whether it has been opened; those that the caller may know of.
+    """
 
     status: Literal["loading", "ready", "draining", "failed"]
+    banks: dict[str, Literal["loading", "ready"]]
 
 
 class Version(BaseModel):
@@ -36,11 +42,16 @@ class Version(BaseModel):
 
     Attributes:
         version: of this library.
+        commit: short, with "+" if files were changed since; None if it cannot be told.
         model: the name by which the model was loaded; None while it is not.
+        weights, router: SHA-256 of the model's, as banks note them down.
     """
 
     version: str
+    commit: str | None
     model: str | None
+    weights: str | None
+    router: str | None
 
 
 @router.get("/health", include_in_schema=False)
@@ -51,20 +62,30 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
-async def readyz(service: ServiceDep, response: Response) -> Readiness:
-    """200 when the model and the banks are loaded, else 503."""
+async def readyz(service: ServiceDep, request: Request, response: Response) -> Readiness:
+    """200 when the model and the banks are loaded, else 503; with a key, its banks by name."""
     if service.state != "ready":
         response.status_code = 503
         response.headers["Retry-After"] = str(RETRY_SECONDS)
-    return Readiness(status=service.state)
+    try:
+        caller = principal(request)
+    except ServiceError:
+        return Readiness(status=service.state, banks={})
+    return Readiness(status=service.state, banks=service.registry.states(caller))
 
 
 @router.get("/version")
 async def version(service: ServiceDep) -> Version:
     """The version of the library, and the model."""
     checkpoint = service.checkpoint
-    model = shown_model(checkpoint.name) if checkpoint else None
-    return Version(version=msa.__version__, model=model)
+    weights, router = service.fingerprints or (None, None)
+    return Version(
+        version=msa.__version__,
+        commit=service.commit,
+        model=shown_model(checkpoint.name) if checkpoint else None,
+        weights=weights,
+        router=router,
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -16,6 +16,7 @@ from pathlib import Path
 from msa.memory.bank import MemoryBank
 from msa.memory.ingest.pipeline import content_hash, printable
 from msa.memory.store.origins import Origin, Origins
+from msa.serve.file_reader import FileReader
 from msa.serve.job_store import OPEN_FILES, FileStatus, Job, JobFile, JobStore, Reason, Step
 from msa.text.loaders import LoadedDocument, LoadFailure, common_root, load_documents
 from msa.types import Document
@@ -92,7 +93,7 @@ class IndexRun:
         job: the job.
         bank: that it writes to.
         desk: the bank's.
-        max_unpacked_bytes: see `load_documents`.
+        reader: of what clients sent.
         before_batch: called before each slice, and before each batch by the thread that encodes;
             what it raises ends the run.
         ticket: for the first turn at the desk, if one was taken already.
@@ -105,12 +106,12 @@ class IndexRun:
         bank: MemoryBank,
         desk: Desk,
         *,
-        max_unpacked_bytes: int,
+        reader: FileReader,
         before_batch: Callable[[], None],
         ticket: int | None = None,
     ) -> None:
         self._store, self._job, self._bank, self._desk = store, job, bank, desk
-        self._max_unpacked_bytes = max_unpacked_bytes
+        self._reader = reader
         self._before_batch = before_batch
         self._ticket = ticket
         if "paths" in job.options:
@@ -151,10 +152,7 @@ class IndexRun:
                 continue
             assert file.stored is not None, "an upload that is to be read is on disk"
             path = self._store.uploads / file.stored
-            loaded = load_documents(
-                [path], root=path.parent, max_unpacked_bytes=self._max_unpacked_bytes
-            )
-            for index, item in enumerate(loaded):
+            for index, item in enumerate(self._reader.load(path)):
                 if index >= file.taken:
                     yield file.position, _renamed(item, path, file)
             yield file.position, None

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from msa.serve.banks import BankRegistry, ServedBank
 from msa.serve.errors import ServiceError, log_failure, service_error, unavailable
 from msa.serve.fairness import Turns
+from msa.serve.file_reader import FileReader
 from msa.serve.indexing import Desk, IndexRun
 from msa.serve.job_store import (
     FINISHED,
@@ -452,17 +453,21 @@ class Jobs:
             self.store.finish(job.id, "failed", service_error(error).message)
 
     def _index(self, job: Job, served: ServedBank) -> None:
-        run = IndexRun(
-            self.store,
-            job,
-            served.bank,
-            self.desk(job.bank),
-            max_unpacked_bytes=MAX_UNPACKED_BYTES,
-            before_batch=lambda: self._before_batch(job.id),
-            ticket=self._ticket,
+        reader = FileReader(
+            self._settings.parse_seconds, MAX_UNPACKED_BYTES, lambda: self._check(job.id)
         )
-        self._ticket = None
-        run.run(self._tell_watchers)
+        with contextlib.closing(reader):
+            run = IndexRun(
+                self.store,
+                job,
+                served.bank,
+                self.desk(job.bank),
+                reader=reader,
+                before_batch=lambda: self._before_batch(job.id),
+                ticket=self._ticket,
+            )
+            self._ticket = None
+            run.run(self._tell_watchers)
 
     def _maintain(self, job: Job, served: ServedBank) -> dict[str, Any]:
         with self.desk(job.bank).turn():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,10 @@ def build(service: Service, caller: Callable[[Context], Caller], *, write: bool)
         caller: who calls, from a tool's context.
         write: with `add` and `delete`.
     """
-    server: MCPServer[Any] = MCPServer(
-        "msa",
-        title="Memory",
-        instructions=INSTRUCTIONS,
-        version=msa.__version__,
-        log_level="WARNING",
-    )
+    with _logging_left_alone():
+        server: MCPServer[Any] = MCPServer(
+            "msa", title="Memory", instructions=INSTRUCTIONS, version=msa.__version__
+        )
     tools = Tools(service, caller)
     for read in (tools.search, tools.fetch, tools.ask, tools.status):
         server.add_tool(read, annotations=_READS)
@@ -60,6 +58,17 @@ def build(service: Service, caller: Callable[[Context], Caller], *, write: bool)
             server.add_tool(change, annotations=_WRITES)
     server.resource("msa://{bank}/{number}", name="passage", mime_type="text/plain")(tools.passage)
     return server
+
+
+@contextlib.contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """`MCPServer` would give a root logger without handlers its own."""
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
 
 
 # ---- over HTTP

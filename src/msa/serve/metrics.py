@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from msa.memory.loaded.content_store import CONTENT_READ
 from msa.types import Answer
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Metrics:
         self.queue_depth = Gauge(
             "msa_queue_depth", "Questions that run or wait for the model.", registry=own
         )
+        own.register(_ContentRead())
 
     def watch_banks(self, banks: Callable[[], Iterable[ServedBank]]) -> None:
         """Have the figures of banks read whenever somebody asks for them."""
@@ -118,6 +120,17 @@ class _Banks(Collector):
             size.add_metric([served.name], info.segment_bytes + info.catalog_bytes)
             generation.add_metric([served.name], info.generation)
         yield from (documents, size, generation)
+
+
+class _ContentRead(Collector):
+    """What the banks of this process have counted."""
+
+    def collect(self) -> Iterator[Metric]:
+        """The one figure."""
+        total = CONTENT_READ.total
+        yield CounterMetricFamily(
+            "msa_content_bytes_read", "Content fetched for questions.", value=total
+        )
 
 
 class _Jobs(Collector):

@@ -20,7 +20,7 @@ from pydantic import (
 from msa.memory.store.filters import MAX_TEXT
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
-from msa.serve.errors import ServiceError
+from msa.serve.errors import ServiceError, unavailable
 from msa.serve.keys import SCOPES, Principal
 from msa.serve.service import CallerDep, ServiceDep
 from msa.serve.settings import BANK_NAME
@@ -234,6 +234,42 @@ class BankDetail(BaseModel):
     info: dict[str, Any]
     plan: dict[str, Any]
     scopes: list[str]
+
+
+class DemoDocument(BaseModel):
+    """A document of the demo."""
+
+    id: str
+    title: str | None
+    text: str
+
+
+class Demo(BaseModel):
+    """What one can look around with.
+
+    Attributes:
+        documents: that suit the model; made for `documents:batch`.
+        questions: that they answer, the last one with several of them.
+    """
+
+    documents: list[DemoDocument]
+    questions: list[str]
+
+
+@router.get("/demo")
+def get_demo(service: ServiceDep, caller: CallerDep) -> Demo:
+    """Documents that ship with the package, and questions for them; no bank has to hold them."""
+    from msa.demo.material import load_material  # which brings what it is checked with
+
+    checkpoint = service.checkpoint
+    if checkpoint is None:
+        raise unavailable("loading", "The model and the banks are being loaded.")
+    material = load_material("worlds" if checkpoint.name == "worlds" else "real")
+    documents = [DemoDocument(id=d.id, title=d.title, text=d.text) for d in material.documents]
+    asked = [step for step in material.steps if step.kind == "ask" and step.answers]
+    of_one = [step.question for step in asked if len(step.cited) == 1]
+    of_several = [step.question for step in asked if len(step.cited) > 1]
+    return Demo(documents=documents, questions=[*of_one[:2], *of_several[:1]])
 
 
 @router.get("/banks")

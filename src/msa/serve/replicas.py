@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import logging
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -344,16 +346,20 @@ def _start_writer(ray: Any, settings: ServeSettings, paths: Sequence[Path]) -> A
 def _start_replicas(serve: Any, settings: ServeSettings) -> None:
     """Returns when all replicas answer.
 
+    Ray Serve waits a minute for its own proxy, which it ends and starts again when it is late. On a
+    busy machine that is too short, so who is late is waited for here.
+
     Raises:
         WorkerError: they do not start.
     """
+    from ray.exceptions import RayError
 
     def build() -> Replica:
         return _replica(settings)
 
     quiet = {"enable_access_log": False, "log_level": "WARNING"}  # the app writes its own lines
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
+    door = {"host": settings.host, "port": settings.port}
     deployment = serve.deployment(
         serve.ingress(build)(),
         name="replica",
@@ -364,9 +370,36 @@ def _start_replicas(serve: Any, settings: ServeSettings) -> None:
         ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
     )
     try:
-        serve.run(deployment.bind(), name=APP_NAME, route_prefix="/", logging_config=quiet)
-    except RuntimeError as error:
+        with contextlib.suppress(TimeoutError, RayError):
+            serve.start(http_options=door, logging_config=quiet)
+        serve.start(http_options=door, logging_config=quiet)  # the same one
+        with contextlib.suppress(TimeoutError):
+            serve.run(deployment.bind(), name=APP_NAME, route_prefix="/", logging_config=quiet)
+    except (RuntimeError, TimeoutError, RayError) as error:
         raise WorkerError(f"the replicas do not start: {error}") from error
+    if settings.ray_address is None:  # on another's cluster, the door may be elsewhere
+        _until_answered(settings)
+
+
+def _until_answered(settings: ServeSettings) -> None:
+    """Wait until a request is answered.
+
+    Raises:
+        WorkerError: none is.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:
+        connection = http.client.HTTPConnection(settings.host.strip("[]"), settings.port, timeout=5)
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(connection),
+        ):
+            connection.request("GET", "/healthz")
+            if connection.getresponse().status == 200:
+                return
+        if time.monotonic() > end:
+            raise WorkerError(f"Ray Serve does not answer at {settings.host}, port {settings.port}")
+        time.sleep(_LOAD_PAUSE)
 
 
 def _replica(settings: ServeSettings) -> Replica:

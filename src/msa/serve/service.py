@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
 
+from msa.build import commit
+from msa.model.identity import model_fingerprints
 from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry, BankState, ServedBank
 from msa.serve.errors import ServiceError, log_failure
@@ -39,6 +41,8 @@ class Service:
     Attributes:
         settings, keys, metrics, registry, asking, turns, jobs: its parts.
         checkpoint: the model, once it is loaded.
+        fingerprints: of its weights and of its router, once they are known.
+        commit: of this package, see `msa.build.commit`.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
 
@@ -64,6 +68,8 @@ class Service:
         self.jobs = Jobs(settings, self.registry, self.turns)
         self.metrics.watch_jobs(self.jobs.counts)
         self.checkpoint: Checkpoint | None = None
+        self.fingerprints: tuple[str, str] | None = None
+        self.commit: str | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None
         self._given = checkpoint
@@ -119,6 +125,7 @@ class Service:
         else:
             checkpoint = self._given() if callable(self._given) else self._given
         self.registry.open_all(checkpoint)
+        self.fingerprints, self.commit = model_fingerprints(checkpoint.model), commit()
         return checkpoint
 
     async def drain(self) -> None:

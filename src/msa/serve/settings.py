@@ -42,6 +42,7 @@ class ServeSettings(BaseSettings):
         max_body_bytes: of a JSON body; max_file_bytes: of an uploaded file; max_upload_bytes: of a
             request with files.
         body_seconds: in which a JSON body must have come, and the next piece of an upload.
+        parse_seconds: in which an uploaded PDF, HTML or DOCX file must have been converted.
         max_encode_jobs: index jobs that wait.
         encode_share: part of the time that index work gets at least while questions run.
         ray: run replicas on Ray Serve; see `msa.serve.replicas`.
@@ -75,6 +76,7 @@ class ServeSettings(BaseSettings):
     max_file_bytes: int = Field(64 * MIB, ge=1024)
     max_upload_bytes: int = Field(256 * MIB, ge=1024)
     body_seconds: float = Field(30.0, gt=0)
+    parse_seconds: float = Field(300.0, gt=0)
     max_encode_jobs: int = Field(100, ge=1)
     encode_share: float = Field(0.2, gt=0, le=1)
     ray: bool = False

@@ -38,6 +38,7 @@ from msa.errors import EmptyBankError, InputError, WorkerError
 from msa.memory.bank import MemoryBank
 from msa.memory.distributed import cluster
 from msa.memory.loaded import memory_plan
+from msa.memory.loaded.content_store import CONTENT_READ
 from msa.memory.loaded.latest import LatestReader
 from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
 from msa.memory.store.filters import Filter
@@ -453,6 +454,7 @@ class ShardedSnapshot:
             return Content(empty, empty, empty.new_empty(shape[:2], dtype=torch.bool))
         found = [part for part in self._state.ask("content", layer, chosen) if part is not None]
         counts, keys, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        CONTENT_READ.add(keys.nbytes + values.nbytes)
         places = torch.searchsorted(chosen, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         return gather_content(
             keys.to(self._device, self.dtype),

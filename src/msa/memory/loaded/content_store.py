@@ -39,6 +39,23 @@ _ALIGNMENT = 64
 log = logging.getLogger(__name__)
 
 
+class Tally:
+    """A count that several threads add to."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count so many more."""
+        with self._lock:
+            self.total += count
+
+
+CONTENT_READ = Tally()
+"""Bytes of content that this process has fetched for questions, from RAM, disk or shards."""
+
+
 class Arena:
     """Memory for many tensors that are never given back one by one.
 
@@ -266,6 +283,7 @@ class ContentStore:
     def _copied(self, rows: DocumentTable, layer: int, chosen: Tensor) -> Fetched:
         """Content of rows [U], ascending, on its way to the device."""
         counts = rows.chunk_counts[chosen]
+        CONTENT_READ.add(2 * int(counts.sum()) * math.prod(self.shape) * self.stored.itemsize)
         if self._stream is None:
             stored = (t.to(self.device) for t in self.read(rows, layer, chosen))
             keys, values = (self._unpacked(t) for t in stored)

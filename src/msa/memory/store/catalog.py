@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msa.errors import BankCorruptError, BankError, InputError
+from msa.errors import BankCorruptError, BankLockedError, InputError
 from msa.memory.store import metadata_index, origins, word_index
 from msa.memory.store.database import Database, guard
 from msa.memory.store.filters import Filter
@@ -174,7 +174,7 @@ class Catalog(NotPickled):
         """One durable transaction that raises the generation, or no change at all.
 
         Raises:
-            BankError: another writer has opened the bank since; nothing is changed.
+            BankLockedError: another writer has opened the bank since; nothing is changed.
         """
         with self._db.transaction(doing) as db:
             self._check_writer(db, doing)
@@ -198,7 +198,7 @@ class Catalog(NotPickled):
 
     def _check_writer(self, db: sqlite3.Connection, doing: str) -> None:
         if not self._db.read_only and _counter(db, "writer") != self._writer:
-            raise BankError(
+            raise BankLockedError(
                 f"cannot {doing} {self._db.path}: another process has opened the bank for "
                 "writing since (was writer.lock removed?); close this one and open it again"
             )

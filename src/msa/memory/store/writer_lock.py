@@ -97,6 +97,6 @@ def _refusal(bank: Path, holder: Path) -> str:
             )
         who = f"process {pid} on {host} since {since}"
     return (
-        f"Bank '{bank}' is being written by {who}; wait until it ends, or open the bank with "
-        "read_only=True to ask it meanwhile"
+        f"Bank '{bank}' is being written by {who}; wait until it ends (meanwhile the bank can be "
+        "asked: 'msa ask', or read_only=True)"
     )

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, JsonValue
 from pydantic_core import to_jsonable_python
 
-from msa.serve.asking import Ask
+from msa.serve.asking import Ask, answer_of, while_connected
 from msa.serve.links import base_url
 from msa.serve.openai.citations import (
     CitedText,
@@ -150,20 +150,15 @@ async def chat_completions(
         body.msa.filter,
     )
     writer = _Writer(body, question, base_url(service.settings, request))
-    if not body.stream:
-        answer = await service.asking.answer(
-            served,
-            question.text,
-            principal=caller,
-            filter=question.filter,
-            changes=question.options,
-            client=request,
+    ask = await question.start(service, caller, request, stream=bool(body.stream))
+    if body.stream:
+        return EventStream(
+            writer.frames(ask), ping_seconds=service.settings.ping_seconds, on_end=ask.stop
         )
-        return writer.completion(answer)
-    ask = await question.start(service, caller, request)
-    return EventStream(
-        writer.frames(ask), ping_seconds=service.settings.ping_seconds, on_end=ask.stop
-    )
+    try:
+        return writer.completion(await while_connected(request, answer_of(ask)))
+    finally:
+        ask.stop()
 
 
 class _Writer:

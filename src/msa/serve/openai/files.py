@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -15,6 +14,7 @@ from msa.serve.job_store import StoredFile
 from msa.serve.keys import WRITE, Principal
 from msa.serve.openai.file_ids import cited_file, document_number
 from msa.serve.openai.filters import missing
+from msa.serve.openai.pages import Listable, Order, Page, page_of
 from msa.serve.permalinks import stored_document
 from msa.serve.service import CallerDep, Service, ServiceDep
 from msa.serve.uploads import receive_form, removed_on_error, unsupported
@@ -22,8 +22,6 @@ from msa.serve.uploads import receive_form, removed_on_error, unsupported
 router = APIRouter(prefix="/v1/files", tags=["openai"])
 MAX_PAGE = 10_000
 PURPOSES = ("assistants", "user_data")
-Order = Literal["asc", "desc"]
-Item = TypeVar("Item")
 
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -44,10 +42,9 @@ _BODY: dict[str, Any] = {
 }
 
 
-class FileObject(BaseModel):
+class FileObject(Listable):
     """A file, as OpenAI's clients know it."""
 
-    id: str
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
@@ -58,14 +55,8 @@ class FileObject(BaseModel):
     status_details: None = None
 
 
-class FileList(BaseModel):
+class FileList(Page[FileObject]):
     """A page of files."""
-
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class FileDeleted(BaseModel):
@@ -74,32 +65,6 @@ class FileDeleted(BaseModel):
     id: str
     object: Literal["file"] = "file"
     deleted: bool = True
-
-
-def page_of(
-    items: Sequence[Item],
-    name: Callable[[Item], str],
-    *,
-    limit: int,
-    order: Order,
-    after: str | None = None,
-    before: str | None = None,
-) -> tuple[list[Item], bool]:
-    """A page of a list that is given oldest first, and whether there is more.
-
-    Raises:
-        ServiceError: 400; `after` or `before` is not in the list.
-    """
-    listed = list(items if order == "asc" else reversed(items))
-    ids = [name(item) for item in listed]
-    for cursor, param in ((after, "after"), (before, "before")):
-        if cursor is not None and cursor not in ids:
-            raise invalid(f"There is no {cursor!r} in this list (any more).", param)
-    start = 0 if after is None else ids.index(after) + 1
-    end = len(ids) if before is None else ids.index(before)
-    if before is not None and after is None:  # the page that ends there
-        return listed[max(0, end - limit) : end], end > limit
-    return listed[start:end][:limit], end - start > limit
 
 
 @router.post("", openapi_extra=_BODY)
@@ -133,13 +98,7 @@ async def list_files(
     files = await asyncio.to_thread(service.jobs.store.files, caller.name)
     wanted = [file for file in files if purpose in (None, file.purpose)]
     page, has_more = page_of(wanted, lambda f: f.id, limit=limit, order=order, after=after)
-    data = [_object(file) for file in page]
-    return FileList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=has_more,
-    )
+    return FileList.of([_object(file) for file in page], has_more)
 
 
 @router.get("/{file_id}")

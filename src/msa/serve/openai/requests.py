@@ -188,8 +188,16 @@ class Question:
     options: Mapping[str, Any]
     filter: Mapping[str, Any] | None
 
-    async def start(self, service: Service, caller: Principal, request: Request) -> Ask:
+    async def start(
+        self, service: Service, caller: Principal, request: Request, *, stream: bool
+    ) -> Ask:
         """The question, running; it must be read or stopped.
+
+        Args:
+            service: whose bank is asked.
+            caller: who asks.
+            request: the question leaves the queue when its client goes.
+            stream: whether "token" events are wanted.
 
         Raises:
             ServiceError: see `AskService.start`.
@@ -200,6 +208,7 @@ class Question:
             principal=caller,
             filter=self.filter,
             changes=self.options,
+            stream=stream,
             client=request,
         )
 

@@ -185,7 +185,7 @@ async def create_response(
         _filter(body, tool),
     )
     response = _Response(body, tool, question, base_url(service.settings, request))
-    ask = await question.start(service, caller, request)
+    ask = await question.start(service, caller, request, stream=bool(body.stream))
     if body.stream:
         return EventStream(
             response.frames(ask),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from msa.memory.bank import MemoryBank
@@ -16,8 +16,9 @@ from msa.serve.errors import ServiceError, conflict, invalid
 from msa.serve.job_store import OPEN_FILES, Attachment, FileStatus, Job, JobFile
 from msa.serve.keys import WRITE, Principal
 from msa.serve.native import Body
-from msa.serve.openai.files import Order, own_file, page_of
+from msa.serve.openai.files import own_file
 from msa.serve.openai.filters import missing
+from msa.serve.openai.pages import Listable, Order, Page, page_of
 from msa.serve.service import CallerDep, Service, ServiceDep
 
 router = APIRouter(prefix="/v1/vector_stores/{vector_store_id}", tags=["openai"])
@@ -82,10 +83,9 @@ class ChunkingUsed(BaseModel):
     static: StaticChunking
 
 
-class VectorStoreFile(BaseModel):
+class VectorStoreFile(Listable):
     """A file in a vector store."""
 
-    id: str
     object: Literal["vector_store.file"] = "vector_store.file"
     vector_store_id: str
     created_at: int
@@ -96,14 +96,8 @@ class VectorStoreFile(BaseModel):
     chunking_strategy: ChunkingUsed
 
 
-class VectorStoreFileList(BaseModel):
+class VectorStoreFileList(Page[VectorStoreFile]):
     """A page of files in a vector store."""
-
-    object: Literal["list"] = "list"
-    data: list[VectorStoreFile]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class VectorStoreFileDeleted(BaseModel):
@@ -177,15 +171,30 @@ class _ListQuery(BaseModel):
 ListQuery = Annotated[_ListQuery, Query()]
 
 
+async def _store(vector_store_id: str, service: ServiceDep, caller: CallerDep) -> ServedBank:
+    """A bank that this key may read."""
+    return service.registry.get(vector_store_id, caller)
+
+
+async def _writable_store(
+    vector_store_id: str, service: ServiceDep, caller: CallerDep
+) -> ServedBank:
+    """A bank that this key may write to."""
+    return service.registry.get(vector_store_id, caller, WRITE)
+
+
+StoreDep = Annotated[ServedBank, Depends(_store)]
+WritableStoreDep = Annotated[ServedBank, Depends(_writable_store)]
+
+
 # ---- files
 
 
 @router.post("/files")
 async def attach(
-    vector_store_id: str, given: AttachInput, service: ServiceDep, caller: CallerDep
+    served: WritableStoreDep, given: AttachInput, service: ServiceDep, caller: CallerDep
 ) -> VectorStoreFile:
     """Put a file into a vector store; poll it until it is completed."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     check_chunking(given.chunking_strategy)
     wanted = [(given.file_id, given.attributes or {})]
     await submit_files(service, served, caller, wanted, "index", "file_id")
@@ -194,24 +203,21 @@ async def attach(
 
 @router.get("/files")
 async def list_files(
-    vector_store_id: str, query: ListQuery, service: ServiceDep, caller: CallerDep
+    served: StoreDep, query: ListQuery, service: ServiceDep
 ) -> VectorStoreFileList:
     """Files that came into the vector store through /v1/files."""
-    served = service.registry.get(vector_store_id, caller)
     attached = await asyncio.to_thread(service.jobs.store.attachments, served.name)
     return _list(served, attached, query)
 
 
 @router.get("/files/{file_id}")
 async def retrieve(
-    vector_store_id: str,
+    served: StoreDep,
     file_id: str,
     response: Response,
     service: ServiceDep,
-    caller: CallerDep,
 ) -> VectorStoreFile:
     """A file of a vector store, and how it stands."""
-    served = service.registry.get(vector_store_id, caller)
     found = await asyncio.to_thread(_attached, service, served, file_id)
     _say_when_to_poll(response, found.status)
     return found
@@ -219,14 +225,12 @@ async def retrieve(
 
 @router.post("/files/{file_id}")
 async def set_attributes(
-    vector_store_id: str,
+    served: WritableStoreDep,
     file_id: str,
     given: AttributesInput,
     service: ServiceDep,
-    caller: CallerDep,
 ) -> VectorStoreFile:
     """Give a file other attributes; nothing is encoded again."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     known = await asyncio.to_thread(_find, service, served, file_id)
     _check_settled(known)
     attributes = given.attributes or {}
@@ -244,10 +248,9 @@ async def set_attributes(
 
 @router.delete("/files/{file_id}")
 async def detach(
-    vector_store_id: str, file_id: str, service: ServiceDep, caller: CallerDep
+    served: WritableStoreDep, file_id: str, service: ServiceDep
 ) -> VectorStoreFileDeleted:
     """Take a file out of a vector store, with all its documents; the file itself stays."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     known = await asyncio.to_thread(_find, service, served, file_id)
     job = await asyncio.to_thread(service.jobs.store.job, known.job)
     if known.status in OPEN_FILES and job is not None and job.kind == "index":
@@ -262,11 +265,8 @@ async def detach(
 
 
 @router.get("/files/{file_id}/content")
-async def content(
-    vector_store_id: str, file_id: str, service: ServiceDep, caller: CallerDep
-) -> FileContent:
+async def content(served: StoreDep, file_id: str, service: ServiceDep) -> FileContent:
     """The text of a file as it was stored: its documents, and their parts, in order."""
-    served = service.registry.get(vector_store_id, caller)
 
     def texts() -> list[FileText]:
         _find(service, served, file_id)
@@ -283,10 +283,9 @@ async def content(
 
 @router.post("/file_batches")
 async def create_batch(
-    vector_store_id: str, given: BatchInput, service: ServiceDep, caller: CallerDep
+    served: WritableStoreDep, given: BatchInput, service: ServiceDep, caller: CallerDep
 ) -> FileBatch:
     """Put several files into a vector store; poll the batch until none is in progress."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     wanted = _wanted(given)
     param = "files" if given.files else "file_ids"
     job = await submit_files(service, served, caller, wanted, "file_batch", param)
@@ -295,14 +294,12 @@ async def create_batch(
 
 @router.get("/file_batches/{batch_id}")
 async def retrieve_batch(
-    vector_store_id: str,
+    served: StoreDep,
     batch_id: str,
     response: Response,
     service: ServiceDep,
-    caller: CallerDep,
 ) -> FileBatch:
     """How a batch stands."""
-    served = service.registry.get(vector_store_id, caller)
     job = await asyncio.to_thread(_find_batch, service, served, batch_id)
     batch = await asyncio.to_thread(_batch, service, job)
     _say_when_to_poll(response, batch.status)
@@ -310,11 +307,8 @@ async def retrieve_batch(
 
 
 @router.post("/file_batches/{batch_id}/cancel")
-async def cancel_batch(
-    vector_store_id: str, batch_id: str, service: ServiceDep, caller: CallerDep
-) -> FileBatch:
+async def cancel_batch(served: WritableStoreDep, batch_id: str, service: ServiceDep) -> FileBatch:
     """Cancel a batch; what was stored before stays."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     job = await asyncio.to_thread(_find_batch, service, served, batch_id)
     await asyncio.to_thread(service.jobs.cancel, job)
     await service.jobs.ended(job.id, CANCEL_SECONDS)
@@ -324,14 +318,12 @@ async def cancel_batch(
 
 @router.get("/file_batches/{batch_id}/files")
 async def list_batch_files(
-    vector_store_id: str,
+    served: StoreDep,
     batch_id: str,
     query: ListQuery,
     service: ServiceDep,
-    caller: CallerDep,
 ) -> VectorStoreFileList:
     """The files of a batch."""
-    served = service.registry.get(vector_store_id, caller)
     job = await asyncio.to_thread(_find_batch, service, served, batch_id)
     attached = await asyncio.to_thread(service.jobs.store.attachments, served.name, job.id)
     return _list(served, attached, query)
@@ -469,13 +461,7 @@ def _list(
         after=query.after,
         before=query.before,
     )
-    data = [_object(served, file) for file in page]
-    return VectorStoreFileList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=has_more,
-    )
+    return VectorStoreFileList.of([_object(served, file) for file in page], has_more)
 
 
 def _find_batch(service: Service, served: ServedBank, batch_id: str) -> Job:

@@ -13,14 +13,16 @@ from pydantic import BaseModel, Field
 from msa.serve.banks import ServedBank
 from msa.serve.errors import invalid
 from msa.serve.job_store import Attachment
-from msa.serve.keys import ADMIN, WRITE
+from msa.serve.keys import ADMIN
 from msa.serve.native import Body
 from msa.serve.openai.file_ids import cited_file
-from msa.serve.openai.files import Order, page_of
 from msa.serve.openai.filters import bank_filter
+from msa.serve.openai.pages import Listable, Order, Page, page_of
 from msa.serve.openai.vector_store_files import (
     ChunkingStrategy,
     FileCounts,
+    StoreDep,
+    WritableStoreDep,
     check_chunking,
     counts_of,
     submit_files,
@@ -41,10 +43,9 @@ Metadata = Annotated[
 ]
 
 
-class VectorStore(BaseModel):
+class VectorStore(Listable):
     """A bank, as OpenAI's clients know it; `file_counts` has the files put into it over /v1."""
 
-    id: str
     object: Literal["vector_store"] = "vector_store"
     created_at: int
     name: str
@@ -57,14 +58,8 @@ class VectorStore(BaseModel):
     expires_at: None = None
 
 
-class VectorStoreList(BaseModel):
+class VectorStoreList(Page[VectorStore]):
     """A page of vector stores."""
-
-    object: Literal["list"] = "list"
-    data: list[VectorStore]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class VectorStoreDeleted(BaseModel):
@@ -153,12 +148,7 @@ async def list_stores(
         served, lambda s: s.name, limit=limit, order=order, after=after, before=before
     )
     data = await asyncio.to_thread(lambda: [_object(service, bank) for bank in page])
-    return VectorStoreList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=has_more,
-    )
+    return VectorStoreList.of(data, has_more)
 
 
 @router.post("")
@@ -177,18 +167,14 @@ async def create(given: CreateInput, service: ServiceDep, caller: CallerDep) -> 
 
 
 @router.get("/{vector_store_id}")
-async def retrieve(vector_store_id: str, service: ServiceDep, caller: CallerDep) -> VectorStore:
+async def retrieve(served: StoreDep, service: ServiceDep) -> VectorStore:
     """A bank as a vector store."""
-    served = service.registry.get(vector_store_id, caller)
     return await asyncio.to_thread(_object, service, served)
 
 
 @router.post("/{vector_store_id}")
-async def update(
-    vector_store_id: str, given: UpdateInput, service: ServiceDep, caller: CallerDep
-) -> VectorStore:
+async def update(served: WritableStoreDep, given: UpdateInput, service: ServiceDep) -> VectorStore:
     """Change the metadata of a vector store; a bank keeps its name."""
-    served = service.registry.get(vector_store_id, caller, WRITE)
     _refuse(given.expires_after, "expires_after")
     if given.name not in (None, served.name):
         raise invalid("A vector store keeps its name.", "name", "unsupported_parameter")
@@ -209,14 +195,13 @@ async def delete(
 
 @router.post("/{vector_store_id}/search")
 async def search(
-    vector_store_id: str,
+    served: StoreDep,
     given: SearchInput,
     request: Request,
     service: ServiceDep,
     caller: CallerDep,
 ) -> SearchPage:
     """The documents that the model routes to for a query, or for several."""
-    served = service.registry.get(vector_store_id, caller)
     queries = [given.query] if isinstance(given.query, str) else given.query
     conditions = None if given.filters is None else bank_filter(given.filters)
     results = await service.asking.searches(

@@ -19,7 +19,7 @@ import { remember, remembered } from "./storage.js";
  *   is found by meaning has its text and a score, what is listed a snippet
  * @typedef {{file: string, status: string, reason?: string | null}} JobFile
  * @typedef {{id: string, kind: string, status: string, done: number, total: number, tokens: number,
- *   files: JobFile[], eta_s: number | null, message: string | null}} Job
+ *   files: JobFile[], eta_s: number | null, message: string | null, result: any}} Job
  */
 
 /** An answer of the service that is an error. */
@@ -89,12 +89,13 @@ function headers() {
 /**
  * @param {string} path
  * @param {{method?: string, body?: any, signal?: AbortSignal, keepalive?: boolean,
- *   accept?: string}} [options] an object as body is sent as JSON
+ *   accept?: string}} [options] an object as body is sent as JSON, a list as a line for each
  * @returns {Promise<Response>} one that is no error
  */
 async function request(path, { body, accept, ...rest } = {}) {
-  const options = { ...rest, headers: headers(), ...(body && { body: JSON.stringify(body) }) };
-  if (body) options.headers["Content-Type"] = "application/json";
+  const options = { ...rest, headers: headers(), ...(body && { body: written(body) }) };
+  const kind = Array.isArray(body) ? "application/jsonl" : "application/json";
+  if (body) options.headers["Content-Type"] = kind;
   if (accept) options.headers.Accept = accept;
   let response;
   try {
@@ -110,6 +111,10 @@ async function request(path, { body, accept, ...rest } = {}) {
   }
   throw failure;
 }
+
+/** @param {object | object[]} body @returns {string} */
+const written = (body) =>
+  Array.isArray(body) ? body.map((line) => JSON.stringify(line)).join("\n") : JSON.stringify(body);
 
 /** @param {Response} response */
 async function errorOf(response) {
@@ -209,6 +214,25 @@ export async function upload(bank, files, onProgress, signal) {
 }
 
 /**
+ * Add documents; the job that reads them is the answer.
+ * @param {string} bank
+ * @param {object[]} lines id, text and title of each
+ * @returns {Promise<Job>}
+ */
+export const addDocuments = (bank, lines) =>
+  json(ofBank(bank, "/documents:batch"), { method: "POST", body: lines });
+
+/** @returns {Promise<{documents: object[], questions: string[]}>} to look around with */
+export const demo = () => json("api/demo");
+
+/**
+ * @param {string} bank
+ * @param {"compact" | "verify"} kind
+ * @returns {Promise<Job>}
+ */
+export const maintain = (bank, kind) => json(`${ofBank(bank)}:${kind}`, { method: "POST" });
+
+/**
  * As `fetch`, which cannot say how much is sent.
  * @param {string} url
  * @param {FormData} form
@@ -238,6 +262,24 @@ export const jobs = async (bank) => (await json(ofBank(bank, "/jobs"))).data;
 
 /** @param {string} id @returns {Promise<Job>} */
 export const job = (id) => json(`api/jobs/${encodeURIComponent(id)}`);
+
+const POLL_MS = 500;
+/** What a job, or a file of it, is when nothing more happens to it; files are skipped too. */
+export const ENDS = ["done", "failed", "cancelled"];
+
+/**
+ * @param {string} id
+ * @param {(now: Job) => void} [onChange] told how it stands
+ * @returns {Promise<Job>} the job when it has ended
+ */
+export async function ended(id, onChange = () => {}) {
+  for (;;) {
+    const now = await job(id);
+    onChange(now);
+    if (ENDS.includes(now.status)) return now;
+    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+  }
+}
 
 /** @param {string} id @returns {Promise<Response>} */
 export const cancelJob = (id) =>

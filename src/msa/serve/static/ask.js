@@ -37,13 +37,13 @@ export function startAsking(given) {
     if (!running) ask(field.value.trim());
   });
   field.addEventListener("input", grow);
-  for (const button of $("examples").querySelectorAll("button")) {
-    button.addEventListener("click", () => {
-      field.value = button.textContent;
-      grow();
-      field.focus();
-    });
-  }
+  $("examples").addEventListener("click", (/** @type {Event} */ event) => {
+    const button = /** @type {HTMLElement} */ (event.target).closest("button");
+    if (!button) return;
+    field.value = button.textContent;
+    grow();
+    field.focus();
+  });
 }
 
 /** As many lines as the question has. */

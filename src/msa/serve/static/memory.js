@@ -263,7 +263,7 @@ function showNumbers({ info, plan }) {
     ["Longest part", plural(info.max_document_tokens, "token")],
     ["Made", info.created.slice(0, 10)],
   ];
-  $("numbers").replaceChildren(
+  $("figures").replaceChildren(
     make("h2", {}, "This memory"),
     make("dl", {}, ...rows.filter((pair) => pair !== null).flatMap(pairOf)),
     ...(plan ? planElements(plan) : []),

@@ -7,6 +7,7 @@ import { list, sendDeletes, showMemory, startMemory } from "./memory.js";
 import { closePassage } from "./passage.js";
 import { remember, remembered } from "./storage.js";
 import { showRunning, startUploads } from "./upload.js";
+import { showUpkeep, startUpkeep } from "./upkeep.js";
 
 const THEMES = ["system", "light", "dark"];
 const THEME_NAMES = ["Colors: as the system", "Colors: light", "Colors: dark"];
@@ -27,6 +28,12 @@ async function start() {
     mayWrite,
     changed: () => choose(bank),
     reveal: () => go("memory"),
+  });
+  startUpkeep({
+    bank: () => bank,
+    before: sendDeletes,
+    changed: () => choose(bank),
+    ask: () => go("ask"),
   });
   startColors();
   startKeys();
@@ -86,8 +93,8 @@ async function choose(name) {
   }
   const { num_ids: count, num_tokens: tokens } = about.info;
   document.title = `${name} · MSA`;
-  $("empty").hidden = count > 0;
-  for (const id of ["add-files", "empty-how"]) $(id).hidden = !mayWrite();
+  $("add-files").hidden = !mayWrite();
+  showUpkeep(name, count, mayWrite());
   $("ask-about").textContent = count
     ? `${plural(count, "document")}, ${plural(tokens, "token")}`
     : "Nothing is in it yet";

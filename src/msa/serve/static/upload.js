@@ -7,9 +7,7 @@ import { $, copy, fromTemplate, make, number, plural, say, seconds, show, toast 
 /** @typedef {import("./api.js").JobFile} JobFile */
 
 const FIRST = 8; // files that are shown
-const POLL_MS = 500;
 const MOST_BYTES = 200 * 2 ** 20; // of one request; more files go in several
-const ENDS = ["done", "failed", "cancelled"];
 const WORDS = /** @type {Record<string, string>} */ ({
   queued: "waiting",
   running: "reading",
@@ -64,8 +62,18 @@ export function startUploads(given) {
 export async function showRunning(bank) {
   for (const { id, kind, status } of await api.jobs(bank)) {
     const adds = kind === "index" || kind === "file_batch";
-    if (adds && !ENDS.includes(status) && !shown.has(id)) new Upload(bank, []).watch(id);
+    if (adds && !api.ENDS.includes(status) && !shown.has(id)) new Upload(bank, []).watch(id);
   }
+}
+
+/**
+ * Show a job until it has ended.
+ * @param {string} bank that it adds to
+ * @param {Job} job
+ */
+export function showJob(bank, job) {
+  context.reveal();
+  return new Upload(bank, []).watch(job.id);
 }
 
 /** @param {DataTransfer} data @returns {Promise<File[]>} files, those in folders too */
@@ -155,12 +163,8 @@ class Upload {
   async watch(id) {
     shown.add(id);
     try {
-      for (;;) {
-        const job = await api.job(id);
-        this.show(job);
-        if (ENDS.includes(job.status)) return this.end(job);
-        await new Promise((resolve) => setTimeout(resolve, POLL_MS));
-      }
+      const job = await api.ended(id, (now) => this.show(now));
+      this.end(job);
     } catch (error) {
       this.fail(/** @type {Error} */ (error).message);
     }
@@ -253,7 +257,7 @@ class Upload {
 /** @param {JobFile & {sent?: number}} file */
 function fileRow(file) {
   const fill = make("span", { class: "fill" });
-  fill.style.width = `${100 * (file.sent ?? (ENDS.includes(file.status) ? 1 : 0))}%`;
+  fill.style.width = `${100 * (file.sent ?? (api.ENDS.includes(file.status) ? 1 : 0))}%`;
   return make(
     "li",
     { class: file.status },
