@@ -297,11 +297,17 @@ class Writer(Protocol):
         sampler: chooses its tokens.
         prior_weight: factor of the log prior of `legal`.
         pending: tokens that are written and not yet fed.
+        barred: tokens that may not come next.
     """
 
     sampler: Sampler
     prior_weight: float
     pending: list[int]
+
+    @property
+    def barred(self) -> Sequence[int]:
+        """See above."""
+        ...
 
     @property
     def done(self) -> bool:
@@ -343,6 +349,11 @@ class RoundRow:
         return self._writer.complete
 
     @property
+    def barred(self) -> Sequence[int]:
+        """See `Writer.barred`."""
+        return ()
+
+    @property
     def done(self) -> bool:
         """See `Writer.done`."""
         return self._writer.complete is not None
@@ -365,6 +376,7 @@ class TextRow:
         sampler: chooses.
         ends: token sequences, each of which ends the text.
         budget: tokens that may be written, at most.
+        not_first: a token that the text must not begin with.
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
@@ -373,6 +385,7 @@ class TextRow:
     sampler: Sampler
     ends: Sequence[Sequence[int]]
     budget: int
+    not_first: int | None = None
     tokens: list[int] = field(default_factory=list)
     log_probability: float = 0.0
     ended: bool = False
@@ -385,7 +398,12 @@ class TextRow:
         return self.ended or len(self.tokens) >= self.budget
 
     def legal(self) -> None:
-        """Any token."""
+        """Any token but those barred."""
+
+    @property
+    def barred(self) -> Sequence[int]:
+        """See `Writer.barred`."""
+        return [self.not_first] if self.not_first is not None and not self.tokens else ()
 
     def take(self, token: int, log_probability: float) -> None:
         """See `Writer.take`."""
@@ -409,9 +427,10 @@ def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:
     if not any(ready):
         return
     legal = [w.legal() if use else None for w, use in zip(writers, ready, strict=True)]
+    barred = [w.barred if use else () for w, use in zip(writers, ready, strict=True)]
     scores = None
-    if any(tokens is not None for tokens in legal):
-        scores = _constrained(decoder.logits, legal, [w.prior_weight for w in writers])
+    if any(barred) or any(tokens is not None for tokens in legal):
+        scores = _constrained(decoder.logits, legal, [w.prior_weight for w in writers], barred)
     chosen = choose(decoder.logits, [w.sampler for w in writers], scores, ready)
     for writer, use, (token, log_probability) in zip(writers, ready, chosen, strict=True):
         if use:
@@ -491,17 +510,21 @@ def _check_peaks(peaks: Sequence[float]) -> None:
 
 
 def _constrained(
-    logits: Tensor, legal: Sequence[Mapping[int, float] | None], weights: Sequence[float]
+    logits: Tensor,
+    legal: Sequence[Mapping[int, float] | None],
+    weights: Sequence[float],
+    barred: Sequence[Sequence[int]],
 ) -> Tensor:
     """[B, V] float32: logits of legal tokens, shifted by the weighted prior; -inf for all others.
 
-    A row of which nothing is said stays as it is.
+    A row of which nothing is said stays as it is, but for the tokens that are barred.
     """
     logits = logits.float()
     scores = torch.full_like(logits, -math.inf)
     for row, (tokens, weight) in enumerate(zip(legal, weights, strict=True)):
         if tokens is None:
             scores[row] = logits[row]
+            scores[row, list(barred[row])] = -math.inf
             continue
         index = torch.tensor(list(tokens), device=logits.device)
         prior = logits.new_tensor(list(tokens.values()))

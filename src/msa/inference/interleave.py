@@ -8,6 +8,7 @@ routing again. `msa.inference.scheduler` runs the model, for many questions toge
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
+# Logit of the refusal below which the model would not write it by itself.
+LIKELY_REFUSAL = -4.0
 
 
 class AskFormat:
@@ -345,8 +348,17 @@ class Interleave:
     def answering(self, position: int) -> TextRow:
         """What writes the answer, from this position on."""
         form, options = self.request.format, self.request.options
-        budget = min(options.max_new_tokens, form.max_positions - position)
-        return TextRow(self._sampler, form.answers.ends, 0 if self.refused else budget)
+        budget = 0 if self.refused else min(options.max_new_tokens, form.max_positions - position)
+        return TextRow(self._sampler, form.answers.ends, budget, self._not_first())
+
+    def _not_first(self) -> int | None:
+        """The refusal's first token, where the threshold has decided for an answer.
+
+        Else the model could refuse by itself what the calibrated score would have answered.
+        """
+        decided = self.refusal and not self._refuses_late and not self.refused
+        likely = self.scores.get(REFUSAL_LOGIT, -math.inf) > LIKELY_REFUSAL
+        return self.refusal[0] if decided and likely else None
 
     def pieces(self, row: TextRow) -> list[Event]:
         """What of the answer has become certain since the last call."""
