@@ -139,6 +139,7 @@ def test_bombs_are_told_apart_from_files(tmp_path, checkpoint, monkeypatch):
 
 
 def test_a_file_that_takes_too_long_to_convert_does_not_hold_up_the_others(tmp_path, checkpoint):
+    pytest.importorskip("markitdown", reason="needs the extra 'documents'")
     with running(tmp_path, checkpoint, parse_seconds=0.01) as client:
         files = [("a.html", b"<p>Slow.</p>"), ("b.txt", b"Quick."), ("c.pdf", b"%PDF-1.4")]
         job = finished(client, upload(client, *files).json()["id"])
