@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -41,6 +41,10 @@ class Outcome:
         stopped: why the answer ended.
         seconds: wall time; that of the batch over its questions.
         prompt_tokens, generated_tokens: how much was read and written.
+        routed: for every round, routing layer -> ids of the documents attended to there, best first.
+        texts: id -> text of the documents that were read.
+        spans: where the citations say that the answer stands, the text there; a memory's only.
+        bytes: of compressed content that was fetched; None where nobody counts them.
     """
 
     answer: str
@@ -52,6 +56,10 @@ class Outcome:
     seconds: float
     prompt_tokens: int
     generated_tokens: int
+    routed: tuple[Mapping[int, tuple[str, ...]], ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    spans: tuple[str, ...] = ()
+    bytes: int | None = None
 
 
 class System(Protocol):
