@@ -41,7 +41,7 @@ class Outcome:
         stopped: why the answer ended.
         seconds: wall time; that of the batch over its questions.
         prompt_tokens, generated_tokens: how much was read and written.
-        routed: for every round, routing layer -> ids of the documents attended to there, best first.
+        routed: for every round, routing layer -> ids of the documents attended to there.
         texts: id -> text of the documents that were read.
         spans: where the citations say that the answer stands, the text there; a memory's only.
         bytes: of compressed content that was fetched; None where nobody counts them.

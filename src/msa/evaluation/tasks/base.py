@@ -1,16 +1,19 @@
-"""What a task of the evaluation is: documents, questions about them, and how an answer is scored."""
+"""What a task of the evaluation is: documents, questions about them, scores of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msa.errors import InputError
 from msa.evaluation.metrics import exact_match, token_f1
 from msa.evaluation.question_sets import Question, QuestionSet
-from msa.evaluation.systems import Outcome
 from msa.types import Document
+
+if TYPE_CHECKING:
+    from msa.evaluation.systems import Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
