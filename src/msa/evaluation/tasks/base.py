@@ -99,6 +99,8 @@ class Task:
         grows: whether the haystack has `Request.size` tokens.
         change: what happens when that share (0 to 1) of its documents changes; for tasks of a
             memory that changes. A share of 0 changes nothing.
+        ranks: documents that a ranking lists, for tasks of retrieval alone; above 0 nothing is
+            answered.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Task:
     metric: str
     grows: bool = False
     change: Callable[[Request, float], Changed] | None = None
+    ranks: int = 0
 
 
 def answer_scores(question: Question, outcome: Outcome) -> dict[str, float]:
