@@ -20,7 +20,7 @@ from typing import Any
 
 from msa.errors import InputError
 from msa.evaluation.backbone import BackboneRetriever
-from msa.evaluation.haystacks import Haystacks
+from msa.evaluation.banks import HaystackBanks
 from msa.evaluation.minilm import minilm_folder
 from msa.evaluation.question_sets import QuestionSet
 from msa.evaluation.reader import TextReader
@@ -201,16 +201,16 @@ class Workbench:
     @cached_property
     def _bank(self) -> Path:
         """Folder of a bank of the whole corpus."""
-        haystacks = Haystacks(
+        banks = HaystackBanks(
             self._place.banks,
             self._checkpoint,
             batch_tokens=self._place.batch_tokens,
             progress=self._progress,
         )
         if self._base is None:
-            return haystacks.bank(self._shared, self._own)
+            return banks.bank(self._shared, self._own)
         before, changes = self._base
-        return haystacks.changed(haystacks.bank(*_parted(before)), changes, self._owned)
+        return banks.changed(banks.bank(*_parted(before)), changes, self._owned)
 
     @cached_property
     def _engine(self) -> MemoryEngine:

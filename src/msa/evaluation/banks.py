@@ -29,7 +29,7 @@ from msa.model.identity import model_fingerprints
 from msa.types import Document
 
 
-class Haystacks:
+class HaystackBanks:
     """Banks in a folder, by a hash of what is in them and of the model.
 
     Args:
