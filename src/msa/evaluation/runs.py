@@ -34,7 +34,8 @@ Score = Callable[[Question, Outcome], Mapping[str, float]]
 DEPTHS = (1, 5, 16)
 FAR = 1 << 30
 """Rank of a document that is not among those listed."""
-SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden", "task", "size")
+SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden")
+SAME += ("task", "size", "share")
 """What a file must agree in to be gone on with."""
 SHOWN = 300
 """Characters of a text that was read that are kept."""

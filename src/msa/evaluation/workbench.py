@@ -116,18 +116,15 @@ class Workbench:
         self._documents = (*self._shared, *self._own)
 
     def expanded(self, names: Sequence[str]) -> list[str]:
-        """Names of systems, groups of ablations spelt out, none twice.
+        """See `expanded_systems`."""
+        return expanded_systems(names, self._checkpoint.model.config.routing_layers)
 
-        Raises:
-            InputError: there is no such group.
-        """
-        layers = self._checkpoint.model.config.routing_layers
-        alone = (f'msa:layer_weights={{"{layer}": 1}},lexical_weight=0' for layer in layers)
-        groups = {**ABLATIONS, "@layers": tuple(alone)}
-        unknown = [name for name in names if name.startswith("@") and name not in groups]
-        if unknown:
-            raise InputError(f"no group {unknown[0]!r}; there are: {', '.join(groups)}")
-        return list(dict.fromkeys(one for name in names for one in groups.get(name, (name,))))
+    def close(self) -> None:
+        """Close the bank, if one was opened."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.close()
+            engine.bank.close()
 
     def system(self, name: str) -> System:
         """The system of that name.
@@ -228,6 +225,27 @@ class Workbench:
         if self._place.progress is None:
             return lambda done, whole: None
         return self._place.progress(f"{self._set.name}: {work}", unit)
+
+
+def expanded_systems(names: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Names of systems, groups of ablations spelt out, none twice.
+
+    Args:
+        names: of systems and groups.
+        layers: the model's routing layers.
+
+    Raises:
+        InputError: there is no such group, or no such system.
+    """
+    alone = (f'msa:layer_weights={{"{layer}": 1}},lexical_weight=0' for layer in layers)
+    groups = {**ABLATIONS, "@layers": tuple(alone)}
+    unknown = [name for name in names if name.startswith("@") and name not in groups]
+    if unknown:
+        raise InputError(f"no group {unknown[0]!r}; there are: {', '.join(groups)}")
+    found = list(dict.fromkeys(one for name in names for one in groups.get(name, (name,))))
+    for name in found:
+        parse_system(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
