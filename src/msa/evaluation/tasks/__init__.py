@@ -10,7 +10,10 @@ from importlib import import_module
 from msa.errors import InputError
 from msa.evaluation.tasks.base import Task
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    *("ruler", "no_shared_words", "states", "events", "conflicts", "dialogue"),
+    "changing",
+)
 """Modules of this folder; each has `TASKS`, a tuple of tasks."""
 
 TASKS: dict[str, Task] = {
