@@ -86,7 +86,9 @@ class HaystackBanks:
             return folder
         with self._copied(folder, "changed", hash_of(changes)) as (copy, bank):
             if bank is not None:
-                for deletes, group in groupby(changes, lambda change: change.document is None):
+                if len({change.id for change in changes}) == len(changes):
+                    changes = sorted(changes, key=_deletes)  # fewer commits, and all the same
+                for deletes, group in groupby(changes, _deletes):
                     if deletes:
                         bank.delete(change.id for change in group)
                     else:
@@ -133,6 +135,10 @@ class HaystackBanks:
 
     def _tell(self, work: str, unit: str) -> Progress:
         return (lambda done, whole: None) if self._progress is None else self._progress(work, unit)
+
+
+def _deletes(change: Change) -> bool:
+    return change.document is None
 
 
 def hash_of(rows: Iterable[Document] | Iterable[Change]) -> str:

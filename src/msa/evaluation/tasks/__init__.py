@@ -12,7 +12,10 @@ from msa.errors import InputError
 from msa.evaluation.tasks.base import Task
 from msa.evaluation.tasks.folders import folder_tasks
 
-MODULES: tuple[str, ...] = ("ruler", "worlds")
+MODULES: tuple[str, ...] = (
+    *("ruler", "no_shared_words", "states", "events", "conflicts", "dialogue"),
+    *("changing", "worlds"),
+)
 """Modules of this folder; each has `TASKS`, a tuple of tasks."""
 
 TASKS: dict[str, Task] = {

@@ -118,7 +118,7 @@ class Names:
 
     def __init__(self, rng: random.Random, texts: Iterable[str] = ()) -> None:
         self._rng = rng
-        self._first = [*world_words("male"), *world_words("female")]
+        self._first = sorted({*world_words("male"), *world_words("female")})
         stems = [stem for stem in world_words("surname_stems") if len(stem) > 2]
         built = {stem + end for stem in stems for end in world_words("surname_endings")}
         built -= {word for text in texts for word in built & set(split_words(text))}
