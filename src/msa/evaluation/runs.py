@@ -34,8 +34,10 @@ Score = Callable[[Question, Outcome], Mapping[str, float]]
 DEPTHS = (1, 5, 16)
 FAR = 1 << 30
 """Rank of a document that is not among those listed."""
-SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden")
-SAME += ("task", "size", "share")
+SAME = (
+    *("task", "size", "share", "set", "split", "system"),
+    *("seed", "questions", "hidden", "model", "data"),
+)
 """What a file must agree in to be gone on with."""
 SHOWN = 300
 """Characters of a text that was read that are kept."""
