@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msa.errors import InputError
+from msa.errors import MissingMaterialError
 from msa.evaluation.metrics import exact_match, token_f1
 from msa.evaluation.question_sets import Question, QuestionSet
 from msa.types import Document
@@ -42,20 +42,22 @@ class Request:
         """The folder of text.
 
         Raises:
-            InputError: none was given.
+            MissingMaterialError: none was given.
         """
         if self.texts is None:
-            raise InputError("this task hides its documents in real text; give --texts FOLDER")
+            raise MissingMaterialError(
+                "this task hides its documents in real text; give --texts FOLDER"
+            )
         return self.texts
 
     def data_folder(self) -> Path:
         """The folder of question sets.
 
         Raises:
-            InputError: none was given.
+            MissingMaterialError: none was given.
         """
         if self.data is None:
-            raise InputError("this task reads question sets; give --data FOLDER")
+            raise MissingMaterialError("this task reads question sets; give --data FOLDER")
         return self.data
 
 
@@ -99,6 +101,8 @@ class Task:
         grows: whether the haystack has `Request.size` tokens.
         change: what happens when that share (0 to 1) of its documents changes; for tasks of a
             memory that changes. A share of 0 changes nothing.
+        ranks: documents that a ranking lists, for tasks of retrieval alone; above 0 nothing is
+            answered.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Task:
     metric: str
     grows: bool = False
     change: Callable[[Request, float], Changed] | None = None
+    ranks: int = 0
 
 
 def answer_scores(question: Question, outcome: Outcome) -> dict[str, float]:
