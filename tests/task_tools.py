@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from msa.evaluation.question_sets import Question, QuestionSet
@@ -28,10 +29,12 @@ def request(texts: Path | None = None, **more) -> Request:
     return Request(count_tokens=count_words, texts=texts, **({"count": 12} | more))
 
 
-def seen(found: QuestionSet, question: Question) -> list[Document]:
-    """The documents that a question may see: those that are nobody's own, and its own."""
-    owned = {i for other in found.questions for i in other.own}
-    return [d for d in found.documents if d.id not in owned or d.id in question.own]
+def seen(found: QuestionSet) -> Callable[[Question], list[Document]]:
+    """Gives the documents that a question may see: those that are nobody's own, and its own."""
+    by_id = {d.id: d for d in found.documents}
+    owned = {i for question in found.questions for i in question.own}
+    shared = [d for d in found.documents if d.id not in owned]
+    return lambda question: [*shared, *(by_id[i] for i in question.own)]
 
 
 def outcome(answer: str, refused: bool = False) -> Outcome:

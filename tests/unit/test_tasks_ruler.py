@@ -43,7 +43,7 @@ def test_the_values_of_a_key_are_the_answers_and_stand_in_the_gold_documents(nam
     for question in found.questions:
         told = [
             (document.id, *match.groups())
-            for document in seen(found, question)
+            for document in seen(found)(question)
             for match in NEEDLE.finditer(document.text)
         ]
         wanted = [
@@ -87,7 +87,7 @@ def test_needles_and_answers_are_as_many_as_the_benchmark_says(name, needles, an
 def test_what_is_assigned_a_value_follows_from_the_statements(texts):
     found = TASKS["ruler/vt"].load(request(size=600))
     for question in found.questions:
-        said = [d.text for d in seen(found, question) if d.text.startswith("VAR")]
+        said = [d.text for d in seen(found)(question) if d.text.startswith("VAR")]
         values = dict(re.fullmatch(r"VAR (\w+) = (?:VAR )?(\w+)", text).groups() for text in said)
 
         def value(name, values=values):
@@ -112,7 +112,7 @@ def test_the_common_words_are_those_that_the_list_repeats(size, often, seldom):
     for question in found.questions:
         entries = [
             entry
-            for d in seen(found, question)
+            for d in seen(found)(question)
             if d.id in question.own
             for entry in re.findall(r"(\d+)\. ([a-z]+)", d.text.partition(". ")[2])
         ]
@@ -128,7 +128,7 @@ def test_the_common_words_are_those_that_the_list_repeats(size, often, seldom):
 def test_the_frequent_coded_words_follow_zipfs_law():
     found = TASKS["ruler/fwe"].load(request(size=5000, count=3))
     for question in found.questions:
-        own = [d.text for d in seen(found, question) if d.id in question.own]
+        own = [d.text for d in seen(found)(question) if d.id in question.own]
         coded = [word for text in own for word in text.partition(": ")[2].split()]
         counts = Counter(coded)
         assert counts.most_common(1)[0][0] == "..."
