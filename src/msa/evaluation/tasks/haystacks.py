@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -23,6 +23,7 @@ from msa.types import Document
 
 DOCUMENT_TOKENS = 256
 """Tokens of a document of a haystack, at most."""
+SECTION_CHARACTERS = 8000
 ENDINGS = (".txt", ".md", ".jsonl", ".txt.gz", ".jsonl.gz")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """RULER's sentences without meaning."""
@@ -51,7 +52,7 @@ def noise_haystack(request: Request) -> list[Document]:
 def text_haystack(request: Request) -> list[Document]:
     """Real text from the folder `request.texts`, `request.size` tokens of it.
 
-    The folder's files are taken by turns, a section of each, so that a small haystack has text of
+    The folder's files are taken by turns, a document of each, so that a small haystack has text of
     every kind. They are plain text or Markdown (`.txt`, `.md`) or JSON lines with a `text`
     (`.jsonl`), packed (`.gz`) or not.
 
@@ -66,12 +67,7 @@ def text_haystack(request: Request) -> list[Document]:
     paths = sorted(p for p in folder.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
     if not paths:
         raise InputError(f"{folder}: holds no text; expected files {', '.join(ENDINGS)}")
-    sections = _by_turns([_sections(path) for path in paths])
-    parts = (
-        part
-        for text in sections
-        for part in split_text(text, DOCUMENT_TOKENS, request.count_tokens, markdown=False)
-    )
+    parts = _by_turns([_parts(path, request.count_tokens) for path in paths])
     found = fill(request, parts)
     held = sum(request.count_tokens(d.text) for d in found)
     if held < request.size - DOCUMENT_TOKENS:
@@ -110,13 +106,25 @@ def _by_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
                 yield one
 
 
+def _parts(path: Path, count_tokens: Callable[[str], int]) -> Iterator[str]:
+    """The texts of a file as documents of a haystack."""
+    for text in _sections(path):
+        yield from split_text(text, DOCUMENT_TOKENS, count_tokens, markdown=False)
+
+
 def _sections(path: Path) -> Iterator[str]:
-    """The texts of a file; a plain text is one."""
+    """The texts of a file; a plain text as pieces of some paragraphs."""
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             if ".jsonl" not in path.suffixes:
-                yield file.read()
+                held = ""
+                for paragraph in file.read().split("\n\n"):
+                    held += paragraph + "\n\n"
+                    if len(held) >= SECTION_CHARACTERS:
+                        yield held
+                        held = ""
+                yield held
                 return
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
