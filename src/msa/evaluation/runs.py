@@ -163,7 +163,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"about": dict(about)}) + "\n", encoding="utf-8")
         return set()
-    _drop_torn_line(path)
+    drop_torn_line(path)
     held = read_run(path)
     for name in SAME:
         if held.about.get(name) != about.get(name):
@@ -174,7 +174,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
     return {row["id"] for row in held.rows}
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a stop tore: it has no end."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
