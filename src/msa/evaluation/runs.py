@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msa.errors import InputError
 from msa.evaluation.metrics import (
@@ -22,8 +22,10 @@ from msa.evaluation.metrics import (
     recall_at,
     token_f1,
 )
-from msa.evaluation.question_sets import Question
-from msa.evaluation.systems import Outcome, System
+
+if TYPE_CHECKING:
+    from msa.evaluation.question_sets import Question
+    from msa.evaluation.systems import Outcome, System
 
 DEPTHS = (1, 5, 16)
 FAR = 1 << 30

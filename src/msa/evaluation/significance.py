@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msa.errors import InputError
-from msa.evaluation.metrics import Interval, bootstrap
+from msa.evaluation.metrics import BOOTSTRAP_BLOCK, Interval, bootstrap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,9 +129,10 @@ def _resampled(values: Sequence[float], seed: int) -> NDArray[np.float64]:
 
     data = np.asarray(values, dtype=np.float64)
     random = np.random.default_rng(seed)
-    return np.array(
-        [data[random.integers(0, len(data), len(data))].mean() for _ in range(RESAMPLES)]
-    )
+    block = max(1, BOOTSTRAP_BLOCK // len(data))
+    sizes = [min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block)]
+    drawn = (random.integers(0, len(data), (size, len(data))) for size in sizes)
+    return np.concatenate([data[rows].mean(axis=1) for rows in drawn])
 
 
 def _interval(mean: float, drawn: NDArray[np.float64]) -> Interval:
