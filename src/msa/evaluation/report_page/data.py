@@ -279,6 +279,7 @@ class Findings:
             held = {
                 size: [run.scores for task in tasks if (run := self.at((task, size), system))]
                 for size in self.sizes(tasks)
+                if size
             }
             whole = {size: runs for size, runs in held.items() if len(runs) == len(tasks)}
             if len(whole) < 2:
