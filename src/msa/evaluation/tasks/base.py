@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msa.errors import InputError
+from msa.errors import MissingMaterialError
 from msa.evaluation.metrics import exact_match, token_f1
 from msa.evaluation.question_sets import Question, QuestionSet
 from msa.types import Document
@@ -42,20 +42,22 @@ class Request:
         """The folder of text.
 
         Raises:
-            InputError: none was given.
+            MissingMaterialError: none was given.
         """
         if self.texts is None:
-            raise InputError("this task hides its documents in real text; give --texts FOLDER")
+            raise MissingMaterialError(
+                "this task hides its documents in real text; give --texts FOLDER"
+            )
         return self.texts
 
     def data_folder(self) -> Path:
         """The folder of question sets.
 
         Raises:
-            InputError: none was given.
+            MissingMaterialError: none was given.
         """
         if self.data is None:
-            raise InputError("this task reads question sets; give --data FOLDER")
+            raise MissingMaterialError("this task reads question sets; give --data FOLDER")
         return self.data
 
 
