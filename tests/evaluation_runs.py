@@ -13,7 +13,7 @@ TASKS = {
     "qa/musique": ("Questions that take two hops", "F1", (16_000, 128_000, 1_000_000)),
     "ruler/niah_single_1": ("One needle in noise", "string_match_all", (16_000, 1_000_000)),
     "beyond/counting": ("How many documents say it", "exact match", (0,)),
-    "changing/updates": ("After half of the documents were updated", "exact match", (0,)),
+    "changing/updates": ("Facts that were replaced or deleted", "exact match", (0,)),
 }
 SKILL = {
     "msa": (0.62, 0.03),
@@ -35,12 +35,14 @@ def about(task: str, size: int, system: str, seed: int = 0, **more) -> dict:
         "title": title,
         "metric": metric,
         "size": size,
+        "share": 0.5 if task.startswith("changing") else None,
         "system": system,
         "set": task,
         "split": "test",
         "seed": seed,
         "data": "0123456789abcdef",
         "model": "fedcba9876543210",
+        "model_name": "made-up",
         "command": f"msa eval run {task} --sizes 16K,128K,1M --output runs/default",
         "commit": "8d2315e",
         "machine": "x86_64, a processor",
@@ -77,7 +79,13 @@ def row(i: int, system: str, right: bool, fate: str = "misread", **more) -> dict
         "prompt_tokens": 180 + i,
         "generated_tokens": 6,
         "kind": "two hops" if i % 2 else "one hop",
-        "scores": {"score": float(right), "em": float(right), "f1": float(right)},
+        "scores": {
+            "score": float(right),
+            "em": float(right),
+            "f1": float(right),
+            "named recall": float(gold in read),
+            **({f"routed {layer}": float(found) for layer in LAYERS} if routed else {}),
+        },
         "routed": routed,
         "texts": {name: f"{name} says that the town is Oslo. {EVIL}" for name in read},
         "bytes": 40_000 if routed else None,
@@ -99,11 +107,12 @@ def write_run(folder: Path, header: dict, rows: list[dict]) -> Path:
     return path
 
 
-def write_runs(folder: Path, count: int = 40, shift: float = 0.0) -> Path:
-    """Every task of `TASKS` by every system; `shift` is added to the memory's skill."""
+def write_runs(folder: Path, count: int = 40, shift: float = 0.0, systems=tuple(SKILL)) -> Path:
+    """Every task of `TASKS` by those systems; `shift` is added to the memory's skill."""
     for task, (_, _, sizes) in TASKS.items():
         for step, size in enumerate(sizes):
-            for system, (skill, loss) in SKILL.items():
+            for system in systems:
+                skill, loss = SKILL[system]
                 draw = random.Random(f"{task} {size} {system}")
                 skill = skill + shift if system == "msa" else skill
                 rows = []

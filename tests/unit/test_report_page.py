@@ -24,7 +24,7 @@ from msa.evaluation.report_page.markdown import code, markdown, plain
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("runs"), count=12)
+    return write_runs(tmp_path_factory.mktemp("runs"), count=8, systems=("msa", "bm25-1", "full"))
 
 
 def two(tmp_path, one, other, task="qa/squad", size=16_000):
@@ -92,8 +92,16 @@ def test_outdated_facts_are_counted_on_the_first_page(tmp_path):
     rows = [row(i, "msa", False, wrong_used=i < 3) for i in range(10)]
     write_run(tmp_path, about("changing/updates", 0, "msa"), rows)
     text = said(read_findings(tmp_path))
-    assert "- **3** outdated or deleted facts used (must be 0)" in text
-    assert "- 3 of 10 answers used an outdated or deleted fact; none may" in text
+    assert "- **3** outdated or deleted facts used (must be 0; 10 answers after changes)" in text
+    assert "- 3 answers used an outdated or deleted fact; none may" in text
+
+
+def test_routed_recall_is_told_layer_by_layer(folder):
+    text = said(read_findings(folder))
+    assert (
+        "each layer routed to, in any round**\n\n| system | layer 9 | layer 12 | layer 15 |" in text
+    )
+    assert "| routed 9 |" not in text
 
 
 def test_degradation_is_of_all_systems_that_were_run_at_both_ends(folder):

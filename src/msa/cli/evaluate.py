@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from msa.cli import output
+from msa.cli import output, report
 from msa.cli.options import DeviceOption, JsonOption, ModelOption, load_model, register
 from msa.errors import FetchError, InputError, MissingMaterialError, MSAError
 
@@ -333,3 +333,5 @@ def _print_run(done: Asked, json: bool) -> None:
 
 register(app, run, "msa eval run ruler --sizes 16K,128K --texts texts/ --output results/")
 register(app, tasks, "msa eval tasks --data sets/")
+register(app, report.report, "msa eval report results/ --compare earlier/")
+register(app, report.judge, "msa eval judge results/ --judge-url URL --judge-model NAME")

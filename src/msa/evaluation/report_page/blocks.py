@@ -200,6 +200,12 @@ def where(run: Measured) -> str:
     return f"{run.task} at {size}" if size else run.task
 
 
+def model_name(run: Measured) -> str:
+    """What a model is called, and its fingerprint."""
+    called, model = run.about.get("model_name"), run.about.get("model")
+    return f"{called} ({model})" if called else str(model)
+
+
 def made(runs: Sequence[Measured]) -> tuple[str, ...]:
     """How runs were made: command, commit, model, machine and seed, each way once."""
     lines = []

@@ -35,7 +35,7 @@ from msa.evaluation.report_page.data import (
 from msa.evaluation.report_page.summary import summary
 from msa.evaluation.significance import mean_of_means
 
-OWN = ("judge", *(f"R@{k}" for k in DEPTHS), "routed", "named", "refused", "outdated", "span right")
+OWN = ("judge", *(f"R@{k}" for k in DEPTHS), "refused", "outdated", "span right")
 COSTS = ("rounds", "seconds", "prompt_tokens", "generated_tokens", "bytes")
 COST_HEADS = ("rounds", "seconds", "tokens read", "tokens written", "content fetched")
 
@@ -255,7 +255,7 @@ def _layers(runs: Sequence[Measured]) -> Table | None:
     rows = [
         [Cell(_label(run)), *(share(run.layers.get(layer)) for layer in layers)] for run in routed
     ]
-    caption = "Routed to every document that is needed, by layer, in any round"
+    caption = "Share of the needed documents that each layer routed to, in any round"
     return Table(caption, ["system", *(f"layer {layer}" for layer in layers)], rows, made(routed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from msa.evaluation.significance import (
 RUNS = "runs"
 DEPTHS = (1, 5, 10)
 FAR = 1 << 30
+LAYER = re.compile(r"routed (\d+)")
+"""Scores that are of one routing layer."""
 CEILING = "gold"
 """Systems of this name are handed what is to be found: no rivals."""
 
@@ -54,8 +57,9 @@ class Measured:
 
     @property
     def task(self) -> str:
-        """Name of the task."""
-        return str(self.about["task"])
+        """Name of the task, and how much of its memory was changed."""
+        share = self.about.get("share")
+        return str(self.about["task"]) + ("" if share is None else f", {share:.0%} changed")
 
     @property
     def size(self) -> int:
@@ -101,7 +105,8 @@ class Measured:
         rows = self.rows
         gold = [row for row in rows if row["gold"]]
         ranked = [_ranks(row) for row in gold if row["ranked"]]
-        names = [n for n in dict.fromkeys(n for r in rows for n in r["scores"]) if n != "score"]
+        names = dict.fromkeys(name for row in rows for name in row["scores"])
+        names = {n: None for n in names if n != "score" and not LAYER.fullmatch(n)}
         found: dict[str, Interval | float | None] = {
             name: _interval([float(r["scores"][name]) for r in rows if name in r["scores"]])
             for name in names
@@ -109,8 +114,6 @@ class Measured:
         found["judge"] = _interval(list(self.judged.values()))
         for depth in DEPTHS:
             found[f"R@{depth}"] = _interval([all_within(ranks, depth) for ranks in ranked])
-        found["routed"] = _interval([float(set(r["gold"]) <= _routed(r)) for r in gold if seen(r)])
-        found["named"] = _interval([float(set(r["gold"]) <= set(r["named"])) for r in gold])
         found["refused"] = _interval([float(row["refused"]) for row in rows])
         found["outdated"] = _interval(
             [float(r["wrong_used"]) for r in rows if _has(r, "wrong_used")]
@@ -124,14 +127,13 @@ class Measured:
 
     @cached_property
     def layers(self) -> dict[str, Interval]:
-        """Routing layer -> share of questions all of whose gold documents it routed to."""
-        hits: dict[str, list[float]] = {}
+        """Routing layer -> share of the gold documents that it routed to, in any round."""
+        held: dict[str, list[float]] = {}
         for row in self.rows:
-            for layer in dict.fromkeys(key for turn in row.get("routed") or () for key in turn):
-                found = {i for turn in row["routed"] for i in turn.get(layer, ())}
-                if row["gold"]:
-                    hits.setdefault(layer, []).append(float(set(row["gold"]) <= found))
-        return {layer: bootstrap(hits[layer]) for layer in sorted(hits, key=int)}
+            for name, value in row["scores"].items():
+                if found := LAYER.fullmatch(name):
+                    held.setdefault(found[1], []).append(float(value))
+        return {layer: bootstrap(held[layer]) for layer in sorted(held, key=int)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,10 @@ ROWS = 12_000
 """Answers in the page, at most, so that a browser opens it at once."""
 TEXT = 600
 """Characters of a text that was read, at most."""
+MOST = 32
+"""Documents of a list, at most; how many were read is said."""
+TEXTS = 10
+"""Texts of an answer, at most."""
 
 
 class _Pool:
@@ -129,13 +133,14 @@ def _answer(row: Mapping[str, Any], pool: _Pool) -> dict[str, Any]:
         "verdict": VERDICTS.index(verdict(row)),
         "answer": pool(row["answer"]),
         "refused": bool(row["refused"]),
-        "named": [pool(i) for i in row["named"]],
-        "ranked": [pool(i) for i in row["ranked"]],
+        "named": [pool(i) for i in row["named"][:MOST]],
+        "count": len(row["named"]),
+        "ranked": [pool(i) for i in row["ranked"][:MOST]],
         "routed": [
-            {layer: [pool(i) for i in ids] for layer, ids in turn.items()}
+            {layer: [pool(i) for i in ids[:MOST]] for layer, ids in turn.items()}
             for turn in row.get("routed") or ()
         ],
-        "texts": [[pool(i), pool(text[:TEXT])] for i, text in texts.items()],
+        "texts": [[pool(i), pool(text[:TEXT])] for i, text in list(texts.items())[:TEXTS]],
         "rounds": row["rounds"],
         "stopped": row["stopped"],
         "seconds": row["seconds"],

@@ -19,6 +19,7 @@ from msa.evaluation.report_page.blocks import (
     Text,
     Tiles,
     bounds,
+    model_name,
     signed,
     size_name,
 )
@@ -81,7 +82,7 @@ def _hash(text: str) -> str:
 
 
 def _intro(findings: Findings) -> Html:
-    models = ", ".join(sorted({str(run.about.get("model")) for run in findings.runs.values()}))
+    models = ", ".join(sorted({model_name(run) for run in findings.runs.values()}))
     tasks = len({task for task, _ in findings.places})
     answers = sum(len(run.rows) for run in findings.runs.values())
     about = f"Model {models}: {tasks} tasks, {len(findings.systems)} systems, {answers:,} answers."

@@ -16,6 +16,7 @@ from msa.evaluation.report_page.blocks import (
     Text,
     Tiles,
     bounds,
+    model_name,
     percent,
     signed,
     size_name,
@@ -34,7 +35,12 @@ def markdown(findings: Findings, sections: Sequence[Section]) -> str:
         findings: for a few wrong answers.
         sections: what is said of them.
     """
-    parts = ["# Evaluation report", *(_section(section, 2) for section in sections)]
+    models = ", ".join(sorted({model_name(run) for run in findings.runs.values()}))
+    parts = [
+        "# Evaluation report",
+        f"Model {plain(models)}.",
+        *(_section(section, 2) for section in sections),
+    ]
     parts.append(_examples(findings))
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -150,9 +150,9 @@ function opened(place, question, answer, j) {
       h("div", null, h("p", { class: "layer" }, `layer ${layer}`), ids(numbers, gold)));
     parts.push(part(`Round ${round + 1}: routed to`, h("div", { class: "layers" }, ...layers)));
   });
-  parts.push(part("Ranking", ids(answer.ranked, gold)), part("Read, in this order", ids(answer.named, gold)));
+  parts.push(part("Ranking", ids(answer.ranked, gold)), part(`Read, in this order (${answer.count})`, ids(answer.named, gold)));
   if (answer.texts.length) {
-    parts.push(part("Their texts", ...answer.texts.map(([id, content]) =>
+    parts.push(part(answer.texts.length < answer.count ? `Their texts, the first ${answer.texts.length}` : "Their texts", ...answer.texts.map(([id, content]) =>
       h("div", { class: "read" }, ids([id], gold), h("p", null, text(content))))));
   }
   parts.push(part("Every system", everySystem(place, j)), h("p", { class: "cost" }, cost(question, answer)));

@@ -102,10 +102,12 @@ def _tiles(findings: Findings) -> Tiles:
                         f"95% interval {bounds(curve.lost, 1)}",
                     )
                 )
-    checked = [row for run in mine for row in run.rows if row.get("wrong_used") is not None]
-    if checked and any(run.task.startswith("changing") for run in mine):
-        used = sum(bool(row["wrong_used"]) for row in checked)
-        tiles.append((str(used), "outdated or deleted facts used", "must be 0"))
+    after = [run for run in mine if run.about.get("share")]
+    used = sum(bool(row["wrong_used"]) for run in mine for row in run.rows)
+    if after or used:
+        answers = sum(len(run.rows) for run in after)
+        said = f"must be 0; {answers:,} answers after changes"
+        tiles.append((str(used), "outdated or deleted facts used", said))
     return Tiles(tiles)
 
 
@@ -189,6 +191,5 @@ def _wrong(mine: list[Measured]) -> list[str]:
     )
     lines = [f"Of {whole:,} wrong answers: {parts}"]
     if used := wrong.get(OUTDATED):
-        answers = sum(len(run.rows) for run in mine)
-        lines.insert(0, f"{used} of {answers:,} answers used an outdated or deleted fact; none may")
+        lines.insert(0, f"{used:,} answers used an outdated or deleted fact; none may")
     return lines
