@@ -89,3 +89,7 @@ class WorkerError(BankError):
 
 class TrainingError(MSAError):
     """Training cannot start or go on."""
+
+
+class JudgeError(MSAError):
+    """A judge of answers cannot be asked any further; what it has said is kept."""

@@ -192,7 +192,7 @@ def test_reranked_documents_are_counted_as_read(checkpoint, place):
 
 def test_joined_retrievers_stand_one_behind_the_other():
     parts = [BM25Retriever(HAY), BM25Retriever(NEEDLES)]
-    scores = JoinedRetriever(parts).scores(["code of the green box", "hay of the west"])
+    scores = JoinedRetriever(parts).scores(["coins of the green box", "hay of the west"])
     assert scores.shape == (2, 9)
     assert np.argmax(scores[0]) == 7
     assert np.argmax(scores[1]) == 3

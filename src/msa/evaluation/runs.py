@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msa.errors import InputError
 from msa.evaluation.metrics import (
@@ -24,18 +24,22 @@ from msa.evaluation.metrics import (
     token_f1,
     uses_wrong,
 )
-from msa.evaluation.question_sets import Question
-from msa.evaluation.systems import Outcome, System
 from msa.evaluation.tasks.base import answer_scores
 
-Score = Callable[[Question, Outcome], Mapping[str, float]]
-"""Figures of an answer by name."""
+if TYPE_CHECKING:
+    from msa.evaluation.question_sets import Question
+    from msa.evaluation.systems import Outcome, System
+
+    Score = Callable[[Question, Outcome], Mapping[str, float]]
+    """Figures of an answer by name."""
 
 DEPTHS = (1, 5, 16)
 FAR = 1 << 30
 """Rank of a document that is not among those listed."""
-SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden")
-SAME += ("task", "size", "share")
+SAME = (
+    *("task", "size", "share", "set", "split", "system"),
+    *("seed", "questions", "hidden", "model", "data"),
+)
 """What a file must agree in to be gone on with."""
 SHOWN = 300
 """Characters of a text that was read that are kept."""
@@ -183,7 +187,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"about": dict(about)}) + "\n", encoding="utf-8")
         return set()
-    _drop_torn_line(path)
+    drop_torn_line(path)
     held = read_run(path)
     for name in SAME:
         if held.about.get(name) != about.get(name):
@@ -194,7 +198,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
     return {row["id"] for row in held.rows}
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a stop tore: it has no end."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):

@@ -148,7 +148,7 @@ def needle_haystack(settings: Needles, request: Request) -> list[Document]:
         while True:
             yield _needle(settings.values, draw[settings.keys](rng), _DRAW[settings.values](rng))
 
-    return fill(request, texts())
+    return fill(texts(), request.size, request.count_tokens)
 
 
 def _needle_item(number: int, settings: Needles, rng: random.Random, used: set[str]) -> Item:
