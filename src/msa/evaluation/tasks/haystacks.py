@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def noise_haystack(request: Request) -> list[Document]:
     """Documents of RULER's noise, all alike, `request.size` tokens of them."""
     one = max(1, request.count_tokens(NOISE))
     text = "\n".join([NOISE] * max(1, DOCUMENT_TOKENS // one))
-    return fill(request, repeat(text))
+    return fill(repeat(text), request.size, request.count_tokens)
 
 
 def text_haystack(request: Request) -> list[Document]:
@@ -61,32 +62,39 @@ def text_haystack(request: Request) -> list[Document]:
     """
     if not request.size:
         return []
-    folder = request.text_folder()
+    return list(_text_documents(request.text_folder(), request.size, request.count_tokens))
+
+
+@lru_cache(maxsize=1)  # the tasks of a family are loaded one behind the other
+def _text_documents(
+    folder: Path, size: int, count_tokens: Callable[[str], int]
+) -> tuple[Document, ...]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --texts takes a folder with text files")
     paths = sorted(p for p in folder.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
     if not paths:
         raise InputError(f"{folder}: holds no text; expected files {', '.join(ENDINGS)}")
-    parts = _by_turns([_parts(path, request.count_tokens) for path in paths])
-    found = fill(request, parts)
-    held = sum(request.count_tokens(d.text) for d in found)
-    if held < request.size - DOCUMENT_TOKENS:
-        raise InputError(
-            f"{folder}: holds {held:,} tokens, and {request.size:,} were asked for; give a folder "
-            "with more text, or a smaller size"
-        )
-    return found
+    parts = _by_turns([_parts(path, count_tokens) for path in paths])
+    found = fill(parts, size, count_tokens)
+    if next(parts, None) is None:
+        held = sum(count_tokens(d.text) for d in found)
+        if held < size - DOCUMENT_TOKENS:
+            raise InputError(
+                f"{folder}: holds {held:,} tokens, and {size:,} were asked for; give a folder with "
+                "more text, or a smaller size"
+            )
+    return tuple(found)
 
 
-def fill(request: Request, texts: Iterable[str]) -> list[Document]:
-    """Documents "hay-0", "hay-1", ... of these texts, as many as fit in `request.size` tokens."""
+def fill(texts: Iterable[str], size: int, count_tokens: Callable[[str], int]) -> list[Document]:
+    """Documents "hay-0", "hay-1", ... of these texts, as many as fit in `size` tokens."""
     found: list[Document] = []
-    left, last, tokens = request.size, None, 0
+    left, last, tokens = size, None, 0
     if left <= 0:
         return found
     for text in texts:
         if text is not last:  # noise repeats one text
-            last, tokens = text, request.count_tokens(text)
+            last, tokens = text, count_tokens(text)
         left -= tokens
         if left < 0:
             break
