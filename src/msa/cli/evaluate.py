@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,8 +154,10 @@ def run(
     if short:
         plan = list(_short(wanted, data, systems))
     else:
-        plan = [(task, measured if task.grows else [0], count, systems) for task in wanted or ()]
-    plan = [(*some, _systems(names, checkpoint, minilm)) for *some, names in plan]
+        plan = [
+            Planned(task, measured if task.grows else (0,), count, systems) for task in wanted or ()
+        ]
+    plan = [replace(one, systems=_systems(one.systems, checkpoint, minilm)) for one in plan]
     with output.progress("Evaluating") as bar:
         made = _suite(
             checkpoint, folder, seed, split, data, texts, bank, minilm, batch_size, _teller(bar)
@@ -169,14 +172,14 @@ def run(
         raise typer.Exit(1)
 
 
-def _run_all(suite: Suite, plan: Sequence[Plan], short: bool, json: bool) -> int:
+def _run_all(suite: Suite, plan: Sequence[Planned], short: bool, json: bool) -> int:
     """Run a plan; how many of its tasks could not be run, at their sizes."""
     failed = 0
-    for task, sizes, count, systems in plan:
-        for size in sizes:
-            name = f"{task.name} at {size:,} tokens" if task.grows else task.name
+    for one in plan:
+        for size in one.sizes:
+            name = f"{one.task.name} at {size:,} tokens" if one.task.grows else one.task.name
             try:
-                for done in suite.run(task, size, count, systems):
+                for done in suite.run(one.task, size, one.count, one.systems or ()):
                     _print_run(done, json)
             except MissingMaterialError as error:
                 failed += not short
@@ -204,13 +207,26 @@ def tasks(data: DataOption = None, json: JsonOption = False) -> None:
     output.stdout().print(table)
 
 
-Plan = tuple["Task", Sequence[int], int, Any]
-"""A task, its sizes, how many questions, and which systems; None for the default ones."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is to be run.
+
+    Attributes:
+        task: of the registry.
+        sizes: tokens of its haystacks; 0 for a task that does not grow.
+        count: questions.
+        systems: names; None for the default ones.
+    """
+
+    task: Task
+    sizes: Sequence[int]
+    count: int
+    systems: Sequence[str] | None
 
 
 def _short(
     wanted: Sequence[Task] | None, data: Path | None, systems: Sequence[str] | None
-) -> Iterator[Plan]:
+) -> Iterator[Planned]:
     """What the short form runs, of those tasks; says what it leaves out."""
     from msa.evaluation.suite import SHORT
 
@@ -218,7 +234,7 @@ def _short(
         for task in _selected(selection, data):
             if wanted is None or task.name in {one.name for one in wanted}:
                 sizes = selection.sizes if task.grows else (0,)
-                yield task, sizes, selection.count, systems or selection.systems
+                yield Planned(task, sizes, selection.count, systems or selection.systems)
 
 
 def _selected(selection: Selection, data: Path | None) -> Iterator[Task]:

@@ -61,10 +61,10 @@ class HaystackBanks:
             owned: documents that are some question's own; they go into a copy.
         """
         folder = self._named(hash_of(documents))
-        exists = (folder / "bank.json").is_file()
-        make = MemoryBank.open if exists else MemoryBank.create
-        with make(folder, self._checkpoint) as bank:
-            if bank.info().num_ids < len(documents):
+        if not self._is_whole(folder, len(documents)):
+            exists = (folder / "bank.json").is_file()
+            make = MemoryBank.open if exists else MemoryBank.create
+            with make(folder, self._checkpoint) as bank:
                 self._add(bank, bank_documents(documents), len(documents))
         if not owned:
             return folder
@@ -95,6 +95,14 @@ class HaystackBanks:
                         documents = [change.document for change in group if change.document]
                         self._add(bank, bank_documents(documents, owned), len(documents), "update")
         return copy
+
+    @staticmethod
+    def _is_whole(folder: Path, count: int) -> bool:
+        """Whether a bank holds so many documents; looked at without keeping others from it."""
+        if not (folder / "bank.json").is_file():
+            return False
+        with MemoryBank.open(folder, read_only=True) as bank:
+            return bank.info().num_ids >= count
 
     def _named(self, *parts: str) -> Path:
         return self._folder / "-".join([*parts, self._model])

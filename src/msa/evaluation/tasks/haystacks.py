@@ -10,8 +10,9 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from msa.types import Document
 
 DOCUMENT_TOKENS = 256
 """Tokens of a document of a haystack, at most."""
+SECTION_CHARACTERS = 8000
 ENDINGS = (".txt", ".md", ".jsonl", ".txt.gz", ".jsonl.gz")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """RULER's sentences without meaning."""
@@ -45,13 +47,13 @@ def noise_haystack(request: Request) -> list[Document]:
     """Documents of RULER's noise, all alike, `request.size` tokens of them."""
     one = max(1, request.count_tokens(NOISE))
     text = "\n".join([NOISE] * max(1, DOCUMENT_TOKENS // one))
-    return fill(request, repeat(text))
+    return fill(repeat(text), request.size, request.count_tokens)
 
 
 def text_haystack(request: Request) -> list[Document]:
     """Real text from the folder `request.texts`, `request.size` tokens of it.
 
-    The folder's files are taken by turns, a section of each, so that a small haystack has text of
+    The folder's files are taken by turns, a document of each, so that a small haystack has text of
     every kind. They are plain text or Markdown (`.txt`, `.md`) or JSON lines with a `text`
     (`.jsonl`), packed (`.gz`) or not.
 
@@ -60,37 +62,39 @@ def text_haystack(request: Request) -> list[Document]:
     """
     if not request.size:
         return []
-    folder = request.text_folder()
+    return list(_text_documents(request.text_folder(), request.size, request.count_tokens))
+
+
+@lru_cache(maxsize=1)  # the tasks of a family are loaded one behind the other
+def _text_documents(
+    folder: Path, size: int, count_tokens: Callable[[str], int]
+) -> tuple[Document, ...]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --texts takes a folder with text files")
     paths = sorted(p for p in folder.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
     if not paths:
         raise InputError(f"{folder}: holds no text; expected files {', '.join(ENDINGS)}")
-    sections = _by_turns([_sections(path) for path in paths])
-    parts = (
-        part
-        for text in sections
-        for part in split_text(text, DOCUMENT_TOKENS, request.count_tokens, markdown=False)
-    )
-    found = fill(request, parts)
-    held = sum(request.count_tokens(d.text) for d in found)
-    if held < request.size - DOCUMENT_TOKENS:
-        raise InputError(
-            f"{folder}: holds {held:,} tokens, and {request.size:,} were asked for; give a folder "
-            "with more text, or a smaller size"
-        )
-    return found
+    parts = _by_turns([_parts(path, count_tokens) for path in paths])
+    found = fill(parts, size, count_tokens)
+    if next(parts, None) is None:
+        held = sum(count_tokens(d.text) for d in found)
+        if held < size - DOCUMENT_TOKENS:
+            raise InputError(
+                f"{folder}: holds {held:,} tokens, and {size:,} were asked for; give a folder with "
+                "more text, or a smaller size"
+            )
+    return tuple(found)
 
 
-def fill(request: Request, texts: Iterable[str]) -> list[Document]:
-    """Documents "hay-0", "hay-1", ... of these texts, as many as fit in `request.size` tokens."""
+def fill(texts: Iterable[str], size: int, count_tokens: Callable[[str], int]) -> list[Document]:
+    """Documents "hay-0", "hay-1", ... of these texts, as many as fit in `size` tokens."""
     found: list[Document] = []
-    left, last, tokens = request.size, None, 0
+    left, last, tokens = size, None, 0
     if left <= 0:
         return found
     for text in texts:
         if text is not last:  # noise repeats one text
-            last, tokens = text, request.count_tokens(text)
+            last, tokens = text, count_tokens(text)
         left -= tokens
         if left < 0:
             break
@@ -110,13 +114,25 @@ def _by_turns(sources: Sequence[Iterator[str]]) -> Iterator[str]:
                 yield one
 
 
+def _parts(path: Path, count_tokens: Callable[[str], int]) -> Iterator[str]:
+    """The texts of a file as documents of a haystack."""
+    for text in _sections(path):
+        yield from split_text(text, DOCUMENT_TOKENS, count_tokens, markdown=False)
+
+
 def _sections(path: Path) -> Iterator[str]:
-    """The texts of a file; a plain text is one."""
+    """The texts of a file; a plain text as pieces of some paragraphs."""
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             if ".jsonl" not in path.suffixes:
-                yield file.read()
+                held = ""
+                for paragraph in file.read().split("\n\n"):
+                    held += paragraph + "\n\n"
+                    if len(held) >= SECTION_CHARACTERS:
+                        yield held
+                        held = ""
+                yield held
                 return
             for number, line in enumerate(file, 1):
                 row = json.loads(line)

@@ -41,7 +41,9 @@ from msa.evaluation.tasks.haystacks import (
     text_haystack,
 )
 from msa.evaluation.tasks.words import (
+    draw_assigned,
     draw_distinct,
+    draw_letters,
     draw_number,
     draw_uuid,
     draw_words,
@@ -60,7 +62,6 @@ LIST_TOKENS = 16_384
 """Tokens of a list of words, at most."""
 CHAIN_HOPS = 4
 CHAIN_ANSWER_TOKENS = 30
-VARIABLE_LETTERS = 5
 COMMON_WORDS, COMMON_REPEATS, OTHER_REPEATS = 10, 30, 3
 SHORT_COMMON_REPEATS, SHORT_OTHER_REPEATS, SHORT_LIST_TOKENS = 6, 1, 4096
 COMMON_ANSWER_TOKENS = 120
@@ -127,7 +128,7 @@ def _share(said: str, answers: Sequence[str]) -> float:
 
 def load_needles(name: str, settings: Needles, request: Request) -> QuestionSet:
     """Questions about needles, each with needles of its own."""
-    haystacks = {
+    haystacks: dict[str, Callable[[Request], list[Document]]] = {
         "noise": noise_haystack,
         "essay": text_haystack,
         "needles": partial(needle_haystack, settings),
@@ -147,7 +148,7 @@ def needle_haystack(settings: Needles, request: Request) -> list[Document]:
         while True:
             yield _needle(settings.values, draw[settings.keys](rng), _DRAW[settings.values](rng))
 
-    return fill(request, texts())
+    return fill(texts(), request.size, request.count_tokens)
 
 
 def _needle_item(number: int, settings: Needles, rng: random.Random, used: set[str]) -> Item:
@@ -186,11 +187,8 @@ def load_chains(request: Request) -> QuestionSet:
 
 
 def _chain_item(number: int, rng: random.Random, used: set[str]) -> Item:
-    def letters() -> str:
-        return "".join(rng.choices(string.ascii_uppercase, k=VARIABLE_LETTERS))
-
-    names = draw_distinct(letters, CHAIN_HOPS + 1, used)
-    (value,) = draw_distinct(lambda: str(rng.randrange(10_000, 100_000)), 1, used)
+    names = draw_distinct(lambda: draw_letters(rng), CHAIN_HOPS + 1, used)
+    (value,) = draw_distinct(lambda: draw_assigned(rng), 1, used)
     steps = [f"VAR {names[0]} = {value}"]
     steps += [f"VAR {name} = VAR {names[i]}" for i, name in enumerate(names[1:])]
     order = rng.sample(range(len(steps)), len(steps))

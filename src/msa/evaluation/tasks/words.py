@@ -7,6 +7,7 @@ training, so that no key of a test was ever trained on.
 from __future__ import annotations
 
 import random
+import string
 import uuid
 import zlib
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from msa.synthetic_worlds.tables import words as world_words
 Part = Literal["test", "training"]
 
 NUMBER_DIGITS = 7
+VARIABLE_LETTERS = 5
 QUESTION_SHARE = 10
 """One key of so many is for questions; the others are for haystacks."""
 
@@ -67,6 +69,20 @@ def draw_number(rng: random.Random) -> str:
 def draw_uuid(rng: random.Random) -> str:
     """A random UUID (version 4)."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def draw_letters(rng: random.Random, part: Part = "test") -> str:
+    """A variable's name of five capital letters, of one part of all there are."""
+    return _of_part(part, lambda: "".join(rng.choices(string.ascii_uppercase, k=VARIABLE_LETTERS)))
+
+
+def draw_assigned(rng: random.Random, part: Part = "test") -> str:
+    """A variable's value of five digits, of one part of all there are."""
+    return _of_part(part, lambda: str(rng.randrange(10_000, 100_000)))
+
+
+def _of_part(part: Part, draw: Callable[[], str]) -> str:
+    return next(one for one in iter(draw, "") if part_of(one) == part)
 
 
 def draw_words(rng: random.Random, part: Part = "test", *, asked: bool | None = None) -> str:
