@@ -108,6 +108,14 @@ def test_a_question_may_say_how_long_its_answer_is(checkpoint, place):
     bench.close()
 
 
+def test_what_shows_everything_is_refused_where_not_all_may_be_seen(checkpoint, place):
+    with pytest.raises(InputError, match=r"\+memory shows every document"):
+        Workbench(checkpoint, SET, place).system("gold+memory")
+    hidden = replace(SET, questions=(replace(ASKED[0], own=(), hidden=("hay-1",)),))
+    with pytest.raises(InputError, match=r"\+memory shows every document"):
+        Workbench(checkpoint, hidden, place).system("closed+memory")
+
+
 # ---- full context
 
 

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -335,14 +336,18 @@ class MemorySystem:
         """See `System.rank`."""
         outcomes = []
         options = {"candidates": depth, **self._options}
-        for question, ids in zip(questions, _away(questions, None), strict=True):
+        away = _away(questions, None)
+        filters = [self._filter(q, ids) for q, ids in zip(questions, away, strict=True)]
+        pairs = zip(questions, filters, strict=True)
+        for seen, group in groupby(pairs, key=lambda pair: pair[1]):
             began = time.perf_counter()
-            seen = self._filter(question, ids)
-            (found,) = self._engine.candidates([question.text], seen, **options)
-            numbers = list(found.fused)
-            there = self._engine.bank.ids(numbers)
-            names = _whole([there[n] for n in numbers if n in there], self._known)
-            outcomes.append(ranking(names[:depth], time.perf_counter() - began))
+            texts = [question.text for question, _ in group]
+            found = self._engine.candidates(texts, seen, **options)
+            seconds = (time.perf_counter() - began) / len(texts)
+            for one in found:
+                there = self._engine.bank.ids(one.fused)
+                names = _whole([there[n] for n in one.fused if n in there], self._known)
+                outcomes.append(ranking(names[:depth], seconds))
         return outcomes
 
     def _filter(self, question: Question, away: Collection[str]) -> dict[str, Any] | None:

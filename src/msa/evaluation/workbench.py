@@ -130,10 +130,15 @@ class Workbench:
         """The system of that name.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or it would show questions what they must not see.
         """
         documents, owned = self._documents, self._owned
         found = parse_system(name)
+        if found.memory and (owned or any(q.hidden for q in self._set.questions)):
+            raise InputError(
+                f"system {name!r}: +memory shows every document to every question, and here some "
+                "see documents that others must not; leave +memory out"
+            )
         if found.kind == "msa":
             return MemorySystem(self._engine, documents, found.options, owned=owned)
         if found.kind in ("gold", "closed"):
