@@ -100,6 +100,9 @@ def test_a_tiny_form_of_every_task_runs(run, texts, data, tmp_path, family):
             assert not set(one["ranked"]) & others_own(one, held.rows)
         assert held.about["commit"]
         assert held.about["machine"]
+    assert run("eval", "report", tmp_path).code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(task.name in page for task in tasks)
 
 
 def others_own(row: dict, rows: list[dict]) -> set[str]:

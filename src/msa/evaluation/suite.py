@@ -66,8 +66,8 @@ SHORT = (
     Selection(("ruler/niah_single_1", "ruler/niah_single_2"), (16_000, 64_000), 10),
     Selection(("ruler/niah_multikey_2", "ruler/vt"), (16_000,), 10),
     Selection(("ruler/niah_multiquery", "ruler/cwe", "ruler/fwe"), (16_000,), 5),
-    Selection(("beyond", "changing", "dialogue"), (16_000,), 10, ("msa", "bm25-5")),
-    Selection(("curve/squad", "curve/hotpotqa"), (16_000, 64_000), 15),
+    Selection(("beyond", "changing"), (16_000,), 8, ("msa", "bm25-5")),
+    Selection(("curve/squad", "curve/hotpotqa"), (16_000, 64_000), 10),
     Selection(("curve/worlds",), (16_000,), 10),
 )
 """A part of everything that takes minutes, not days."""
