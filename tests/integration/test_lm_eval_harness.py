@@ -201,6 +201,13 @@ def test_settings_that_are_not_looked_at_are_named(model, monkeypatch, caplog):
     assert "not looked at: num_beams" in caplog.text
 
 
+def test_where_there_is_no_gpu_it_runs_on_the_cpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        assert MSAHarnessModel("worlds", device="cuda:0").device.type == "cpu"
+    assert "there is no GPU, cuda:0" in caplog.text
+
+
 def test_an_option_that_there_is_not_is_named():
     with pytest.raises(ConfigError, match="lexical_wait"):
         MSAHarnessModel("worlds", lexical_wait=1)

@@ -87,7 +87,9 @@ def mean_of_means(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Interv
         groups: values of the questions of each, at least one.
         seed: of the resampling.
     """
-    drawn = sum(_resampled(values, seed + i) for i, values in enumerate(groups)) / len(groups)
+    import numpy as np
+
+    drawn = np.mean([_resampled(values, seed + i) for i, values in enumerate(groups)], axis=0)
     return _interval(math.fsum(math.fsum(g) / len(g) for g in groups) / len(groups), drawn)
 
 
@@ -159,5 +161,5 @@ def _permutation(differences: Sequence[float], seed: int) -> float:
 
 def _sign(better: int, worse: int) -> float:
     thrown = better + worse
-    tail = sum(math.comb(thrown, k) for k in range(min(better, worse) + 1)) / 2**thrown
-    return min(1.0, 2 * tail)
+    tail = sum(math.comb(thrown, k) for k in range(min(better, worse) + 1))
+    return min(1.0, float(2 * tail / 2**thrown))

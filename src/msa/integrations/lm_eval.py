@@ -43,7 +43,7 @@ class MSAHarnessModel(TemplateLM):  # type: ignore[misc]
 
     Args:
         pretrained: name, folder or Hub id of the checkpoint; by default the default model.
-        device: where it runs.
+        device: where it runs; on the CPU where there is no GPU, which the harness asks for.
         dtype: what it runs in; by default as `msa.load` chooses.
         batch_size: questions of one context that are asked together.
         max_batch_size: not looked at.
@@ -70,6 +70,9 @@ class MSAHarnessModel(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            _log.warning("msa: there is no GPU, %s; running on the CPU", device)
+            device = None
         self._checkpoint = load(pretrained, device=device or "cpu", dtype=dtype)
         self.tokenizer = self._checkpoint.tokenizer
         self._device = self._checkpoint.model.device

@@ -171,8 +171,8 @@ def _why(findings: Findings) -> Section:
                     counts[name] = counts.get(name, 0) + count
         rows.append((system, counts))
     legend = (
-        "What went wrong first on the way: no routing layer nor ranking had a document that is "
-        "needed (not routed); it was there and was not read (not named); it was read and the "
+        "What went wrong first on the way: a document that is needed was in no routing layer and "
+        "no ranking (not routed); it was there and was not read (not named); it was read and the "
         "answer is wrong (not read right), or was refused (refused wrongly); there is no answer "
         "and one was given (should have refused); the answer is a fact that was deleted or "
         "replaced (outdated). Partly right: half of the score or more."
@@ -187,7 +187,7 @@ def _tasks(findings: Findings) -> Section:
         for task in tasks:
             runs = findings.of(task)
             blocks: list[Block] = [
-                Text(f"{runs[0].about['title']}. Score: {runs[0].about['metric']}."),
+                Text(f"{_capital(runs[0].about['title'])}. Score: {runs[0].about['metric']}."),
                 _task_table(runs),
             ]
             if len(tasks) > 1 and (curves := findings.curves([task])):
@@ -198,6 +198,10 @@ def _tasks(findings: Findings) -> Section:
             name = f"task-{family}-{len(parts)}"
             parts.append(Section(name, task, blocks, folded=True))
     return Section("tasks", "Task by task", [], parts, short="Tasks")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _label(run: Measured) -> str:

@@ -47,7 +47,7 @@ def summary(findings: Findings) -> Section:
                 f"ahead by more than chance at {len(won)} (higher at {len(ahead)})."
             )
         )
-    losses = [*_listed(lost), *_unsure("Lower", behind), *_other_losses(findings)]
+    losses = [*_listed(lost), *_other_losses(findings), *_unsure("Lower", behind)]
     nothing = "Nowhere that these questions can show."
     tone = "behind" if losses else ""
     blocks.append(Points(f"Where {main} loses", losses or [nothing], tone))
