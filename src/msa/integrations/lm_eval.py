@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @register_model("msa")
-class MSAHarnessModel(TemplateLM):  # type: ignore[misc]
+class MSAHarnessModel(TemplateLM):
     """A checkpoint as the harness asks it.
 
     Args:

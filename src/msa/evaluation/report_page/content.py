@@ -182,7 +182,7 @@ def _why(findings: Findings) -> Section:
 
 
 def _tasks(findings: Findings) -> Section:
-    parts = []
+    parts: list[Section] = []
     for family, tasks in findings.families.items():
         for task in tasks:
             runs = findings.of(task)
@@ -289,7 +289,7 @@ def _comparisons(findings: Findings) -> Section:
         "and worse count questions; the sign test looks at these alone."
     )
     table = _differences(findings.comparisons, f"{findings.main} less the other", before=False)
-    blocks = [Text(text), table]
+    blocks: list[Block] = [Text(text), table]
     return Section("comparisons", "All comparisons", blocks, folded=True, short="Comparisons")
 
 
