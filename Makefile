@@ -5,6 +5,8 @@
 #   make test-lowest, make test-newest
 #                 the core tests with the lowest versions that pyproject.toml allows, and with the
 #                 newest that there are, each in an environment of its own
+#   make test-harness
+#                 the model of lm-evaluation-harness, asked by it, in an environment of its own
 #   make lint     ruff (rules, format) and types
 #   make docs     docs/cli.md from `msa --help`; docs/ and the reference as a site in build/site
 #   make dist     wheel and sdist, checked; the wheel is installed elsewhere and shows its demo
@@ -24,10 +26,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL_TORCH = $(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help demo test test-lowest test-newest lint types format docs dist clean
+.PHONY: help demo test test-lowest test-newest test-harness lint types format docs dist clean
 
 help:
-	@sed -n '3,10s/^# *//p' Makefile
+	@sed -n '3,12s/^# *//p' Makefile
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -75,6 +77,15 @@ test-newest:
 	  --editable $(CORE_EXTRAS)
 	$(call PYTEST,$(VENV)-newest/bin) $(CORE_TESTS) $(PYTEST_ARGS)
 
+# Scientific packages of half a gigabyte come with it, which nothing else here needs.
+test-harness:
+	test -e $(VENV)-harness/bin/pip || $(PYTHON) -m venv $(VENV)-harness
+	$(VENV)-harness/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(VENV)-harness/bin/pip install --quiet --constraint constraints.txt \
+	  --editable '.[dev,train,harness]'
+	OMP_NUM_THREADS=1 $(VENV)-harness/bin/pytest tests/integration/test_lm_eval_harness.py \
+	  $(PYTEST_ARGS)
+
 lint: $(VENV)/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -103,4 +114,4 @@ dist: $(VENV)/.full
 	cd $(DIST_VENV) && bin/msa --help > help.txt && MSA_OFFLINE=1 bin/msa demo --worlds
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-dist build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-harness $(VENV)-dist build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,6 +20,10 @@ class QuestionTooLongError(InputError):
     """A question leaves no position for its answer; the message says how many it needs."""
 
 
+class MissingMaterialError(InputError):
+    """A task of the evaluation needs texts or question sets, and no folder was given."""
+
+
 class ConfigError(MSAError, ValueError):
     """A configuration is inconsistent, incomplete or of an unknown format."""
 
@@ -85,3 +89,7 @@ class WorkerError(BankError):
 
 class TrainingError(MSAError):
     """Training cannot start or go on."""
+
+
+class JudgeError(MSAError):
+    """A judge of answers cannot be asked any further; what it has said is kept."""

@@ -54,6 +54,7 @@ def test_the_commands_are_there():
     names = {" ".join(path) for path in COMMANDS}
     expected = {"demo", "index", "ask", "search", "train", "bank", "convert", "serve", "mcp"}
     expected |= {f"model {name}".strip() for name in ("", "get", "list", "info")}
+    expected |= {f"eval {name}".strip() for name in ("", "run", "tasks", "report", "judge")}
     bank = {"info", "list", "add", "delete", "compact", "verify", "repair"}
     assert expected | {f"bank {name}" for name in bank} | {""} == names
 

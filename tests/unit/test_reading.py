@@ -174,7 +174,7 @@ def test_documents_without_room_are_left_out_and_a_question_without_room_is_refu
 class FakeReader:
     """Answers with the texts that it is handed."""
 
-    def answer(self, questions, documents):
+    def answer(self, questions, documents, max_new_tokens=None):
         return [
             ReadAnswer(" ".join(t for _, t in given), False, tuple(n for n, _ in given), 3, 2)
             for given in documents
@@ -267,7 +267,7 @@ def test_a_run_goes_on_where_it_was_stopped(tiny_set, tmp_path):
     path.write_text("".join(lines[:3]) + lines[3][:20])  # two answers, and one torn by the stop
     system = FakeSystem()
     again = run(path, ABOUT, lambda: system, tiny_set.questions, batch_size=3)
-    assert system.asked == [["q3", "q4"]]
+    assert system.asked == [["q1", "q2", "q3"], ["q4"]]  # batches as they were
     assert again == done
     run(path, ABOUT, lambda: pytest.fail("made for nothing"), tiny_set.questions)
 

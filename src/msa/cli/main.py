@@ -15,7 +15,20 @@ from typing import Annotated, NoReturn
 import typer
 
 import msa
-from msa.cli import ask, bank, convert, demo, index, mcp, model, options, output, serve, train
+from msa.cli import (
+    ask,
+    bank,
+    convert,
+    demo,
+    evaluate,
+    index,
+    mcp,
+    model,
+    options,
+    output,
+    serve,
+    train,
+)
 from msa.errors import MSAError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -83,6 +96,7 @@ app.add_typer(bank.app, name="bank")
 app.add_typer(model.app, name="model")
 options.register(app, convert.convert, "msa convert Qwen/Qwen3-0.6B mine/ --texts notes/")
 options.register(app, train.train, "msa train configs/worlds.yaml --output runs/mine")
+app.add_typer(evaluate.app, name="eval")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

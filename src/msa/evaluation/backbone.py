@@ -6,14 +6,16 @@ Shapes: N texts, L tokens of the longest, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from msa.evaluation.retrieval import Progress, Scores
+from msa.evaluation.retrieval import Progress, Scores, cached_embeddings
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS, length_buckets
 from msa.model.checkpoint import Checkpoint
+from msa.model.identity import model_fingerprints
 from msa.types import Document
 
 
@@ -25,6 +27,7 @@ class BackboneRetriever:
         documents: the corpus.
         batch_tokens: of texts of similar length, padding included.
         progress: while the corpus is encoded.
+        cache: folder where embeddings of a corpus are kept, by a hash of model and texts.
     """
 
     name = "backbone"
@@ -35,10 +38,17 @@ class BackboneRetriever:
         documents: Sequence[Document],
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         progress: Progress | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._batch_tokens = batch_tokens
-        self._documents = self._embedded([d.content for d in documents], progress)
+        texts = [document.content for document in documents]
+        self._documents = cached_embeddings(
+            lambda: f"pooled states {model_fingerprints(checkpoint.model)}",
+            texts,
+            cache,
+            lambda: self._embedded(texts, progress),
+        )
 
     def scores(self, questions: Sequence[str]) -> Scores:
         """[Q, N] float32 cosines."""

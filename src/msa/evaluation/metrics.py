@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -43,6 +44,41 @@ def _f1(answer: str, accepted: str) -> float:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
+
+
+def contains(text: str, answer: str) -> bool:
+    """Whether the answer stands in a text, whole words only, after normalization."""
+    wanted = normalize_answer(answer)
+    return bool(wanted) and f" {wanted} " in f" {normalize_answer(text)} "
+
+
+def uses_wrong(answer: str, wrong: Sequence[str], accepted: Sequence[str]) -> bool:
+    """Whether an answer holds one of the wrong ones, not as a part of an accepted one.
+
+    >>> uses_wrong("In Rome.", ["Rome"], ["Paris"]), uses_wrong("New York", ["York"], ["New York"])
+    (True, False)
+    """
+    left = f" {normalize_answer(answer)} "
+    for right in sorted(map(normalize_answer, accepted), key=len, reverse=True):
+        left = left.replace(f" {right} ", " | ") if right else left
+    return any(f" {normalize_answer(w)} " in left for w in wrong if normalize_answer(w))
+
+
+def ndcg(ranked: Sequence[str], grades: Mapping[str, float], k: int) -> float:
+    """Normalized discounted cumulative gain of the first k, from 0 to 1; 0 without relevant ones.
+
+    Args:
+        ranked: ids, best first.
+        grades: id -> how relevant it is; others are not.
+        k: at least 1.
+    """
+    gains = [grades.get(i, 0.0) for i in ranked[:k]]
+    best = _discounted(sorted(grades.values(), reverse=True)[:k])
+    return _discounted(gains) / best if best else 0.0
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(place + 2) for place, gain in enumerate(gains))
 
 
 def recall(found: Sequence[str], gold: Sequence[str]) -> float:

@@ -27,12 +27,23 @@ class Question:
         answers: accepted answers; none for a question that the documents do not answer.
         gold: ids of the documents needed, in reading order where the set has one.
         id: unique in its set.
+        own: ids of documents that only this question may see. Documents that are nobody's own are
+            seen by all, so that a haystack is encoded once for all questions.
+        hidden: ids of documents that it must be answered without, for refusals.
+        kind: a row of the report's tables, such as "two hops".
+        wrong: answers that would use a deleted or outdated fact.
+        max_new_tokens: of the answer; by default as the model's options say.
     """
 
     text: str
     answers: tuple[str, ...]
     gold: tuple[str, ...]
     id: str = ""
+    own: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    kind: str = ""
+    wrong: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,10 @@ class QuestionSet:
         """For every question, the rows of its gold documents in `documents`."""
         row = {document.id: i for i, document in enumerate(self.documents)}
         return [[row[i] for i in question.gold] for question in self.questions]
+
+    def owned(self) -> frozenset[str]:
+        """Ids of the documents that are some question's own."""
+        return frozenset(i for question in self.questions for i in question.own)
 
 
 def read_question_set(

@@ -76,7 +76,10 @@ class TextReader:
         self._pad: int = pad if pad is not None else 0
 
     def answer(
-        self, questions: Sequence[str], documents: Sequence[Sequence[tuple[int, str]]]
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Sequence[tuple[int, str]]],
+        max_new_tokens: Sequence[int | None] | None = None,
     ) -> list[ReadAnswer]:
         """Answer a batch of questions.
 
@@ -84,6 +87,7 @@ class TextReader:
             questions: as asked.
             documents: (number, text) of those handed to each question, in reading order; the last
                 ones are left out where the model has no positions for them. None at all is allowed.
+            max_new_tokens: of each answer, where it is not the reader's.
 
         Raises:
             InputError: a question leaves no position for an answer.
@@ -91,8 +95,9 @@ class TextReader:
         pairs = zip(questions, documents, strict=True)
         fitted = [self._fitted(question, given) for question, given in pairs]
         contexts = [context for context, _ in fitted]
+        limits = [n or self._max_new_tokens for n in max_new_tokens or [None] * len(questions)]
         answers = []
-        for (context, numbers), tokens in zip(fitted, self._write(contexts), strict=True):
+        for (context, numbers), tokens in zip(fitted, self._write(contexts, limits), strict=True):
             text = self._answers.text(tokens)
             refused = is_refusal(text, self._encoder.template)
             size = len(context.input_ids)
@@ -108,11 +113,25 @@ class TextReader:
         context.extend(self._lead_in)
         return context
 
+    def room(self, question: str) -> int:
+        """Tokens of documents that can be read for a question; below 0 if it is too long itself."""
+        return self._positions - len(self.context(question, [(1, "")]).input_ids)
+
+    def size(self, number: int, text: str) -> int:
+        """Tokens that a document takes, its number twice: as it is named, and in front of it."""
+        reading = self._encoder.reading(Reading(((number, text),)))
+        return len(reading) + len(self._encoder.number(number))
+
+    @property
+    def _positions(self) -> int:
+        """Of a prompt."""
+        config = self._model.config
+        return int(config.max_position_embeddings - config.top_k_documents - 1)
+
     def _fitted(
         self, question: str, documents: Sequence[tuple[int, str]]
     ) -> tuple[LocalContext, tuple[int, ...]]:
-        config = self._model.config
-        room = config.max_position_embeddings - config.top_k_documents - 1
+        room = self._positions
         for count in range(len(documents), -1, -1):
             context = self.context(question, documents[:count])
             if len(context.input_ids) <= room:
@@ -122,7 +141,7 @@ class TextReader:
             f"has {room}. Ask a shorter question"
         )
 
-    def _write(self, contexts: Sequence[LocalContext]) -> list[list[int]]:
+    def _write(self, contexts: Sequence[LocalContext], limits: Sequence[int]) -> list[list[int]]:
         """Tokens of every answer, end mark included."""
         model, config = self._model, self._model.config
         prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
@@ -132,9 +151,9 @@ class TextReader:
             TextRow(
                 Sampler(0.0, 1.0, None),
                 self._answers.ends,
-                min(self._max_new_tokens, positions - start),
+                min(limit, positions - start),
             )
-            for start in decoder.positions
+            for limit, start in zip(limits, decoder.positions, strict=True)
         ]
         write_all(decoder, rows)
         return [row.tokens for row in rows]

@@ -155,7 +155,9 @@ class DenseRetriever:
     ) -> None:
         self._encoder = encoder
         texts = [document.content for document in documents]
-        self._documents = _cached(encoder, texts, cache, progress)
+        self._documents = cached_embeddings(
+            encoder.fingerprint, texts, cache, lambda: encoder.encode(texts, progress=progress)
+        )
 
     def scores(self, questions: Sequence[str]) -> Scores:
         """[Q, N] float32 cosines."""
@@ -182,6 +184,22 @@ class HybridRetriever:
         pairs = zip(self._weights, self._parts, strict=True)
         total = sum(weight * z_scores(part.scores(questions)) for weight, part in pairs)
         return np.asarray(total, dtype=np.float32)
+
+
+class JoinedRetriever:
+    """Documents of several retrievers of one kind, one behind the other.
+
+    Args:
+        parts: over different documents; a score must not depend on the others.
+    """
+
+    def __init__(self, parts: Sequence[Retriever]) -> None:
+        self._parts = list(parts)
+        self.name = self._parts[0].name
+
+    def scores(self, questions: Sequence[str]) -> Scores:
+        """[Q, N] float32."""
+        return np.concatenate([part.scores(questions) for part in self._parts], axis=1)
 
 
 def z_scores(scores: Scores) -> Scores:
@@ -231,15 +249,23 @@ def score_blocks(
             progress(start + len(block), len(questions))
 
 
-def _cached(
-    encoder: SentenceEncoder,
+def cached_embeddings(
+    fingerprint: Callable[[], str],
     texts: Sequence[str],
     cache: str | Path | None,
-    progress: Progress | None,
+    encode: Callable[[], Scores],
 ) -> Scores:
+    """Embeddings of texts, from a folder where they are kept.
+
+    Args:
+        fingerprint: of the model and of what is done with it.
+        texts: of the corpus.
+        cache: the folder; None keeps nothing.
+        encode: makes the embeddings, [N, E] float32.
+    """
     if cache is None:
-        return encoder.encode(texts, progress=progress)
-    digest = hashlib.sha256(encoder.fingerprint().encode())
+        return encode()
+    digest = hashlib.sha256(fingerprint().encode())
     for text in texts:
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -247,7 +273,7 @@ def _cached(
     if path.is_file():
         held: Scores = np.load(path, allow_pickle=False)
         return held
-    found = encoder.encode(texts, progress=progress)
+    found = encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as file:

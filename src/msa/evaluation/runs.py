@@ -10,26 +10,39 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msa.errors import InputError
 from msa.evaluation.metrics import (
     Interval,
     all_within,
     bootstrap,
+    contains,
     exact_match,
     mean,
     recall_at,
     token_f1,
+    uses_wrong,
 )
-from msa.evaluation.question_sets import Question
-from msa.evaluation.systems import Outcome, System
+from msa.evaluation.tasks.base import answer_scores
+
+if TYPE_CHECKING:
+    from msa.evaluation.question_sets import Question
+    from msa.evaluation.systems import Outcome, System
+
+    Score = Callable[[Question, Outcome], Mapping[str, float]]
+    """Figures of an answer by name."""
 
 DEPTHS = (1, 5, 16)
 FAR = 1 << 30
 """Rank of a document that is not among those listed."""
-SAME = ("set", "split", "system", "data", "model", "seed", "questions", "hidden")
+SAME = (
+    *("task", "size", "share", "set", "split", "system"),
+    *("seed", "questions", "hidden", "model", "data"),
+)
 """What a file must agree in to be gone on with."""
+SHOWN = 300
+"""Characters of a text that was read that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,8 @@ def run(
     batch_size: int = 16,
     hide_gold: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    score: Score = answer_scores,
+    ranks: int = 0,
 ) -> Run:
     """Ask what has not been asked yet, and write every answer as it comes.
 
@@ -65,6 +80,8 @@ def run(
         batch_size: questions asked together.
         hide_gold: take each question's gold documents out before it is asked.
         progress: called with the questions answered and all of them.
+        score: figures of an answer by name.
+        ranks: only rank so many documents; 0 to have the questions answered.
 
     Raises:
         InputError: the file is damaged, or was made otherwise.
@@ -72,18 +89,25 @@ def run(
     path = Path(path)
     about = {**about, "hidden": hide_gold, "questions": len(questions)}
     done = _resumed(path, about)
-    left = [question for question in questions if question.id not in done]
-    asked = system() if left else None
-    for start in range(0, len(left), batch_size):
-        assert asked is not None
-        batch = left[start : start + batch_size]
-        hidden = [question.gold for question in batch] if hide_gold else None
-        outcomes = asked.ask(batch, hidden=hidden)
+    asked: System | None = None
+    for start in range(0, len(questions), batch_size):
+        # The same questions together after a stop as without one: rounding depends on it.
+        batch = questions[start : start + batch_size]
+        if all(question.id in done for question in batch):
+            continue
+        asked = asked or system()
+        if ranks:
+            outcomes = asked.rank(batch, ranks)
+        else:
+            hidden = [question.gold for question in batch] if hide_gold else None
+            outcomes = asked.ask(batch, hidden=hidden)
         with path.open("a", encoding="utf-8") as file:
             for question, outcome in zip(batch, outcomes, strict=True):
-                file.write(json.dumps(_row(question, outcome)) + "\n")
+                if question.id not in done:
+                    row = _row(question, outcome, score(question, outcome))
+                    file.write(json.dumps(row) + "\n")
         if progress is not None:
-            progress(len(done) + start + len(batch), len(questions))
+            progress(start + len(batch), len(questions))
     return read_run(path)
 
 
@@ -163,7 +187,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"about": dict(about)}) + "\n", encoding="utf-8")
         return set()
-    _drop_torn_line(path)
+    drop_torn_line(path)
     held = read_run(path)
     for name in SAME:
         if held.about.get(name) != about.get(name):
@@ -174,7 +198,7 @@ def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
     return {row["id"] for row in held.rows}
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a stop tore: it has no end."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
@@ -185,19 +209,55 @@ def _interval(values: Sequence[float], seed: int) -> Interval:
     return bootstrap(values, seed=seed) if values else Interval(0.0, 0.0, 0.0)
 
 
-def _row(question: Question, outcome: Outcome) -> dict[str, Any]:
+def _row(question: Question, outcome: Outcome, scores: Mapping[str, float]) -> dict[str, Any]:
     answers = list(question.answers)
     right = float(outcome.refused)  # where there is no answer
+    held = asdict(outcome)
+    spans = held.pop("spans")
     return {
         "id": question.id,
+        "kind": question.kind,
         "question": question.text,
         "answers": answers,
         "gold": list(question.gold),
-        **asdict(outcome),
+        **held,
+        "texts": {key: text[:SHOWN] for key, text in outcome.texts.items()},
         "em": exact_match(outcome.answer, answers) if answers else right,
         "f1": round(token_f1(outcome.answer, answers), 6) if answers else right,
+        "scores": {
+            name: round(float(value), 6)
+            for name, value in {**document_scores(question, outcome), **scores}.items()
+        },
+        "wrong_used": uses_wrong(outcome.answer, question.wrong, answers),
+        "span_right": any(contains(span, a) for span in spans for a in answers) if spans else None,
         "seconds": round(outcome.seconds, 4),
     }
+
+
+def document_scores(question: Question, outcome: Outcome) -> dict[str, float]:
+    """How well the documents were found: those that were read, and those that were routed to.
+
+    Empty without gold documents. "routed LAYER" is the share of the gold documents that the layer
+    selected in some round; "named ..." are of the documents that were read.
+    """
+    gold = set(question.gold)
+    if not gold:
+        return {}
+    found: dict[str, float] = {}
+    if outcome.rounds:
+        both = len(gold & set(outcome.named))
+        precision = both / len(outcome.named) if outcome.named else 0.0
+        share = both / len(gold)
+        total = precision + share
+        found["named precision"], found["named recall"] = precision, share
+        found["named f1"] = 2 * precision * share / total if total else 0.0
+    for layer in sorted({layer for turn in outcome.routed for layer in turn}):
+        seen = {i for turn in outcome.routed for i in turn.get(layer, ())}
+        found[f"routed {layer}"] = len(gold & seen) / len(gold)
+    if outcome.routed:
+        seen = {i for turn in outcome.routed for some in turn.values() for i in some}
+        found["routed"] = len(gold & seen) / len(gold)
+    return found
 
 
 def _ranks(row: Mapping[str, Any]) -> list[int]:

@@ -1,22 +1,34 @@
 """Systems that answer the questions of a set, all behind one small interface.
 
 A memory (`MemorySystem`) and what it is compared with: the same model's reader, handed documents
-by a retriever (`ReaderSystem`), handed the gold documents (`GoldSystem`: the ceiling) or none
-(`GoldSystem` with `depth` 0: what the backbone knows by itself).
+by a retriever (`ReaderSystem`), as many as its prompt has room for (`FullSystem`), the gold
+documents (`GoldSystem`: the ceiling) or none (`GoldSystem` with `depth` 0: what the backbone knows
+by itself).
+
+A question sees the documents that are nobody's own, and its own (`Question.own`), less those that
+are hidden from it.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from msa.errors import InputError, MSAError
 from msa.evaluation.question_sets import Question
 from msa.evaluation.reader import TextReader, is_refusal
-from msa.evaluation.retrieval import Retriever, best_rows
+from msa.evaluation.rerank import Reranker
+from msa.evaluation.retrieval import Retriever, Scores, best_rows
+from msa.inference.scheduler import Scheduler
+from msa.memory.store.manifest import Manifest
+from msa.ops.quantization import packed_width
 from msa.types import Answer, Document
 
 if TYPE_CHECKING:
@@ -26,6 +38,10 @@ RANKED = 16
 """Documents of a ranking that are kept."""
 DOCUMENT = "document"
 """Metadata under which a document of a bank carries its id."""
+OWNED = "owned"
+"""Metadata of the documents that are some question's own: true."""
+FULL = "context_full"
+"""Why an answer ended that was given from a part of the documents: there was no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,10 @@ class Outcome:
         stopped: why the answer ended.
         seconds: wall time; that of the batch over its questions.
         prompt_tokens, generated_tokens: how much was read and written.
+        routed: for every round, routing layer -> ids of the documents attended to there.
+        texts: id -> text of the documents that were read.
+        spans: where the citations say that the answer stands, the text there; a memory's only.
+        bytes: of compressed content that was fetched; None where nobody counts them.
     """
 
     answer: str
@@ -52,6 +72,10 @@ class Outcome:
     seconds: float
     prompt_tokens: int
     generated_tokens: int
+    routed: tuple[Mapping[int, tuple[str, ...]], ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    spans: tuple[str, ...] = ()
+    bytes: int | None = None
 
 
 class System(Protocol):
@@ -64,7 +88,16 @@ class System(Protocol):
 
         Args:
             questions: of the set.
-            hidden: ids of documents that each question must be answered without.
+            hidden: ids of documents that each question must be answered without, beside those that
+                it says itself.
+        """
+        ...
+
+    def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
+        """Rank so many documents for each question; nothing is read or answered.
+
+        Raises:
+            InputError: the system does not rank.
         """
         ...
 
@@ -77,6 +110,8 @@ class ReaderSystem:
         retriever: over `documents`.
         documents: the corpus.
         depth: documents handed over, best first.
+        owned: ids of documents that are some question's own.
+        reranker: puts the best of the retriever into another order.
     """
 
     def __init__(
@@ -85,27 +120,135 @@ class ReaderSystem:
         retriever: Retriever,
         documents: Sequence[Document],
         depth: int,
+        *,
+        owned: Iterable[str] = (),
+        reranker: Reranker | None = None,
     ) -> None:
         self._reader = reader
         self._retriever = retriever
         self._documents = documents
         self._row = {document.id: i for i, document in enumerate(documents)}
+        self._owned = self._rows(owned)
         self._depth = depth
+        self._reranker = reranker
 
     def ask(
         self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
     ) -> list[Outcome]:
         """See `System.ask`."""
         began = time.perf_counter()
+        ranked, tokens = self._ranked(questions, _away(questions, hidden), RANKED)
+        given = [best[: self._depth] for best in ranked]
+        outcomes = _read(self._reader, self._documents, questions, ranked, given, began)
+        return [
+            replace(outcome, prompt_tokens=outcome.prompt_tokens + more)
+            for outcome, more in zip(outcomes, tokens, strict=True)
+        ]
+
+    def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
+        """See `System.rank`."""
+        began = time.perf_counter()
+        ranked, tokens = self._ranked(questions, _away(questions, None), depth)
+        seconds = (time.perf_counter() - began) / len(questions)
+        return [
+            ranking([self._documents[row].id for row in rows], seconds, read)
+            for rows, read in zip(ranked, tokens, strict=True)
+        ]
+
+    def _ranked(
+        self, questions: Sequence[Question], away: Sequence[Collection[str]], depth: int
+    ) -> tuple[list[list[int]], list[int]]:
+        """Rows of the best documents that every question sees; tokens that were read for it."""
         scores = self._retriever.scores([question.text for question in questions])
-        for row, ids in enumerate(hidden or []):
-            scores[row, [self._row[i] for i in ids]] = -np.inf
+        for row, (question, ids) in enumerate(zip(questions, away, strict=True)):
+            self._hide(scores[row], question, ids)
         ranked = [
             [i for i in best if scores[row, i] > -np.inf]
-            for row, best in enumerate(best_rows(scores, RANKED))
+            for row, best in enumerate(best_rows(scores, depth))
         ]
-        given = [best[: self._depth] for best in ranked]
-        return _read(self._reader, self._documents, questions, ranked, given, began)
+        if self._reranker is None:
+            return ranked, [0] * len(ranked)
+        tokens = []
+        for row, (question, best) in enumerate(zip(questions, ranked, strict=True)):
+            texts = [self._documents[i].content for i in best[:RANKED]]
+            order, read = self._reranker.order(question.text, texts)
+            ranked[row] = [best[i] for i in order] + best[RANKED:]
+            tokens.append(read)
+        return ranked, tokens
+
+    def _hide(self, scores: Scores, question: Question, away: Collection[str]) -> None:
+        """Leave out other questions' documents and those that are hidden; `scores` [N] changes."""
+        own, out = self._rows(question.own), self._rows(i for i in away if i in self._row)
+        kept = scores[own]
+        scores[self._owned] = -np.inf
+        scores[own] = kept
+        scores[out] = -np.inf
+
+    def _rows(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        return np.array([self._row[i] for i in ids], dtype=np.int64)
+
+
+class FullSystem:
+    """A model's reader of all documents, or of as many as its prompt has room for.
+
+    Those are drawn by the seed and the question's id, whether they are gold or not, and stand in
+    the order of the corpus; a question's own stand among the others at random.
+
+    Args:
+        reader: answers.
+        documents: the corpus.
+        owned: ids of documents that are some question's own.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        reader: TextReader,
+        documents: Sequence[Document],
+        *,
+        owned: Iterable[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self._reader = reader
+        self._documents = documents
+        self._owned = frozenset(owned)
+        self._row = {document.id: i for i, document in enumerate(documents)}
+        self._shared = [i for i, d in enumerate(documents) if d.id not in self._owned]
+        self._seed = seed
+
+    def ask(
+        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
+    ) -> list[Outcome]:
+        """See `System.ask`; every question by itself, since prompts are as long as they can be."""
+        outcomes = []
+        for question, ids in zip(questions, _away(questions, hidden), strict=True):
+            began = time.perf_counter()
+            rows, whole = self._drawn(question, ids)
+            (outcome,) = _read(self._reader, self._documents, [question], [rows], [rows], began)
+            stopped = outcome.stopped if whole else FULL
+            outcomes.append(replace(outcome, stopped=stopped, ranked=outcome.ranked[:RANKED]))
+        return outcomes
+
+    def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
+        """See `System.rank`."""
+        raise InputError("full reads documents in their order and ranks none; leave it out here")
+
+    def _drawn(self, question: Question, away: Collection[str]) -> tuple[list[int], bool]:
+        """Rows in reading order, and whether they are all that the question sees."""
+        draw = random.Random(f"{self._seed}/{question.id}")
+        own = [self._row[i] for i in question.own]
+        place = {row: float(row) for row in self._shared}
+        place |= {row: draw.uniform(0, len(self._documents)) for row in own}
+        seen = [row for row in place if self._documents[row].id not in away]
+        draw.shuffle(seen)
+        room = self._reader.room(question.text)
+        kept = []
+        for row in seen:
+            room -= self._reader.size(row + 1, self._documents[row].content)
+            if room < 0:
+                break
+            kept.append(row)
+        return sorted(kept, key=place.__getitem__), len(kept) == len(seen)
 
 
 class GoldSystem:
@@ -130,12 +273,15 @@ class GoldSystem:
     ) -> list[Outcome]:
         """See `System.ask`."""
         began = time.perf_counter()
-        out = hidden or [() for _ in questions]
         given = [
             [self._row[i] for i in question.gold if i not in ids][: self._depth]
-            for question, ids in zip(questions, out, strict=True)
+            for question, ids in zip(questions, _away(questions, hidden), strict=True)
         ]
         return _read(self._reader, self._documents, questions, given, given, began)
+
+    def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
+        """See `System.rank`."""
+        raise InputError("gold and closed search nothing and rank nothing; leave them out here")
 
 
 class MemorySystem:
@@ -145,6 +291,7 @@ class MemorySystem:
         engine: over a bank of `bank_documents`.
         documents: the corpus.
         options: of `MemoryEngine.ask`, where they differ from the checkpoint's own.
+        owned: ids of documents that are some question's own.
     """
 
     def __init__(
@@ -152,55 +299,123 @@ class MemorySystem:
         engine: MemoryEngine,
         documents: Sequence[Document],
         options: Mapping[str, Any] | None = None,
+        *,
+        owned: Collection[str] = (),
     ) -> None:
         self._engine = engine
         self._known = {document.id for document in documents}
         self._options = dict(options or {})
+        self._has_owned = bool(owned)
+        self._chunk_bytes = chunk_bytes(engine.bank.manifest)
 
     def ask(
         self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
     ) -> list[Outcome]:
-        """See `System.ask`; with `hidden` documents every question is asked by itself."""
-        if hidden is None:
-            return self._ask(questions, {})
+        """See `System.ask`; all go through the model together, each with its filter."""
+        began = time.perf_counter()
+        scheduler = Scheduler(self._engine.model, max_rows=len(questions))
+        requests = []
+        for question, ids in zip(questions, _away(questions, hidden), strict=True):
+            changes = dict(self._options)
+            if question.max_new_tokens:
+                changes.setdefault("max_new_tokens", question.max_new_tokens)
+            seen = self._filter(question, ids)
+            requests.append(self._engine.request(question.text, filter=seen, **changes))
+            scheduler.add(requests[-1])
+        answers: dict[Any, Answer] = {}
+        while not scheduler.idle:
+            for request, event in scheduler.step():
+                if isinstance(event, MSAError):
+                    raise event
+                if event.kind == "answer":
+                    answers[request] = event.data
+        seconds = (time.perf_counter() - began) / len(questions)
+        return [self._outcome(answers[request], seconds) for request in requests]
+
+    def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
+        """See `System.rank`."""
         outcomes = []
-        for question, ids in zip(questions, hidden, strict=True):
-            away = frozenset(ids)
-
-            def shown(metadata: Mapping[str, Any], away: frozenset[str] = away) -> bool:
-                return metadata[DOCUMENT] not in away
-
-            outcomes += self._ask([question], {"filter": shown})
+        options = {"candidates": depth, **self._options}
+        away = _away(questions, None)
+        filters = [self._filter(q, ids) for q, ids in zip(questions, away, strict=True)]
+        pairs = zip(questions, filters, strict=True)
+        for seen, group in groupby(pairs, key=lambda pair: pair[1]):
+            began = time.perf_counter()
+            texts = [question.text for question, _ in group]
+            found = self._engine.candidates(texts, seen, **options)
+            seconds = (time.perf_counter() - began) / len(texts)
+            for one in found:
+                there = self._engine.bank.ids(one.fused)
+                names = _whole([there[n] for n in one.fused if n in there], self._known)
+                outcomes.append(ranking(names[:depth], seconds))
         return outcomes
 
-    def _ask(self, questions: Sequence[Question], more: Mapping[str, Any]) -> list[Outcome]:
-        texts = [question.text for question in questions]
-        began = time.perf_counter()
-        answers = self._engine.ask(texts, **self._options, **more)
-        seconds = (time.perf_counter() - began) / len(texts)
-        return [self._outcome(answer, seconds) for answer in answers]
+    def _filter(self, question: Question, away: Collection[str]) -> dict[str, Any] | None:
+        """Documents that the question sees; None for all."""
+        parts: list[dict[str, Any]] = []
+        if self._has_owned:
+            own = {DOCUMENT: {"in": list(question.own)}}
+            parts.append({"or": [{OWNED: {"ne": True}}, own]})
+        if away:
+            parts.append({DOCUMENT: {"nin": sorted(away)}})
+        return {"and": parts} if parts else None
 
     def _outcome(self, answer: Answer, seconds: float) -> Outcome:
+        bank = self._engine.bank
         ranked = answer.rounds[0].ranked if answer.rounds else ()
-        read = [citation.id for turn in answer.rounds for citation in turn.read]
-        said_no = is_refusal(answer.text, self._engine.bank.template)
+        read = [citation for turn in answer.rounds for citation in turn.read]
+        routed = [[d for some in turn.routed.values() for d in some] for turn in answer.rounds]
+        stored = bank.get_many({d.number for some in routed for d in some})
+        chunks = sum(stored[d.number].num_chunks for some in routed for d in some)
+        said_no = is_refusal(answer.text, bank.template)
         return Outcome(
             answer=answer.text,
             refused=answer.stopped == "not_found" or said_no,
             ranked=_whole([d.id for d in ranked], self._known)[:RANKED],
-            named=_whole(read, self._known),  # a refusal cites nothing
+            named=_whole([c.id for c in read], self._known),  # a refusal cites nothing
             rounds=len(answer.rounds),
             stopped=answer.stopped,
             seconds=seconds,
             prompt_tokens=answer.usage.prompt_tokens,
             generated_tokens=answer.usage.generated_tokens,
+            routed=tuple(
+                {layer: _whole([d.id for d in some], self._known) for layer, some in found.items()}
+                for found in (turn.routed for turn in answer.rounds)
+            ),
+            texts={c.id: c.text for c in read},
+            spans=tuple(c.text[slice(*c.span)] for c in answer.citations if c.span),
+            bytes=chunks * self._chunk_bytes,
         )
 
 
-def bank_documents(documents: Sequence[Document]) -> Iterator[Document]:
-    """Documents as a bank is to hold them: each carries its id as metadata, to be filtered by."""
+def bank_documents(
+    documents: Sequence[Document], owned: Collection[str] = ()
+) -> Iterator[Document]:
+    """Documents as a bank is to hold them: with what they are filtered by as metadata."""
     for document in documents:
-        yield replace(document, metadata={**document.metadata, DOCUMENT: document.id})
+        mark = {OWNED: True} if document.id in owned else {}
+        yield replace(document, metadata={**document.metadata, DOCUMENT: document.id, **mark})
+
+
+def chunk_bytes(manifest: Manifest) -> int:
+    """Bytes of the content of a chunk in one layer: a pooled key and a pooled value."""
+    width = manifest.head_dim * manifest.torch_dtype.itemsize
+    if manifest.packed:
+        width = packed_width(manifest.head_dim, manifest.packed)
+    return 2 * manifest.num_key_value_heads * width
+
+
+def ranking(ids: Sequence[str], seconds: float, read: int = 0) -> Outcome:
+    """A ranking without an answer, and how many tokens were read for it."""
+    return Outcome("", False, tuple(ids), (), 0, "ranked", seconds, read, 0)
+
+
+def _away(
+    questions: Sequence[Question], hidden: Sequence[Sequence[str]] | None
+) -> list[frozenset[str]]:
+    """What is hidden from every question."""
+    more = hidden or [()] * len(questions)
+    return [frozenset((*q.hidden, *ids)) for q, ids in zip(questions, more, strict=True)]
 
 
 def _whole(ids: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
@@ -218,7 +433,8 @@ def _read(
 ) -> list[Outcome]:
     """Let a reader answer from rows of the corpus."""
     texts = [[(row + 1, documents[row].content) for row in rows] for rows in given]
-    answers = reader.answer([question.text for question in questions], texts)
+    limits = [question.max_new_tokens for question in questions]
+    answers = reader.answer([question.text for question in questions], texts, limits)
     seconds = (time.perf_counter() - began) / len(questions)
     return [
         Outcome(
@@ -231,6 +447,7 @@ def _read(
             seconds=seconds,
             prompt_tokens=answer.prompt_tokens,
             generated_tokens=answer.generated_tokens,
+            texts={documents[n - 1].id: documents[n - 1].content for n in answer.numbers},
         )
         for answer, best in zip(answers, ranked, strict=True)
     ]

@@ -1,44 +1,54 @@
 """Systems by name over one question set; what they share is made once, when it is needed.
 
 Names: `bm25-K`, `minilm-K`, `hybrid-K` (both), `backbone-K` (mean-pooled states of the model): the
-model's reader, handed the K best documents of a retriever; `gold` (handed the gold documents) and
-`closed` (handed none); each perhaps with `+memory` behind it (and the compressed memory to attend
-to); `msa` (a memory bank), perhaps with options of `MemoryEngine.ask` behind it, as in
-`msa:max_rounds=1,lexical_weight=0`.
+model's reader, handed the K best documents of a retriever, perhaps with `+rerank` behind it (the
+best put into another order by the model); `full` (handed as many documents as there is room for);
+`gold` (handed the gold documents) and `closed` (handed none); each perhaps with `+memory` behind it
+(and the compressed memory to attend to); `msa` (a memory bank), perhaps with options of
+`MemoryEngine.ask` behind it, as in `msa:max_rounds=1,lexical_weight=0`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from msa.errors import InputError
 from msa.evaluation.backbone import BackboneRetriever
+from msa.evaluation.banks import HaystackBanks
 from msa.evaluation.minilm import minilm_folder
 from msa.evaluation.question_sets import QuestionSet
 from msa.evaluation.reader import TextReader
+from msa.evaluation.rerank import Reranker
 from msa.evaluation.retrieval import (
     BM25Retriever,
     DenseRetriever,
     HybridRetriever,
+    JoinedRetriever,
     Progress,
     Retriever,
     SentenceEncoder,
 )
 from msa.evaluation.routing import bank_states
-from msa.evaluation.systems import GoldSystem, MemorySystem, ReaderSystem, System, bank_documents
+from msa.evaluation.systems import (
+    FullSystem,
+    GoldSystem,
+    MemorySystem,
+    ReaderSystem,
+    System,
+)
+from msa.evaluation.tasks.base import Change
 from msa.inference.engine import MemoryEngine
 from msa.memory.bank import MemoryBank
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS
 from msa.memory.latent import LatentMemory
 from msa.model.checkpoint import Checkpoint
-from msa.model.identity import model_fingerprints
-from msa.types import LatentStates
+from msa.types import Document, LatentStates
 
 RETRIEVERS = ("bm25", "minilm", "hybrid", "backbone")
 ABLATIONS = {
@@ -48,6 +58,8 @@ ABLATIONS = {
     ),
     "@interleave": ("msa", "msa:max_rounds=1"),
     "@text": ("gold", "gold+memory", "closed+memory", "closed"),
+    "@depths": tuple(f"{name}-{k}" for name in RETRIEVERS for k in (1, 5, 10)),
+    "@rerank": tuple(f"{name}-{k}+rerank" for name in RETRIEVERS for k in (1, 5, 10)),
 }
 """Groups of systems by name; `@layers` (the memory ranked by one layer alone) depends on the
 model."""
@@ -81,52 +93,68 @@ class Workbench:
         checkpoint: the model of all of them; None for retrievers only.
         questions: the set.
         workplace: where things are kept.
+        base: the set before its documents were changed, and the changes, if it is one that was.
+        seed: of what `full` draws.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint | None, questions: QuestionSet, workplace: Workplace
+        self,
+        checkpoint: Checkpoint | None,
+        questions: QuestionSet,
+        workplace: Workplace,
+        *,
+        base: tuple[QuestionSet, Sequence[Change]] | None = None,
+        seed: int = 0,
     ) -> None:
         self._given = checkpoint
         self._set = questions
         self._place = workplace
+        self._base = base
+        self._seed = seed
+        self._owned = questions.owned()
+        self._shared, self._own = _parted(questions)
+        self._documents = (*self._shared, *self._own)
 
     def expanded(self, names: Sequence[str]) -> list[str]:
-        """Names of systems, groups of ablations spelt out, none twice.
+        """See `expanded_systems`."""
+        return expanded_systems(names, self._checkpoint.model.config.routing_layers)
 
-        Raises:
-            InputError: there is no such group.
-        """
-        layers = self._checkpoint.model.config.routing_layers
-        alone = (f'msa:layer_weights={{"{layer}": 1}},lexical_weight=0' for layer in layers)
-        groups = {**ABLATIONS, "@layers": tuple(alone)}
-        unknown = [name for name in names if name.startswith("@") and name not in groups]
-        if unknown:
-            raise InputError(f"no group {unknown[0]!r}; there are: {', '.join(groups)}")
-        return list(dict.fromkeys(one for name in names for one in groups.get(name, (name,))))
+    def close(self) -> None:
+        """Close the bank, if one was opened."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.close()
+            engine.bank.close()
 
     def system(self, name: str) -> System:
         """The system of that name.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or it would show questions what they must not see.
         """
-        first, _, options = name.partition(":")
-        documents = self._set.documents
-        if first == "msa":
-            return MemorySystem(self._engine, documents, ask_options(options))
-        first, _, more = first.partition("+")
-        kind, _, depth = first.partition("-")
-        if not options and more in ("", "memory"):
-            if first in ("gold", "closed"):
-                return GoldSystem(
-                    self._reader(bool(more)), documents, None if first == "gold" else 0
-                )
-            if kind in RETRIEVERS and depth.isdecimal() and int(depth):
-                retriever: Retriever = getattr(self, kind)
-                return ReaderSystem(self._reader(bool(more)), retriever, documents, int(depth))
-        raise InputError(
-            f"system {name!r}: expected one of {'-K, '.join(RETRIEVERS)}-K, gold or closed, "
-            "perhaps with +memory behind it, or msa:OPTION=VALUE,..."
+        documents, owned = self._documents, self._owned
+        found = parse_system(name)
+        if found.memory and (owned or any(q.hidden for q in self._set.questions)):
+            raise InputError(
+                f"system {name!r}: +memory shows every document to every question, and here some "
+                "see documents that others must not; leave +memory out"
+            )
+        if found.kind == "msa":
+            return MemorySystem(self._engine, documents, found.options, owned=owned)
+        if found.kind in ("gold", "closed"):
+            depth = None if found.kind == "gold" else 0
+            return GoldSystem(self._reader(found.memory), documents, depth)
+        if found.kind == "full":
+            reader = self._reader(found.memory)
+            return FullSystem(reader, documents, owned=owned, seed=self._seed)
+        retriever: Retriever = getattr(self, found.kind)
+        return ReaderSystem(
+            self._reader(found.memory),
+            retriever,
+            documents,
+            found.depth,
+            owned=owned,
+            reranker=Reranker(self._checkpoint) if found.rerank else None,
         )
 
     @property
@@ -138,14 +166,14 @@ class Workbench:
     @cached_property
     def bm25(self) -> Retriever:
         """Over the whole corpus."""
-        return BM25Retriever(self._set.documents)
+        return BM25Retriever(self._documents)
 
     @cached_property
     def minilm(self) -> Retriever:
         """Over the whole corpus."""
         encoder = SentenceEncoder(self._place.minilm or minilm_folder())
         tell = self._progress("embedding", "documents")
-        return DenseRetriever(encoder, self._set.documents, self._place.cache, tell)
+        return self._joined(lambda part: DenseRetriever(encoder, part, self._place.cache, tell))
 
     @cached_property
     def hybrid(self) -> Retriever:
@@ -156,35 +184,35 @@ class Workbench:
     def backbone(self) -> Retriever:
         """Over the whole corpus."""
         tell = self._progress("embedding", "documents")
-        return BackboneRetriever(
-            self._checkpoint, self._set.documents, self._place.batch_tokens, tell
+        tokens, cache = self._place.batch_tokens, self._place.cache
+        return self._joined(
+            lambda part: BackboneRetriever(self._checkpoint, part, tokens, tell, cache)
         )
+
+    def _joined(self, make: Callable[[Sequence[Document]], Retriever]) -> Retriever:
+        """Of the haystack, kept for other sets that have the same, and of what is added to it."""
+        parts = [part for part in (self._shared, self._own) if part]
+        return JoinedRetriever([make(part) for part in parts])
 
     @cached_property
     def states(self) -> LatentStates:
         """Latent states of the whole corpus, in memory."""
         with MemoryBank.open(self._bank, read_only=True) as bank:
-            return bank_states(bank, self._set.documents)
+            return bank_states(bank, self._documents)
 
     @cached_property
     def _bank(self) -> Path:
-        """Folder of a bank of the whole corpus; one that was left unfinished is gone on with."""
-        held = self._checkpoint
-        model = model_fingerprints(held.model)[0][:16]
-        data = self._set.data_hash.replace("/", "-")
-        folder = self._place.banks / f"{self._set.name}-{data}-{model}"
-        exists = (folder / "bank.json").is_file()
-        make = MemoryBank.open if exists else MemoryBank.create
-        with make(folder, held) as bank:
-            if bank.info().num_ids < len(self._set.documents):
-                tell = self._progress("indexing", "documents")
-                bank.add(
-                    bank_documents(self._set.documents),
-                    on_duplicate="skip",
-                    batch_tokens=self._place.batch_tokens,
-                    progress=lambda state: tell(state.documents, len(self._set.documents)),
-                )
-        return folder
+        """Folder of a bank of the whole corpus."""
+        banks = HaystackBanks(
+            self._place.banks,
+            self._checkpoint,
+            batch_tokens=self._place.batch_tokens,
+            progress=self._progress,
+        )
+        if self._base is None:
+            return banks.bank(self._shared, self._own)
+        before, changes = self._base
+        return banks.changed(banks.bank(*_parted(before)), changes, self._owned)
 
     @cached_property
     def _engine(self) -> MemoryEngine:
@@ -202,6 +230,74 @@ class Workbench:
         if self._place.progress is None:
             return lambda done, whole: None
         return self._place.progress(f"{self._set.name}: {work}", unit)
+
+
+def expanded_systems(names: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Names of systems, groups of ablations spelt out, none twice.
+
+    Args:
+        names: of systems and groups.
+        layers: the model's routing layers.
+
+    Raises:
+        InputError: there is no such group, or no such system.
+    """
+    alone = (f'msa:layer_weights={{"{layer}": 1}},lexical_weight=0' for layer in layers)
+    groups = {**ABLATIONS, "@layers": tuple(alone)}
+    unknown = [name for name in names if name.startswith("@") and name not in groups]
+    if unknown:
+        raise InputError(f"no group {unknown[0]!r}; there are: {', '.join(groups)}")
+    found = list(dict.fromkeys(one for name in names for one in groups.get(name, (name,))))
+    for name in found:
+        parse_system(name)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class SystemName:
+    """A system's name, taken apart.
+
+    Attributes:
+        kind: "msa", "full", "gold", "closed", or a retriever.
+        depth: documents handed over by a retriever; 0 for the others.
+        memory: whether the compressed memory is attended to.
+        rerank: whether the model puts the best documents into another order.
+        options: of `MemoryEngine.ask`.
+    """
+
+    kind: str
+    depth: int = 0
+    memory: bool = False
+    rerank: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_system(name: str) -> SystemName:
+    """Take a system's name apart.
+
+    Raises:
+        InputError: there is no such system.
+    """
+    first, _, options = name.partition(":")
+    if first == "msa":
+        return SystemName("msa", options=ask_options(options))
+    first, *more = first.split("+")
+    kind, _, depth = first.partition("-")
+    ranks = kind in RETRIEVERS and depth.isdecimal() and int(depth) > 0
+    allowed = {"memory", "rerank"} if ranks else {"memory"}
+    if not options and set(more) <= allowed and (ranks or first in ("full", "gold", "closed")):
+        return SystemName(kind, int(depth or 0), "memory" in more, "rerank" in more)
+    raise InputError(
+        f"system {name!r}: expected one of {'-K, '.join(RETRIEVERS)}-K (perhaps with +rerank), "
+        "full, gold or closed, perhaps with +memory behind it, or msa:OPTION=VALUE,..."
+    )
+
+
+def _parted(questions: QuestionSet) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    """Documents that all questions see, and those that are some question's own."""
+    owned = questions.owned()
+    shared = tuple(d for d in questions.documents if d.id not in owned)
+    return shared, tuple(d for d in questions.documents if d.id in owned)
 
 
 def ask_options(text: str) -> dict[str, Any]:
