@@ -8,6 +8,7 @@ the lead-in of the answer. No memory is attended to unless one is given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ class TextReader:
         checkpoint: the model, with its tokenizer and text format.
         max_new_tokens: of an answer.
         memory: attended to beside the documents, routed from as the context says; none by default.
+        refusal_threshold: probability of the refusal, as the model gives it, above which the reader
+            refuses, in (0, 1]; 1 always answers.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TextReader:
         *,
         max_new_tokens: int = 64,
         memory: MemoryReader | None = None,
+        refusal_threshold: float = 0.5,
     ) -> None:
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
         template = checkpoint.template
@@ -66,7 +70,10 @@ class TextReader:
         self._encoder = PromptEncoder(tokenizer, template)
         self._memory = memory
         self._max_new_tokens = max_new_tokens
+        self._refusal_threshold = refusal_threshold
         self._lead_in = self._encoder.tokenize(template.answer)
+        whole = self._encoder.answer(template.refusal) if template.refusal else []
+        self._refusal = whole[len(self._lead_in) :]
         end = self._encoder.tokenize(template.end)
         eos = model.generation_config.eos_token_id if model.generation_config else None
         others = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -147,13 +154,22 @@ class TextReader:
         prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
         decoder = Decoder(model, prompts, self._memory, self._pad)
         positions = config.max_position_embeddings
+        refused = self._refused(decoder, len(contexts))
         rows = [
             TextRow(
                 Sampler(0.0, 1.0, None),
                 self._answers.ends,
-                min(limit, positions - start),
+                0 if no else min(limit, positions - start),
+                self._refusal[0] if self._refusal else None,
             )
-            for limit, start in zip(limits, decoder.positions, strict=True)
+            for limit, start, no in zip(limits, decoder.positions, refused, strict=True)
         ]
         write_all(decoder, rows)
         return [row.tokens for row in rows]
+
+    def _refused(self, decoder: Decoder, rows: int) -> list[bool]:
+        """Whether the refusal is likely enough; else it is not to be written."""
+        if not self._refusal:
+            return [False] * rows
+        limit = math.log(self._refusal_threshold)
+        return [value > limit for value in decoder.log_probability(self._refusal)]
