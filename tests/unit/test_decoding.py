@@ -199,6 +199,23 @@ def test_texts_end_with_their_marks_or_their_budgets_and_know_their_probability(
     assert [t.tokens for t in texts([], [0, 0, 0])] == [[], [], []]
 
 
+def test_a_text_does_not_begin_with_the_token_that_is_barred(model: Any, memory: Any) -> None:
+    def texts(not_first: int | None) -> list[TextRow]:
+        samplers = greedy(len(CONTEXTS))
+        rows = [TextRow(sampler, [], 3, not_first) for sampler in samplers]
+        write_all(decoder_of(model, memory, CONTEXTS), rows)
+        return rows
+
+    free = texts(None)
+    barred = free[0].tokens[0]
+    for made, before, row in zip(CONTEXTS, free, texts(barred), strict=True):
+        logits = whole(model, memory, made, [])
+        logits[barred] = -torch.inf
+        assert row.tokens[0] == int(logits.argmax()) != barred
+        if before.tokens[0] != barred:
+            assert row.tokens == before.tokens
+
+
 def numbers(*some: int) -> dict[int, list[int]]:
     return {n: [OPEN, *(int(d) for d in str(n)), CLOSE] for n in some}
 

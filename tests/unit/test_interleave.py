@@ -594,6 +594,21 @@ def test_a_refusal_that_the_model_writes_cites_nothing(
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_where_the_threshold_is_for_an_answer_the_model_does_not_refuse_by_itself(
+    model: Any, encoder: PromptEncoder, script: Any, stream: bool, monkeypatch: Any
+) -> None:
+    script({"Q?": [f"[3]{READ}", END, f" {REFUSAL}{STOP}"]})
+    # the script does not know of the question how likely the refusal is
+    monkeypatch.setattr("msa.inference.interleave.LIKELY_REFUSAL", -math.inf)
+    options = {"refusal_threshold": 1.0, "max_new_tokens": 6, "stream": stream}
+    (answer,), events = run(model, encoder, ["Q?"], **options)
+    assert answer.stopped in ("answered", "max_tokens")
+    assert len(answer.citations) == 1
+    assert not answer.text.startswith("not")
+    assert "".join(e.data for e in events if e.kind == "token") == answer.text * stream
+
+
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("weights", [None, {"bias": 5.0, "answer_log_probability": -1.0}])
 def test_an_answer_is_refused_when_its_score_is_above_the_threshold(
     model: Any, encoder: PromptEncoder, script: Any, stream: bool, weights: Any
