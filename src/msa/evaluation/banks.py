@@ -21,9 +21,10 @@ from msa.errors import InputError
 from msa.evaluation.retrieval import Progress
 from msa.evaluation.systems import bank_documents
 from msa.evaluation.tasks.base import Change
-from msa.memory.bank import SEGMENTS_FOLDER, MemoryBank
+from msa.memory.bank import MemoryBank
 from msa.memory.ingest.encoder import DEFAULT_BATCH_TOKENS
 from msa.memory.ingest.pipeline import OnDuplicate
+from msa.memory.stored_documents import SEGMENTS_FOLDER
 from msa.model.checkpoint import Checkpoint
 from msa.model.identity import model_fingerprints
 from msa.types import Document

@@ -48,6 +48,7 @@ from msa.text.tables import FieldNames, jsonl_records, table_records
 from msa.types import JSON, Document
 
 __all__ = [
+    "CONVERTED_SUFFIXES",
     "INSTALL_DOCUMENTS",
     "MAX_UNPACKED_BYTES",
     "FieldNames",
