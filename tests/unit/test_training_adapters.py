@@ -10,13 +10,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import SMALL
 from msa import MSAForCausalLM
-from msa.errors import InputError
+from msa.errors import InputError, ModelError
 from msa.memory.latent import LatentMemory
+from msa.model.adapters import save_adapter
+from msa.model.bases import Base
 from msa.model.convert import convert_backbone
+from msa.text.prompts import PromptTemplate
 from msa.training.adapters import (
     adapter_updates,
     add_adapter,
     freeze_below,
+    is_router,
+    load_adapter,
     merged_state,
     trained_state,
 )
@@ -147,6 +152,45 @@ def test_updates_are_those_of_trained_modules_with_their_scale(folder):
     merged = merged_state(model)["model.layers.0.mlp.up_proj.weight"]
     base = model.model.layers[0].mlp.up_proj.base_layer.weight
     assert torch.allclose(merged, base + scale * up @ down, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """An adapter folder, and the model that it was made of."""
+    model = adapted(folder)
+    for name, parameter in model.named_parameters():
+        if is_router(name):
+            parameter.data.mul_(0.5)
+    target = tmp_path_factory.mktemp("adapter")
+    base = Base(name="Tiny", file="tiny.gguf", sha256="0" * 64, size=9, hub="a/b@c")
+    updates = adapter_updates(model)
+    template = PromptTemplate()
+    save_adapter(updates, base, target, config=model.config, template=template, dtype=torch.float32)
+    return target, model
+
+
+def test_training_goes_on_from_an_adapter(folder, saved):
+    target, model = saved
+    again = MSAForTraining.from_pretrained(folder, dtype=torch.float32)
+    add_adapter(again, SETTINGS)
+    load_adapter(again, target)
+    assert torch.allclose(logits_of(again.eval()), logits_of(model), atol=1e-4)
+    for name, tensor in trained_state(model).items():
+        assert torch.allclose(trained_state(again)[name], tensor, atol=1e-6), name
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, saved, tmp_path):
+    target, _ = saved
+    model = MSAForTraining.from_pretrained(folder, dtype=torch.float32)
+    add_adapter(model, AdapterSettings(rank=4, alpha=4))
+    with pytest.raises(ModelError, match=r"lora_A is \(2, .* this run has \(4, .*rank"):
+        load_adapter(model, target)
+    bare = MSAForTraining.from_pretrained(folder, dtype=torch.float32)
+    add_adapter(bare, AdapterSettings(rank=2, alpha=6, targets=("q_proj",)))
+    with pytest.raises(ModelError, match=r"no such weight.*targets"):
+        load_adapter(bare, target)
+    with pytest.raises(ModelError, match=r"no adapter .*adapter\.safetensors"):
+        load_adapter(model, tmp_path)
 
 
 def test_without_peft_one_line_says_what_to_type(folder, monkeypatch):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from msa.errors import InputError
-from msa.model.adapters import Update
+from msa.errors import InputError, ModelError
+from msa.model.adapters import ADAPTER_FILE, A, B, Update
 from msa.training.config import AdapterSettings
 
 ROUTER_PARTS = ("router_q_proj", "router_k_proj", "router_token_weight")
@@ -50,6 +52,43 @@ def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
         if _is_trained(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Let training go on from what an adapter folder holds.
+
+    Args:
+        model: with adapters in it, on the base of that adapter.
+        folder: as `msa.model.adapters.save_adapter` writes it.
+
+    Raises:
+        ModelError: it is no adapter folder, or one of another rank or for another model.
+    """
+    path = Path(folder) / ADAPTER_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: no adapter (no {ADAPTER_FILE} in it); give an adapter's folder"
+        )
+    held = load_file(path)
+    places = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    for name, tensor in held.items():
+        own = name
+        for part, inner in ((A, ".lora_A.default.weight"), (B, ".lora_B.default.weight")):
+            if name.endswith(part):
+                module: Any = modules.get(name.removesuffix(part))
+                own = name.removesuffix(part) + inner
+                scale = module.scaling["default"] if hasattr(module, "scaling") else 1.0
+                tensor = tensor.float() / scale if part == B else tensor
+        place = places.get(own)
+        if place is None or place.shape != tensor.shape:
+            wanted = "no such weight" if place is None else tuple(place.shape)
+            raise ModelError(
+                f"{path}: {name} is {tuple(tensor.shape)}, this run has {wanted}; give the rank "
+                "and targets with which it was trained, and its base as start_from"
+            )
+        place.copy_(tensor)
 
 
 def is_router(name: str) -> bool:

@@ -306,6 +306,7 @@ class AdapterSettings(Settings):
         base: fields of `msa.model.bases.Base` that take the place of those in the `base.json` of
             `start_from`: where the base may be fetched from (`pypi`, `pypi_size`, `hub`), its
             `name` and `license`.
+        start: folder of an adapter of the same base, rank and targets that training goes on from.
     """
 
     rank: Count = 16
@@ -315,6 +316,7 @@ class AdapterSettings(Settings):
         *("gate_proj", "up_proj", "down_proj"),
     )
     base: Fields = field(default_factory=dict)
+    start: Text | None = None
 
 
 @settings

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from msa.errors import ConfigError, InputError, TrainingError
 from msa.model.configuration_msa import MSAConfig
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.training.adapters import add_adapter, freeze_below, trained_part
+from msa.training.adapters import add_adapter, freeze_below, load_adapter, trained_part
 from msa.training.config import (
     QuestionStage,
     RouterStage,
@@ -141,6 +141,8 @@ class _Run:
             model: MSAForTraining = MSAForTraining.from_pretrained(config.start_from, dtype=frozen)
             if config.adapter is not None:
                 add_adapter(model, config.adapter)
+                if config.adapter.start is not None:
+                    load_adapter(model, config.adapter.start)
             return model
         known = list(MSAConfig().to_dict())
         for name in config.model:
