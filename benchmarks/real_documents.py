@@ -1,14 +1,11 @@
-"""Real questions over real documents: what is found, and what is answered.
+"""Real questions over real documents: what is found, by every layer and by all together.
 
     python benchmarks/real_documents.py retrieval FOLDER... [--model FOLDER] [--minilm FOLDER]
-    python benchmarks/real_documents.py answers FOLDER... --model FOLDER --output RUNS
-        [--systems bm25-1 gold msa msa:lexical_weight=0] [--hide-gold]
-    python benchmarks/real_documents.py report RUNS [--output docs/results]
+        [--output docs/results/real_documents.json]
 
 FOLDERs are question sets: corpus.jsonl.gz {id, title, text} and questions.SPLIT.jsonl.gz {id,
-question, answers, gold}. The whole corpus of a set is searched. `--help` behind a command lists
-what it takes; msa/evaluation/workbench.py says what systems there are. Ablations come in groups:
-`@documents`, `@interleave`, `@text`, `@layers`.
+question, answers, gold}. The whole corpus of a set is searched. `retrieval --help` lists what it
+takes. Answers are the work of `msa eval`.
 """
 
 from __future__ import annotations
@@ -27,10 +24,8 @@ from msa.errors import InputError, MSAError
 from msa.evaluation.metrics import all_within, bootstrap, recall_at
 from msa.evaluation.provenance import provenance
 from msa.evaluation.question_sets import QuestionSet, read_question_set, with_fewer_documents
-from msa.evaluation.report import as_json, compared, markdown, read_runs
 from msa.evaluation.retrieval import QUESTION_BLOCK, gold_ranks, z_scores
 from msa.evaluation.routing import fuse, layer_scores
-from msa.evaluation.runs import run
 from msa.evaluation.workbench import Workbench, Workplace, ask_options
 from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
@@ -40,18 +35,15 @@ from msa.model.loading import load as load_checkpoint
 from msa.ops.routing import QUERY_REDUCTIONS
 
 DEPTHS = (1, 5, 16)
-SYSTEMS = (
-    "bm25-1",
-    "bm25-2",
-    "bm25-4",
-    "minilm-1",
-    "minilm-4",
-    "msa:lexical_weight=0",
-    "msa",
-    "gold",
-)
-RETRIEVAL = "retrieval.json"  # in a folder of runs, for the report
-RETRIEVAL_AUGMENTED = ("bm25-1", "bm25-2", "bm25-4", "minilm-1", "minilm-4")
+HEAD = """\
+# Real questions over real documents
+
+What is found, without reading. What is answered stands in `evaluation.md` of the same folder,
+written by `msa eval report`.
+
+*R@k*: every gold document is among the first k of the ranking (two-hop questions have two to four
+of them). *share@k*: the share of the gold documents within the first k. In percent.
+"""
 Scores = np.ndarray
 
 
@@ -60,20 +52,19 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        args.run(args)
+        retrieval(args)
     except MSAError as error:
         sys.exit(f"error: {error}")
 
 
-# Retrieval
-
-
 def retrieval(args: argparse.Namespace) -> None:
-    """R@1, 5, 16 of every way to rank documents, a table and a JSON file."""
+    """R@1, 5, 16 of every way to rank documents: a table, and a JSON file with its page."""
     checkpoint, about = load(args) if args.model else (None, {})
     pools = checkpoint and checkpoint.model.config.query_reduction == "pooled"
     if not pools and "pooled" in (args.reductions or []):
         raise InputError("--reductions pooled: expected a --model that was made to pool")
+    if args.output and Path(args.output).suffix != ".json":
+        raise InputError(f"--output {args.output}: expected the name of a .json file")
     results: dict[str, dict] = {}
     about = {"about": provenance(args.seed, **about)}
     for folder in args.sets:
@@ -98,7 +89,7 @@ def retrieval(args: argparse.Namespace) -> None:
         results[name] = row
         show(name, row)
         if args.output:
-            merge_json(Path(args.output), results)
+            keep(Path(args.output), results)
 
 
 def rankings(
@@ -181,97 +172,6 @@ def show(name: str, row: dict) -> None:
         print(f"{system:28}" + "".join(f"{found[head]:10.1f}" for head in heads), flush=True)
 
 
-# Answers
-
-
-def answers(args: argparse.Namespace) -> None:
-    """Ask every system the same questions; a file of JSON lines per set and system, resumable."""
-    checkpoint, about = load(args)
-    for folder in args.sets:
-        questions = read(folder, args)
-        bench = Workbench(checkpoint, questions, workplace(args))
-        for spec in bench.expanded(args.systems):
-            parts = [questions.name, questions.split, spec, "hidden" if args.hide_gold else ""]
-            name = ".".join("".join(c if c.isalnum() else "-" for c in p) for p in parts if p)
-            done = run(
-                Path(args.output, f"{name}.jsonl"),
-                {
-                    **provenance(args.seed, **about),
-                    "set": questions.name,
-                    "split": questions.split,
-                    "data": questions.data_hash,
-                    "documents": len(questions.documents),
-                    "title_hints": args.title_hints,
-                    "system": spec,
-                },
-                lambda spec=spec, bench=bench: bench.system(spec),
-                questions.questions,
-                batch_size=args.batch_size,
-                hide_gold=args.hide_gold,
-                progress=progress(f"{questions.name}: {spec}", "questions"),
-            )
-            scores = {key: sum(row[key] for row in done.rows) for key in ("em", "f1", "refused")}
-            shares = ", ".join(f"{k} {100 * v / len(done.rows):.1f}" for k, v in scores.items())
-            print(f"{name}: {len(done.rows)} questions, {shares}", flush=True)
-
-
-def report(args: argparse.Namespace) -> None:
-    """Write real_documents.md and .json from a folder of runs."""
-    found = retrieval_tables(args.runs / RETRIEVAL)
-    runs = {} if found and not list(args.runs.glob("*.jsonl")) else read_runs(args.runs)
-    table = markdown(runs, args.seed) if runs else ""
-    lines = []
-    for one, others, title in (
-        ("msa", RETRIEVAL_AUGMENTED, "F1 of `msa` less the best retrieval-augmented reader"),
-        ("msa", ["msa:max_rounds=1"], "F1 of `msa` less the same in one round"),
-    ):
-        if by_set := compared(runs, one, others, "f1", args.seed):
-            lines += [f"## {title}\n", "| set | against | difference | 95% interval |"]
-            lines += ["|---|---|---|---|"]
-            lines += [
-                f"| {name} | {best} | {100 * by.mean:+.1f} "
-                f"| {100 * by.low:+.1f} to {100 * by.high:+.1f} |"
-                for name, (best, by) in by_set.items()
-            ]
-            lines.append("")
-    head = "# Real questions over real documents\n\nWritten by `python benchmarks/real_documents.py"
-    text = f"{head} report`.\n\n{table}\n" + "\n".join([*lines, *found])
-    if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        Path(args.output, "real_documents.md").write_text(text, encoding="utf-8")
-        held = {"answers": as_json(runs, args.seed), "retrieval": read_json(args.runs / RETRIEVAL)}
-        data = json.dumps(held, indent=1) + "\n"
-        Path(args.output, "real_documents.json").write_text(data, encoding="utf-8")
-    print(text)
-
-
-def retrieval_tables(path: Path) -> list[str]:
-    """What `retrieval --output` has written, as lines of Markdown."""
-    held = read_json(path)
-    if not held:
-        return []
-    heads = [f"{kind}@{k}" for kind in ("R", "share") for k in DEPTHS]
-    made = [found["about"] for row in held.values() for found in row["systems"].values()]
-    lines = [
-        "## Retrieval alone\n",
-        "*share@k*: the share of the gold documents within the first k.\n",
-        *dict.fromkeys(f"`{about['command']}` ({about['commit']})\n" for about in made),
-        f"| set | questions | documents | ranked by | {' | '.join(heads)} |",
-        "|---" * (len(heads) + 4) + "|",
-    ]
-    for name, row in held.items():
-        for system, found in row["systems"].items():
-            cells = " | ".join(f"{found[head]:.1f}" for head in heads)
-            lines.append(
-                f"| {name} {row['split']} | {row['questions']:,} | {row['documents']:,} | {system} "
-                f"| {cells} |"
-            )
-    return [*lines, ""]
-
-
-# What the commands share
-
-
 def load(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, str]]:
     """The checkpoint, and what is to be said about it."""
     checkpoint = load_checkpoint(args.model, dtype=args.dtype)
@@ -291,7 +191,6 @@ def workplace(args: argparse.Namespace) -> Workplace:
         cache=Path(args.cache),
         minilm=Path(args.minilm) if args.minilm else None,
         batch_tokens=args.batch_tokens,
-        max_new_tokens=getattr(args, "max_new_tokens", None),
         progress=progress,
     )
 
@@ -303,9 +202,12 @@ def read(folder: str, args: argparse.Namespace) -> QuestionSet:
     )
 
 
-def merge_json(path: Path, results: dict) -> None:
-    """Write results, keeping what the file holds of other sets and systems."""
-    held = read_json(path)
+def keep(path: Path, results: dict) -> None:
+    """Write results as JSON, and the page of all that the file then holds, beside it (.md).
+
+    What it holds of other sets and systems is kept.
+    """
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name, row in results.items():
         if name in held:
             row = row | {"systems": held[name]["systems"] | row["systems"]}
@@ -314,11 +216,32 @@ def merge_json(path: Path, results: dict) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+    path.with_suffix(".md").write_text(page(held), encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """What a file holds; nothing if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def page(held: dict) -> str:
+    """What the JSON file holds, as Markdown."""
+    heads = [f"{kind}@{k}" for kind in ("R", "share") for k in DEPTHS]
+    made = [found["about"] for row in held.values() for found in row["systems"].values()]
+    lines = [
+        HEAD,
+        *dict.fromkeys(f"{source(about)}\n" for about in made),
+        f"| set | questions | documents | ranked by | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 4) + "|",
+    ]
+    for name, row in held.items():
+        where = f"{name} {row['split']} | {row['questions']:,} | {row['documents']:,}"
+        for system, found in row["systems"].items():
+            cells = " | ".join(f"{found[head]:.1f}" for head in heads)
+            lines.append(f"| {where} | {system} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def source(about: dict) -> str:
+    """Where figures come from, in a line."""
+    names = ("commit", "model", "dtype", "machine", "seed")
+    told = "; ".join(f"{name}: {about[name]}" for name in names if name in about)
+    return f"`{about['command']}` ({told})"
 
 
 def progress(work: str, unit: str) -> Callable[[int, int], None]:
@@ -347,50 +270,34 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("sets", nargs="+", metavar="FOLDER", help="question sets")
-    common.add_argument("--split", help="by default dev, or else test")
-    common.add_argument("--questions", type=int, help="drawn from each set; by default all")
-    common.add_argument("--seed", type=int, default=7)
-    common.add_argument("--title-hints", action="store_true", help="ask with the rows' title_hint")
-    common.add_argument("--model", help="folder of an MSA checkpoint")
-    common.add_argument(
+    command = commands.add_parser("retrieval", help=retrieval.__doc__)
+    command.add_argument("sets", nargs="+", metavar="FOLDER", help="question sets")
+    command.add_argument("--split", help="by default dev, or else test")
+    command.add_argument("--questions", type=int, help="drawn from each set; by default all")
+    command.add_argument("--seed", type=int, default=7)
+    command.add_argument("--title-hints", action="store_true", help="ask with the rows' title_hint")
+    command.add_argument("--model", help="folder of an MSA checkpoint")
+    command.add_argument(
         "--config", default="", help='fields of the model to change: query_reduction="max"'
     )
-    common.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    common.add_argument(
+    command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    command.add_argument(
         "--minilm",
         nargs="?",
         const="",
         help="rank by all-MiniLM-L6-v2 too: its folder, or nothing to have it fetched",
     )
-    common.add_argument("--cache", default=str(home() / "evaluation"), help="of embeddings")
-    common.add_argument("--banks", help="folder of the banks; by default CACHE/banks")
-    common.add_argument("--batch-tokens", type=int, default=4096, help="encoded at once")
-    common.add_argument("--threads", type=int, help="by default torch's own choice")
-    command = commands.add_parser("retrieval", parents=[common], help=retrieval.__doc__)
+    command.add_argument("--cache", default=str(home() / "evaluation"), help="of embeddings")
+    command.add_argument("--banks", help="folder of the banks; by default CACHE/banks")
+    command.add_argument("--batch-tokens", type=int, default=4096, help="encoded at once")
+    command.add_argument("--threads", type=int, help="by default torch's own choice")
     command.add_argument("--reductions", nargs="+", choices=QUERY_REDUCTIONS, help="compare these")
     command.add_argument(
         "--weights", type=weights, help="of the layers, as 2:1,6:0.5; by default the checkpoint's"
     )
     command.add_argument("--lexical-weight", type=float, help="by default the checkpoint's")
     command.add_argument("--documents", type=int, help="of a smaller corpus, for a quick look")
-    command.add_argument(
-        "--output", help="JSON file to add to; the report reads RUNS/retrieval.json"
-    )
-    command.set_defaults(run=retrieval)
-    command = commands.add_parser("answers", parents=[common], help=answers.__doc__)
-    command.add_argument("--systems", nargs="+", default=list(SYSTEMS))
-    command.add_argument("--hide-gold", action="store_true", help="ask without the gold documents")
-    command.add_argument("--batch-size", type=int, default=16, help="questions asked together")
-    command.add_argument("--max-new-tokens", type=int, help="of a reader; by default as for msa")
-    command.add_argument("--output", required=True, help="folder of the runs")
-    command.set_defaults(run=answers)
-    command = commands.add_parser("report", help=report.__doc__)
-    command.add_argument("runs", type=Path, help="folder of the runs")
-    command.add_argument("--output", help="such as docs/results")
-    command.add_argument("--seed", type=int, default=7, help="of the bootstrap")
-    command.set_defaults(run=report, threads=None)
+    command.add_argument("--output", help="JSON file to add to; a page (.md) is put beside it")
     return parser.parse_args()
 
 

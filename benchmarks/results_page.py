@@ -12,8 +12,8 @@ FOLDER = Path(__file__).parents[1] / "docs/results"
 SETS = {"one_hop": "one hop", "two_hop": "two hops", "questions": "as asked"}
 NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
+REAL = {"real_documents.md": "what is found", "evaluation.md": "what is answered"}
 OTHERS = {
-    "real_documents.md": "real questions over real documents, beside retrieval-augmented readers",
     "bench.md": "Speed: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
 }
@@ -27,10 +27,9 @@ once. Less is gained by a better kernel than by reading fewer keys: the pruned s
 
 def main() -> None:
     parts = [
-        "# Results\n\nReal documents, with the default model: "
-        "[real_documents.md](real_documents.md)."
-        " What follows is written\nfrom the JSON files in this folder by "
-        "`python benchmarks/results_page.py`. Each\nholds its command, commit, machine and seed. "
+        f"# Results\n\nReal documents, with the default model: {', '.join(links(REAL))}.\n\n"
+        "What follows is written from the JSON files in this folder by\n"
+        "`python benchmarks/results_page.py`. Each holds its command, commit, machine and seed.\n"
         "Shares are in percent.\n"
     ]
     sections = (
@@ -42,9 +41,14 @@ def main() -> None:
         path = FOLDER / f"{name}.json"
         if path.is_file():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
-    others = [f"- [{text}]({name})" for name, text in OTHERS.items() if (FOLDER / name).is_file()]
+    others = [f"- {link}" for link in links(OTHERS)]
     parts.append("## Speed\n\n" + "\n".join(others) + "\n\n" + LIMITS)
     (FOLDER / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def links(pages: dict[str, str]) -> list[str]:
+    """Links to those of the pages that are there."""
+    return [f"[{text}]({name})" for name, text in pages.items() if (FOLDER / name).is_file()]
 
 
 def heading(title: str, about: dict) -> str:

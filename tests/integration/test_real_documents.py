@@ -54,43 +54,34 @@ def test_retrieval_ranks_by_words_by_every_layer_and_by_all(command, places, tmp
     assert {"MSA, max, fused", "MSA, pooled, layer 3"} <= set(names)
 
 
-def test_answers_are_kept_and_reported(command, places, tmp_path):
+def test_the_page_holds_every_set_that_the_file_holds(command, places, tmp_path):
     folder, model = places
-    runs = tmp_path / "runs"
-    asked = ("answers", folder, "--model", model, "--output", runs, "--max-new-tokens", 4)
-    one = ["msa:max_new_tokens=4,max_rounds=1", "bm25-1", "gold+memory", "backbone-1"]
-    command(*asked, "--systems", *one)
-    command(*asked, "--systems", *one[:2], "--hide-gold")
-    before = {path: path.read_bytes() for path in runs.glob("*.jsonl")}
-    assert len(before) == 6
-    command(*asked, "--systems", *one)  # all is there already
-    assert {path: path.read_bytes() for path in runs.glob("*.jsonl")} == before
-    command("retrieval", folder, "--output", runs / "retrieval.json")
-    out = command("report", runs, "--output", tmp_path)
-    assert "| tiny dev | 4 | 5 | BM25 | 66.7 |" in out
-    assert "| gold+memory | 4 |" in out
-    assert "## Refusals" in (tmp_path / "real_documents.md").read_text()
-    data = json.loads((tmp_path / "real_documents.json").read_text())
-    assert data["answers"]["tiny dev"]["bm25-1"]["about"]["model"]
-    assert data["retrieval"]["tiny"]["systems"]["BM25"]["about"]["commit"]
+    output = tmp_path / "made" / "found.json"
+    command("retrieval", folder, "--output", output)
+    command("retrieval", folder, "--model", model, "--output", output)
+    command("retrieval", folder, "--documents", 4, "--output", output)
+    row = json.loads(output.read_text())["tiny"]["systems"]["BM25"]
+    page = output.with_suffix(".md").read_text()
+    assert "| tiny dev | 4 | 5 | BM25 | 66.7 |" in page
+    assert "| tiny dev | 4 | 5 | MSA, layer 2 |" in page
+    assert "| tiny, 4 documents only dev | 4 | 4 | BM25 |" in page
+    assert f"`{row['about']['command']}` (commit: {row['about']['commit']}; model: " in page
+    assert "seed: 7)" in page
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--systems", "bm25"), "system 'bm25': expected one of bm25-K"),
-        (("--systems", "minilm-1", "--minilm", "nowhere"), "nowhere: no config.json"),
-        (("--systems", "@nothing"), "no group '@nothing'; there are: @documents"),
-        (("--systems", "msa:max_rounds"), "option 'max_rounds': expected NAME=VALUE"),
-        (("--systems", "msa:max_rounds=x"), "'x' is no JSON value"),
+        (("--minilm", "nowhere"), "nowhere: no config.json"),
         (("--config", "nothing=1"), "--config nothing: the model's configuration has no such"),
+        (("--output", "page.md"), "--output page.md: expected the name of a .json file"),
         (("--split", "train"), "holds no questions.train.jsonl.gz"),
     ],
 )
-def test_what_cannot_be_asked_is_one_clear_line(command, places, tmp_path, words, message):
+def test_what_cannot_be_ranked_is_one_clear_line(command, places, words, message):
     folder, model = places
     with pytest.raises(SystemExit) as caught:
-        command("answers", folder, "--model", model, "--output", tmp_path, *words)
+        command("retrieval", folder, "--model", model, *words)
     assert str(caught.value).startswith("error: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

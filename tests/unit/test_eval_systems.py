@@ -47,7 +47,7 @@ def checkpoint(tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def place(tmp_path):
-    return Workplace(banks=tmp_path / "banks", cache=tmp_path / "cache", max_new_tokens=4)
+    return Workplace(banks=tmp_path / "banks", cache=tmp_path / "cache")
 
 
 def seen(outcomes):
@@ -114,6 +114,19 @@ def test_what_shows_everything_is_refused_where_not_all_may_be_seen(checkpoint, 
     hidden = replace(SET, questions=(replace(ASKED[0], own=(), hidden=("hay-1",)),))
     with pytest.raises(InputError, match=r"\+memory shows every document"):
         Workbench(checkpoint, hidden, place).system("closed+memory")
+
+
+def test_the_compressed_memory_is_attended_to_where_all_may_see_it(checkpoint, place, tmp_path):
+    questions = tiny_question_set(tmp_path)
+    bench = Workbench(checkpoint, questions, place)
+    prompts = {}
+    for system in ("gold", "gold+memory", "closed+memory"):
+        outcomes = bench.system(system).ask(questions.questions)
+        gold = [() if system == "closed+memory" else q.gold for q in questions.questions]
+        assert [o.named for o in outcomes] == gold
+        prompts[system] = [(o.answer, o.prompt_tokens) for o in outcomes]
+    assert prompts["gold"] != prompts["gold+memory"]
+    bench.close()
 
 
 # ---- full context
@@ -302,11 +315,26 @@ def test_names_of_systems_are_taken_apart():
     assert parse_system("msa:max_rounds=1").options == {"max_rounds": 1}
     assert parse_system("full+memory").memory
     assert expanded_systems(["@depths", "bm25-1"], [2])[:3] == ["bm25-1", "bm25-5", "bm25-10"]
+    alone = {"layer_weights": {"3": 1}, "lexical_weight": 0}
+    assert parse_system(expanded_systems(["@layers"], [2, 3])[1]).options == alone
 
 
 @pytest.mark.parametrize("name", ["bm25", "bm25-0", "gold+rerank", "full-3x", "msax", "bm25-1:a=1"])
 def test_a_system_that_is_none_is_one_clear_line(name):
     with pytest.raises(InputError, match="expected one of bm25-K"):
+        expanded_systems([name], [2])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("@nothing", "no group '@nothing'; there are: @documents"),
+        ("msa:max_rounds", "option 'max_rounds': expected NAME=VALUE"),
+        ("msa:max_rounds=x", "'x' is no JSON value"),
+    ],
+)
+def test_a_group_or_an_option_that_is_none_is_one_clear_line(name, message):
+    with pytest.raises(InputError, match=message):
         expanded_systems([name], [2])
 
 

@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from msa.errors import InputError
 from msa.evaluation.metrics import (
-    Interval,
-    all_within,
-    bootstrap,
     contains,
     exact_match,
-    mean,
-    recall_at,
     token_f1,
     uses_wrong,
 )
@@ -33,12 +28,9 @@ if TYPE_CHECKING:
     Score = Callable[[Question, Outcome], Mapping[str, float]]
     """Figures of an answer by name."""
 
-DEPTHS = (1, 5, 16)
-FAR = 1 << 30
-"""Rank of a document that is not among those listed."""
 SAME = (
     *("task", "size", "share", "set", "split", "system"),
-    *("seed", "questions", "hidden", "model", "data"),
+    *("seed", "questions", "model", "data"),
 )
 """What a file must agree in to be gone on with."""
 SHOWN = 300
@@ -65,7 +57,6 @@ def run(
     questions: Sequence[Question],
     *,
     batch_size: int = 16,
-    hide_gold: bool = False,
     progress: Callable[[int, int], None] | None = None,
     score: Score = answer_scores,
     ranks: int = 0,
@@ -78,7 +69,6 @@ def run(
         system: makes the system; not called when every question is answered already.
         questions: drawn from the set.
         batch_size: questions asked together.
-        hide_gold: take each question's gold documents out before it is asked.
         progress: called with the questions answered and all of them.
         score: figures of an answer by name.
         ranks: only rank so many documents; 0 to have the questions answered.
@@ -87,7 +77,7 @@ def run(
         InputError: the file is damaged, or was made otherwise.
     """
     path = Path(path)
-    about = {**about, "hidden": hide_gold, "questions": len(questions)}
+    about = {**about, "questions": len(questions)}
     done = _resumed(path, about)
     asked: System | None = None
     for start in range(0, len(questions), batch_size):
@@ -96,11 +86,7 @@ def run(
         if all(question.id in done for question in batch):
             continue
         asked = asked or system()
-        if ranks:
-            outcomes = asked.rank(batch, ranks)
-        else:
-            hidden = [question.gold for question in batch] if hide_gold else None
-            outcomes = asked.ask(batch, hidden=hidden)
+        outcomes = asked.rank(batch, ranks) if ranks else asked.ask(batch)
         with path.open("a", encoding="utf-8") as file:
             for question, outcome in zip(batch, outcomes, strict=True):
                 if question.id not in done:
@@ -135,52 +121,6 @@ def read_run(path: str | Path) -> Run:
     return Run(rows[0]["about"], rows[1:])
 
 
-def figures(run_: Run, seed: int = 0) -> dict[str, float | Interval]:
-    """Means over the questions of a run, from 0 to 1 where they are shares.
-
-    `R@k`: every gold document is among the k best of the ranking (`share@k`: what share of them).
-    `named`: every gold document was read. Both are of the questions that have gold documents. A
-    question without an answer is answered right by a refusal.
-    """
-    rows = run_.rows
-    if not rows:
-        raise InputError("a run without answers has no figures; ask its questions first")
-    with_gold = [row for row in rows if row["gold"]]
-    ranks = [_ranks(row) for row in with_gold]
-    found: dict[str, float | Interval] = {"questions": float(len(rows))}
-    for k in DEPTHS:
-        found[f"R@{k}"] = _interval([all_within(r, k) for r in ranks], seed)
-        found[f"share@{k}"] = mean([recall_at(r, k) for r in ranks])
-    named = [float(set(row["gold"]) <= set(row["named"])) for row in with_gold]
-    found["named"] = _interval(named, seed)
-    for name in ("em", "f1", "refused"):
-        found[name] = bootstrap([float(row[name]) for row in rows], seed=seed)
-    seconds = sorted(float(row["seconds"]) for row in rows)
-    found["seconds"] = mean(seconds)
-    found["seconds p50"] = seconds[len(seconds) // 2]
-    found["rounds"] = mean([float(row["rounds"]) for row in rows])
-    found["prompt_tokens"] = mean([float(row["prompt_tokens"]) for row in rows])
-    return found
-
-
-def difference(one: Run, other: Run, name: str, seed: int = 0) -> Interval:
-    """Mean of one run less another's over the questions that both answered, paired.
-
-    Args:
-        one, other: of the same set.
-        name: "em", "f1" or "refused".
-        seed: of the bootstrap.
-
-    Raises:
-        InputError: they share no question.
-    """
-    values = {row["id"]: float(row[name]) for row in other.rows}
-    pairs = [float(row[name]) - values[row["id"]] for row in one.rows if row["id"] in values]
-    if not pairs:
-        raise InputError("two runs are to be compared that share no question; draw with one seed")
-    return bootstrap(pairs, seed=seed)
-
-
 def _resumed(path: Path, about: Mapping[str, Any]) -> set[str]:
     """Ids that are answered already; a new file gets its first line."""
     if not path.is_file():
@@ -203,10 +143,6 @@ def drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         path.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
-def _interval(values: Sequence[float], seed: int) -> Interval:
-    return bootstrap(values, seed=seed) if values else Interval(0.0, 0.0, 0.0)
 
 
 def _row(question: Question, outcome: Outcome, scores: Mapping[str, float]) -> dict[str, Any]:
@@ -258,8 +194,3 @@ def document_scores(question: Question, outcome: Outcome) -> dict[str, float]:
         seen = {i for turn in outcome.routed for some in turn.values() for i in some}
         found["routed"] = len(gold & seen) / len(gold)
     return found
-
-
-def _ranks(row: Mapping[str, Any]) -> list[int]:
-    place = {i: rank for rank, i in enumerate(row["ranked"])}
-    return [place.get(i, FAR) for i in row["gold"]]

@@ -81,16 +81,8 @@ class Outcome:
 class System(Protocol):
     """Answers questions about one corpus."""
 
-    def ask(
-        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
-    ) -> list[Outcome]:
-        """Answer a batch.
-
-        Args:
-            questions: of the set.
-            hidden: ids of documents that each question must be answered without, beside those that
-                it says itself.
-        """
+    def ask(self, questions: Sequence[Question]) -> list[Outcome]:
+        """Answer a batch."""
         ...
 
     def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
@@ -132,12 +124,10 @@ class ReaderSystem:
         self._depth = depth
         self._reranker = reranker
 
-    def ask(
-        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
-    ) -> list[Outcome]:
+    def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """See `System.ask`."""
         began = time.perf_counter()
-        ranked, tokens = self._ranked(questions, _away(questions, hidden), RANKED)
+        ranked, tokens = self._ranked(questions, RANKED)
         given = [best[: self._depth] for best in ranked]
         outcomes = _read(self._reader, self._documents, questions, ranked, given, began)
         return [
@@ -148,7 +138,7 @@ class ReaderSystem:
     def rank(self, questions: Sequence[Question], depth: int) -> list[Outcome]:
         """See `System.rank`."""
         began = time.perf_counter()
-        ranked, tokens = self._ranked(questions, _away(questions, None), depth)
+        ranked, tokens = self._ranked(questions, depth)
         seconds = (time.perf_counter() - began) / len(questions)
         return [
             ranking([self._documents[row].id for row in rows], seconds, read)
@@ -156,12 +146,12 @@ class ReaderSystem:
         ]
 
     def _ranked(
-        self, questions: Sequence[Question], away: Sequence[Collection[str]], depth: int
+        self, questions: Sequence[Question], depth: int
     ) -> tuple[list[list[int]], list[int]]:
         """Rows of the best documents that every question sees; tokens that were read for it."""
         scores = self._retriever.scores([question.text for question in questions])
-        for row, (question, ids) in enumerate(zip(questions, away, strict=True)):
-            self._hide(scores[row], question, ids)
+        for row, question in enumerate(questions):
+            self._hide(scores[row], question)
         ranked = [
             [i for i in best if scores[row, i] > -np.inf]
             for row, best in enumerate(best_rows(scores, depth))
@@ -176,9 +166,10 @@ class ReaderSystem:
             tokens.append(read)
         return ranked, tokens
 
-    def _hide(self, scores: Scores, question: Question, away: Collection[str]) -> None:
+    def _hide(self, scores: Scores, question: Question) -> None:
         """Leave out other questions' documents and those that are hidden; `scores` [N] changes."""
-        own, out = self._rows(question.own), self._rows(i for i in away if i in self._row)
+        own = self._rows(question.own)
+        out = self._rows(i for i in question.hidden if i in self._row)
         kept = scores[own]
         scores[self._owned] = -np.inf
         scores[own] = kept
@@ -216,14 +207,12 @@ class FullSystem:
         self._shared = [i for i, d in enumerate(documents) if d.id not in self._owned]
         self._seed = seed
 
-    def ask(
-        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
-    ) -> list[Outcome]:
+    def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """See `System.ask`; every question by itself, since prompts are as long as they can be."""
         outcomes = []
-        for question, ids in zip(questions, _away(questions, hidden), strict=True):
+        for question in questions:
             began = time.perf_counter()
-            rows, whole = self._drawn(question, ids)
+            rows, whole = self._drawn(question)
             (outcome,) = _read(self._reader, self._documents, [question], [rows], [rows], began)
             stopped = outcome.stopped if whole else FULL
             outcomes.append(replace(outcome, stopped=stopped, ranked=outcome.ranked[:RANKED]))
@@ -233,13 +222,13 @@ class FullSystem:
         """See `System.rank`."""
         raise InputError("full reads documents in their order and ranks none; leave it out here")
 
-    def _drawn(self, question: Question, away: Collection[str]) -> tuple[list[int], bool]:
+    def _drawn(self, question: Question) -> tuple[list[int], bool]:
         """Rows in reading order, and whether they are all that the question sees."""
         draw = random.Random(f"{self._seed}/{question.id}")
         own = [self._row[i] for i in question.own]
         place = {row: float(row) for row in self._shared}
         place |= {row: draw.uniform(0, len(self._documents)) for row in own}
-        seen = [row for row in place if self._documents[row].id not in away]
+        seen = [row for row in place if self._documents[row].id not in question.hidden]
         draw.shuffle(seen)
         room = self._reader.room(question.text)
         kept = []
@@ -268,14 +257,12 @@ class GoldSystem:
         self._row = {document.id: i for i, document in enumerate(documents)}
         self._depth = depth
 
-    def ask(
-        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
-    ) -> list[Outcome]:
+    def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """See `System.ask`."""
         began = time.perf_counter()
         given = [
-            [self._row[i] for i in question.gold if i not in ids][: self._depth]
-            for question, ids in zip(questions, _away(questions, hidden), strict=True)
+            [self._row[i] for i in question.gold if i not in question.hidden][: self._depth]
+            for question in questions
         ]
         return _read(self._reader, self._documents, questions, given, given, began)
 
@@ -308,18 +295,16 @@ class MemorySystem:
         self._has_owned = bool(owned)
         self._chunk_bytes = chunk_bytes(engine.bank.manifest)
 
-    def ask(
-        self, questions: Sequence[Question], *, hidden: Sequence[Sequence[str]] | None = None
-    ) -> list[Outcome]:
+    def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """See `System.ask`; all go through the model together, each with its filter."""
         began = time.perf_counter()
         scheduler = Scheduler(self._engine.model, max_rows=len(questions))
         requests = []
-        for question, ids in zip(questions, _away(questions, hidden), strict=True):
+        for question in questions:
             changes = dict(self._options)
             if question.max_new_tokens:
                 changes.setdefault("max_new_tokens", question.max_new_tokens)
-            seen = self._filter(question, ids)
+            seen = self._filter(question)
             requests.append(self._engine.request(question.text, filter=seen, **changes))
             scheduler.add(requests[-1])
         answers: dict[Any, Answer] = {}
@@ -336,12 +321,9 @@ class MemorySystem:
         """See `System.rank`."""
         outcomes = []
         options = {"candidates": depth, **self._options}
-        away = _away(questions, None)
-        filters = [self._filter(q, ids) for q, ids in zip(questions, away, strict=True)]
-        pairs = zip(questions, filters, strict=True)
-        for seen, group in groupby(pairs, key=lambda pair: pair[1]):
+        for seen, group in groupby(questions, key=self._filter):
             began = time.perf_counter()
-            texts = [question.text for question, _ in group]
+            texts = [question.text for question in group]
             found = self._engine.candidates(texts, seen, **options)
             seconds = (time.perf_counter() - began) / len(texts)
             for one in found:
@@ -350,14 +332,14 @@ class MemorySystem:
                 outcomes.append(ranking(names[:depth], seconds))
         return outcomes
 
-    def _filter(self, question: Question, away: Collection[str]) -> dict[str, Any] | None:
+    def _filter(self, question: Question) -> dict[str, Any] | None:
         """Documents that the question sees; None for all."""
         parts: list[dict[str, Any]] = []
         if self._has_owned:
             own = {DOCUMENT: {"in": list(question.own)}}
             parts.append({"or": [{OWNED: {"ne": True}}, own]})
-        if away:
-            parts.append({DOCUMENT: {"nin": sorted(away)}})
+        if question.hidden:
+            parts.append({DOCUMENT: {"nin": sorted(question.hidden)}})
         return {"and": parts} if parts else None
 
     def _outcome(self, answer: Answer, seconds: float) -> Outcome:
@@ -408,14 +390,6 @@ def chunk_bytes(manifest: Manifest) -> int:
 def ranking(ids: Sequence[str], seconds: float, read: int = 0) -> Outcome:
     """A ranking without an answer, and how many tokens were read for it."""
     return Outcome("", False, tuple(ids), (), 0, "ranked", seconds, read, 0)
-
-
-def _away(
-    questions: Sequence[Question], hidden: Sequence[Sequence[str]] | None
-) -> list[frozenset[str]]:
-    """What is hidden from every question."""
-    more = hidden or [()] * len(questions)
-    return [frozenset((*q.hidden, *ids)) for q, ids in zip(questions, more, strict=True)]
 
 
 def _whole(ids: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

@@ -74,7 +74,6 @@ class Workplace:
         cache: folder of embeddings.
         minilm: folder of the dense baseline; None to fetch it.
         batch_tokens: of documents encoded at once.
-        max_new_tokens: of a reader's answer; by default as the checkpoint's options say.
         progress: makes a function that is told what is done, from a name of the work and its unit.
     """
 
@@ -82,7 +81,6 @@ class Workplace:
     cache: Path
     minilm: Path | None = None
     batch_tokens: int = DEFAULT_BATCH_TOKENS
-    max_new_tokens: int | None = None
     progress: Callable[[str, str], Progress] | None = None
 
 
@@ -114,10 +112,6 @@ class Workbench:
         self._owned = questions.owned()
         self._shared, self._own = _parted(questions)
         self._documents = (*self._shared, *self._own)
-
-    def expanded(self, names: Sequence[str]) -> list[str]:
-        """See `expanded_systems`."""
-        return expanded_systems(names, self._checkpoint.model.config.routing_layers)
 
     def close(self) -> None:
         """Close the bank, if one was opened."""
@@ -223,7 +217,7 @@ class Workbench:
         held = self._checkpoint
         top_k = held.model.config.top_k_documents
         memory = LatentMemory(self.states, top_k) if with_memory else None
-        tokens = self._place.max_new_tokens or held.ask_options.max_new_tokens
+        tokens = held.ask_options.max_new_tokens
         return TextReader(held, max_new_tokens=tokens, memory=memory)
 
     def _progress(self, work: str, unit: str) -> Progress:
