@@ -11,7 +11,7 @@ import pytest
 
 from msa.errors import InputError
 from msa.evaluation.tasks import TASKS
-from msa.evaluation.tasks.words import part_of, words
+from msa.evaluation.tasks.words import words
 from task_tools import count_words, outcome, request, seen, write_texts
 
 NEEDLES = sorted(name for name in TASKS if name.startswith("ruler/niah"))
@@ -62,8 +62,6 @@ def test_a_key_occurs_in_no_other_document(name, texts):
         for key in asked_keys(question.text):
             with_key = {d.id for d in found.documents if key in d.text}
             assert with_key <= set(question.gold)
-            if not name.endswith("multikey_3"):
-                assert all(part_of(word) == "test" for word in key.split("-"))
 
 
 @pytest.mark.parametrize(
@@ -227,10 +225,7 @@ def test_texts_that_cannot_be_used_are_one_clear_line(files, message, tmp_path):
         TASKS["ruler/niah_single_2"].load(request(tmp_path / "none", size=2000))
 
 
-def test_words_are_plain_and_each_has_one_part():
+def test_words_are_plain_and_many():
     for name in ("adjectives", "nouns", "verbs"):
-        test, training = words(name, "test"), words(name, "training")
-        assert not set(test) & set(training)
-        assert sorted((*test, *training)) == sorted(words(name))
-        assert min(len(test), len(training)) > 90
+        assert len(words(name)) > 200
         assert all(re.fullmatch("[a-z]+", word) for word in words(name))

@@ -1,8 +1,4 @@
-"""Words, keys, values, names and dates that the tasks draw.
-
-The lists are files in `data/`. Each is divided by a hash into a part for tests and a part for
-training, so that no key of a test was ever trained on.
-"""
+"""Words, keys, values, names and dates that the tasks draw. The lists are files in `data/`."""
 
 from __future__ import annotations
 
@@ -14,12 +10,9 @@ from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from functools import cache
 from importlib.resources import files
-from typing import Literal
 
 from msa.errors import InputError
 from msa.synthetic_worlds.tables import words as world_words
-
-Part = Literal["test", "training"]
 
 NUMBER_DIGITS = 7
 VARIABLE_LETTERS = 5
@@ -28,20 +21,9 @@ QUESTION_SHARE = 10
 
 
 @cache
-def words(name: str, part: Part | None = None) -> tuple[str, ...]:
-    """A list of `data/`, or one part of it.
-
-    Args:
-        name: such as "nouns".
-        part: "test" or "training"; None for all.
-    """
-    found = tuple(dict.fromkeys(_read(f"{name}.txt").split()))
-    return found if part is None else tuple(w for w in found if part_of(w) == part)
-
-
-def part_of(word: str) -> Part:
-    """Whether a word is for tests or for training."""
-    return "training" if zlib.crc32(word.encode()) & 1 else "test"
+def words(name: str) -> tuple[str, ...]:
+    """A list of `data/`, such as "nouns"."""
+    return tuple(dict.fromkeys(_read(f"{name}.txt").split()))
 
 
 @cache
@@ -71,33 +53,27 @@ def draw_uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def draw_letters(rng: random.Random, part: Part = "test") -> str:
-    """A variable's name of five capital letters, of one part of all there are."""
-    return _of_part(part, lambda: "".join(rng.choices(string.ascii_uppercase, k=VARIABLE_LETTERS)))
+def draw_letters(rng: random.Random) -> str:
+    """A variable's name of five capital letters."""
+    return "".join(rng.choices(string.ascii_uppercase, k=VARIABLE_LETTERS))
 
 
-def draw_assigned(rng: random.Random, part: Part = "test") -> str:
-    """A variable's value of five digits, of one part of all there are."""
-    return _of_part(part, lambda: str(rng.randrange(10_000, 100_000)))
+def draw_assigned(rng: random.Random) -> str:
+    """A variable's value of five digits."""
+    return str(rng.randrange(10_000, 100_000))
 
 
-def _of_part(part: Part, draw: Callable[[], str]) -> str:
-    return next(one for one in iter(draw, "") if part_of(one) == part)
-
-
-def draw_words(rng: random.Random, part: Part = "test", *, asked: bool | None = None) -> str:
+def draw_words(rng: random.Random, *, asked: bool) -> str:
     """An adjective and a noun, such as "amber-canoe".
 
     Args:
         rng: source.
-        part: of the lists.
-        asked: True for a pair that questions may ask about, False for one of the others; None for
-            any.
+        asked: True for a pair that questions may ask about, False for one of the others.
     """
-    adjectives, nouns = words("adjectives", part), words("nouns", part)
+    adjectives, nouns = words("adjectives"), words("nouns")
     while True:
         pair = f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
-        if asked is None or asked == (zlib.crc32(pair.encode()) % QUESTION_SHARE == 0):
+        if asked == (zlib.crc32(pair.encode()) % QUESTION_SHARE == 0):
             return pair
 
 
