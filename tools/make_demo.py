@@ -50,7 +50,7 @@ PASSAGES = 20  # of an article, at most
 WORDS = (40, 190)  # of a passage
 DISTRACTORS = 2  # beside every two-hop question
 CANDIDATES = {"one hop": 4, "two hops": 40, "near": 16, "far": 16}  # one hop: of an article
-SHOWN = {"one hop": 5, "two hops": 3, "unanswerable": 1}
+SHOWN = {"one hop": 5, "two hops": 1, "unanswerable": 1}
 PRECISIONS = ("float32", "bfloat16")
 POINTING = re.compile(
     r"\b(it|its|they|their|them|he|she|his|her|him|this|that|these|those|here|there|author|article|"
@@ -502,7 +502,7 @@ def mixed(rows: list[Row]) -> list[Row]:
 DOCUMENTS = 120
 BREADTH = 0.15
 HOPS = {"one hop": 1, "two hops": 2}
-WORLD_SHOWN = {"one hop": 3, "two hops": 3}
+WORLD_SHOWN = {"one hop": 3, "two hops": 1}
 WORLD_CANDIDATES = 8  # of each kind
 
 
