@@ -94,7 +94,7 @@ def test_the_real_memory_is_of_the_size_and_kind_that_it_says():
     assert 400 <= len(material.documents) <= 600
     asked = [step for step in material.steps if step.kind == "ask"]
     assert len([step for step in asked if len(step.cited) == 1]) >= 5
-    assert len([step for step in asked if len(step.cited) == 2]) >= 2
+    assert len([step for step in asked if len(step.cited) == 2]) >= 1
     assert [step.refused for step in asked].count(True) == 1
     assert material.steps[-1].refused
     articles = {re.sub(r"-\d+$", "", step.cited[0]) for step in asked if len(step.cited) == 1}
