@@ -33,6 +33,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output is not wrapped: commands ask for a terminal's width, which test processes may have."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     from transformers.utils import logging
