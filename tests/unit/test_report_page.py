@@ -94,6 +94,15 @@ def test_outdated_facts_are_counted_on_the_first_page(tmp_path):
     text = said(read_findings(tmp_path))
     assert "- **3** outdated or deleted facts used (must be 0; 10 answers after changes)" in text
     assert "- 3 answers used an outdated or deleted fact; none may" in text
+    assert "older document" not in text
+
+
+def test_an_older_document_that_is_still_there_is_no_deleted_fact(tmp_path):
+    rows = [row(i, "msa", False, wrong_used=i < 3) for i in range(10)]
+    write_run(tmp_path, about("changing/updates", 0, "msa", share=None), rows)
+    text = said(read_findings(tmp_path))
+    assert "outdated or deleted facts used" not in text
+    assert "- 3 answers believed an older document where a newer one says otherwise" in text
 
 
 def test_routed_recall_is_told_layer_by_layer(folder):

@@ -103,8 +103,8 @@ def _tiles(findings: Findings) -> Tiles:
                     )
                 )
     after = [run for run in mine if run.about.get("share")]
-    used = sum(bool(row["wrong_used"]) for run in mine for row in run.rows)
-    if after or used:
+    if after:
+        used = sum(bool(row["wrong_used"]) for run in after for row in run.rows)
         answers = sum(len(run.rows) for run in after)
         said = f"must be 0; {answers:,} answers after changes"
         tiles.append((str(used), "outdated or deleted facts used", said))
@@ -190,6 +190,12 @@ def _wrong(mine: list[Measured]) -> list[str]:
         for name, count in sorted(wrong.items(), key=lambda item: -item[1])
     )
     lines = [f"Of {whole:,} wrong answers: {parts}"]
-    if used := wrong.get(OUTDATED):
+    changed = [run for run in mine if run.about.get("share")]
+    used = sum(run.verdicts.get(OUTDATED, 0) for run in changed)
+    if older := wrong.get(OUTDATED, 0) - used:
+        lines.append(
+            f"{older:,} answers believed an older document where a newer one says otherwise"
+        )
+    if used:
         lines.insert(0, f"{used:,} answers used an outdated or deleted fact; none may")
     return lines
