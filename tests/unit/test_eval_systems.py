@@ -11,8 +11,8 @@ import torch
 from evaluation_tools import tiny_question_set
 from msa import Document, MemoryBank
 from msa.errors import InputError
-from msa.evaluation.banks import HaystackBanks, copy_bank, hash_of
-from msa.evaluation.question_sets import Question, QuestionSet
+from msa.evaluation.banks import HaystackBanks, copy_bank
+from msa.evaluation.question_sets import Question, QuestionSet, hash_of
 from msa.evaluation.reader import ReadAnswer, TextReader
 from msa.evaluation.rerank import Reranker
 from msa.evaluation.retrieval import BM25Retriever, JoinedRetriever

@@ -7,17 +7,15 @@ rest. A bank that was left unfinished is gone on with; an unfinished copy is mad
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 from msa.errors import InputError
+from msa.evaluation.question_sets import hash_of
 from msa.evaluation.retrieval import Progress
 from msa.evaluation.systems import bank_documents
 from msa.evaluation.tasks.base import Change
@@ -148,14 +146,6 @@ class HaystackBanks:
 
 def _deletes(change: Change) -> bool:
     return change.document is None
-
-
-def hash_of(rows: Iterable[Document] | Iterable[Change]) -> str:
-    """16 hex digits of what is in documents or changes."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()[:16]
 
 
 def copy_bank(folder: Path, target: Path) -> None:

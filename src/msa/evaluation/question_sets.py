@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def read_question_set(
     if count is not None and count < len(questions):
         questions = random.Random(seed).sample(questions, count)
     documents = tuple(held.documents.values())
-    digest = _hash([*documents, *held.questions])
+    digest = hash_of([*documents, *held.questions])
     return QuestionSet(folder.resolve().name, split, documents, tuple(questions), digest)
 
 
@@ -138,8 +138,11 @@ def with_fewer_documents(questions: QuestionSet, count: int, seed: int = 0) -> Q
     return replace(questions, documents=documents, data_hash=f"{questions.data_hash}/{count}")
 
 
-def _hash(rows: Sequence[Any]) -> str:
-    """Of what was read, so that packing, order of keys and unread keys do not matter."""
+def hash_of(rows: Iterable[Any]) -> str:
+    """16 hex digits of what is in rows (data classes): documents, questions, changes.
+
+    Packing, the order of keys and keys that are not read do not matter.
+    """
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from msa.errors import InputError
-from msa.evaluation.banks import hash_of
 from msa.evaluation.metrics import mean
-from msa.evaluation.question_sets import QuestionSet
+from msa.evaluation.question_sets import QuestionSet, hash_of
 from msa.evaluation.runs import Run, run
 from msa.evaluation.tasks.base import Change, Request, Task
 from msa.evaluation.workbench import Workbench, Workplace, parse_system

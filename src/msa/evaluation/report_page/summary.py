@@ -102,9 +102,8 @@ def _tiles(findings: Findings) -> Tiles:
                         f"95% interval {bounds(curve.lost, 1)}",
                     )
                 )
-    after = [run for run in mine if run.about.get("share")]
-    if after:
-        used = sum(bool(row["wrong_used"]) for run in after for row in run.rows)
+    if after := _changed(mine):
+        used = sum(run.verdicts[OUTDATED] for run in after)
         answers = sum(len(run.rows) for run in after)
         said = f"must be 0; {answers:,} answers after changes"
         tiles.append((str(used), "outdated or deleted facts used", said))
@@ -176,6 +175,11 @@ def _other_losses(findings: Findings) -> list[str]:
     return lines
 
 
+def _changed(mine: list[Measured]) -> list[Measured]:
+    """Runs over a memory in which documents were replaced or deleted."""
+    return [run for run in mine if run.about.get("share")]
+
+
 def _wrong(mine: list[Measured]) -> list[str]:
     counts: dict[str, int] = {}
     for run in mine:
@@ -190,8 +194,7 @@ def _wrong(mine: list[Measured]) -> list[str]:
         for name, count in sorted(wrong.items(), key=lambda item: -item[1])
     )
     lines = [f"Of {whole:,} wrong answers: {parts}"]
-    changed = [run for run in mine if run.about.get("share")]
-    used = sum(run.verdicts.get(OUTDATED, 0) for run in changed)
+    used = sum(run.verdicts[OUTDATED] for run in _changed(mine))
     if older := wrong.get(OUTDATED, 0) - used:
         lines.append(
             f"{older:,} answers believed an older document where a newer one says otherwise"
