@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
-from msa.inference.answers import AnswerText
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import Decoder, Sampler, TextRow, write_all
+from msa.inference.interleave import AskFormat
+from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
 from msa.types import MemoryReader
@@ -64,23 +65,14 @@ class TextReader:
         memory: MemoryReader | None = None,
         refusal_threshold: float = 0.5,
     ) -> None:
-        model, tokenizer = checkpoint.model, checkpoint.tokenizer
-        template = checkpoint.template
-        self._model = model.eval()
-        self._encoder = PromptEncoder(tokenizer, template)
+        self._model = checkpoint.model.eval()
+        self._encoder = PromptEncoder(checkpoint.tokenizer, checkpoint.template)
         self._memory = memory
         self._max_new_tokens = max_new_tokens
         self._refusal_threshold = refusal_threshold
-        self._lead_in = self._encoder.tokenize(template.answer)
-        whole = self._encoder.answer(template.refusal) if template.refusal else []
-        self._refusal = whole[len(self._lead_in) :]
-        end = self._encoder.tokenize(template.end)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        others = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        ends = [end, *([token] for token in others)]
-        self._answers = AnswerText(tokenizer, template, [e for e in ends if e])
-        pad = tokenizer.pad_token_id
-        self._pad: int = pad if pad is not None else 0
+        form, options = AskFormat(self._model, self._encoder), AskOptions()
+        self._lead_in, self._refusal = form.lead_in(options), form.refusal(options)
+        self._answers, self._pad = form.answers, form.pad
 
     def answer(
         self,
