@@ -4,7 +4,7 @@
 
 writes FOLDER/corpus.jsonl.gz and FOLDER/questions.train.jsonl.gz, a set as docs/training.md
 describes it. A fact gives a key a value; keys are two words, values are numbers, words or codes.
-One question in four asks for all values of a key, or for the values of several keys. Some facts
+Half of the questions ask for all values of a key, or for the values of several keys. Some facts
 stand alone, others between sentences of real text; every fact has a neighbor whose key looks alike.
 Words and sentences come from the texts; everything follows from the seed.
 """
@@ -95,10 +95,10 @@ class Maker:
         kind, first, second = rng.choice(KINDS), *rng.sample(self.words, 2)
         key = f"{first}-{second}" if rng.random() < 0.6 else f"{first} {second}"
         shape = rng.random()
-        if shape < 0.75:
+        if shape < 0.5:
             pairs = [(key, self._value(kind))]
             question = rng.choice(QUESTIONS).format(kind=kind, key=key)
-        elif shape < 0.9:
+        elif shape < 0.75:
             pairs = [(key, self._value(kind)) for _ in range(rng.randint(2, 4))]
             question = rng.choice(SEVERAL).format(kind=kind, key=key)
         else:

@@ -39,6 +39,8 @@ from msa.types import Content, Selection
         ("min_documents_per_round", 0),
         ("min_documents_per_round", 5),
         ("lexical_weight", -1),
+        ("judged_documents", 0),
+        ("judge_weight", -0.5),
         ("layer_weights", {}),
         ("layer_weights", {2: 0}),
         ("layer_weights", {2: -1.0}),

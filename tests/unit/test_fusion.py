@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.inference.fusion import fuse
+from msa.inference.fusion import fuse, rank_judged
 
 candidates = st.dictionaries(
     st.integers(0, 5),
@@ -81,3 +81,20 @@ def test_words_add_candidates_and_their_share_of_the_best_score() -> None:
 def test_equal_scores_are_ordered_by_document() -> None:
     assert list(fuse({0: [(9, 0.1), (4, 0.1), (6, 0.1)]}, temperature=0.1)) == [4, 6, 9]
     assert fuse({}, temperature=0.1) == {}
+
+
+def test_what_was_tried_is_ranked_by_what_came_of_it_and_the_rest_as_the_worst_of_it() -> None:
+    fused = fuse({2: [(7, 0.9), (8, 0.8), (9, 0.7), (5, 0.1)]}, temperature=0.1)
+    tried = rank_judged(fused, {7: 0.0, 8: 0.5, 9: 1.0}, weight=0.2, temperature=0.1)
+    assert [(d, f.judged) for d, f in tried.items()] == [(9, 1.0), (8, 0.5), (7, 0.0), (5, None)]
+    assert {d: f.score for d, f in tried.items()} == pytest.approx(
+        {
+            9: 0.7,
+            8: 0.8 + 0.2 * math.log(0.5),
+            7: 0.9 + 0.2 * math.log(0.01),
+            5: 0.1 + 0.2 * math.log(0.01),
+        }
+    )
+    assert sum(f.prior for f in tried.values()) == pytest.approx(1)
+    assert rank_judged(fused, {}, weight=0.1, temperature=0.1) == fused
+    assert rank_judged({}, {}, weight=0.1, temperature=0.1) == {}

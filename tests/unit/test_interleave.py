@@ -455,6 +455,41 @@ def test_the_trace_ranks_what_can_be_named_and_says_which_layers_found_it(
     assert 0 < sum(d.prior for d in turn.ranked) <= 1 + 1e-9
 
 
+@pytest.mark.parametrize(("likely", "tried"), [(0.9, [5]), (0.1, [5, 4])])
+def test_documents_are_tried_until_one_that_answers_is_read(
+    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch, likely: float, tried: Any
+) -> None:
+    trials: list[list[str]] = []
+
+    def judged(_: Any, contexts: Any, refusals: Any, pad: int) -> list[float]:
+        assert refusals == [encoder.answer(REFUSAL)[len(encoder.tokenize(LEAD_IN)) :]] * len(
+            contexts
+        )
+        trials.append([encoder.tokenizer.decode(context.input_ids) for context in contexts])
+        return [likely if "406 km" in text else 0.001 for text in trials[-1]]
+
+    monkeypatch.setattr(scheduler, "judge", judged)
+    (answer,), _ = run(
+        model,
+        encoder,
+        ["Q?"],
+        max_rounds=2,
+        max_documents_per_round=1,
+        max_new_tokens=2,
+        prior_weight=1e3,
+        judged_documents=5,
+        judge_weight=10.0,
+    )
+    first = answer.rounds[0]
+    assert [c.number for c in first.read] == [5]
+    assert (first.ranked[0].number, first.ranked[0].judged) == (5, likely)
+    assert {d.judged for d in first.ranked[1:]} == {0.001}
+    assert [len(texts) for texts in trials] == tried  # the second round tries what is left
+    for texts in trials:
+        assert all(text.endswith(LEAD_IN) and "Q?" in text for text in texts)
+    assert all("406 km" in text for texts in trials[1:] for text in texts)
+
+
 def test_a_round_reads_at_least_as_many_documents_as_it_must(
     model: Any, encoder: PromptEncoder, script: Any
 ) -> None:

@@ -45,6 +45,7 @@ def requests(model: Any, form: AskFormat) -> list[Request]:
         AskOptions(max_rounds=3, max_new_tokens=4, temperature=2.0, top_p=0.9, seed=5),
         AskOptions(max_rounds=1, max_new_tokens=9, refusal_threshold=0.5, allow_unread=True),
         AskOptions(max_rounds=2, max_new_tokens=9, refusal_threshold=0.0),
+        AskOptions(max_rounds=2, max_new_tokens=5, judged_documents=3, prior_weight=3.0),
     ]
     return [
         Request(question, snapshot, options, form, stream)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# Below this a document is as good as judged to be of no help, and no worse than another.
+LEAST_JUDGED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +19,14 @@ class Fused:
         prior: softmax of the scores over all documents of the ranking; these sum to 1.
         layers: routing layers whose candidate lists hold it.
         lexical: its bm25 score over that of the best, in [0, 1]; None if no words found it.
+        judged: how likely the model answers from it, in [0, 1]; None if it was not tried.
     """
 
     score: float
     prior: float
     layers: tuple[int, ...]
     lexical: float | None
+    judged: float | None = None
 
 
 def fuse(
@@ -63,15 +68,52 @@ def fuse(
             layer_weights.get(layer, 0.0) * found.get(document, lowest[layer])
             for layer, found in scores.items()
         )
-    ranked = sorted(total, key=lambda document: (-total[document], document))
-    exponents = [math.exp((total[d] - total[ranked[0]]) / temperature) for d in ranked]
-    mass = sum(exponents)
-    return {
+    found = {
         document: Fused(
-            total[document],
-            exponent / mass,
-            tuple(sorted(layer for layer, found in scores.items() if document in found)),
+            score,
+            0.0,
+            tuple(sorted(layer for layer, some in scores.items() if document in some)),
             words.get(document),
         )
+        for document, score in total.items()
+    }
+    return _ranked(found, temperature)
+
+
+def rank_judged(
+    fused: Mapping[int, Fused], judged: Mapping[int, float], *, weight: float, temperature: float
+) -> dict[int, Fused]:
+    """Rank once more, by what the model made of the documents that it tried (ours).
+
+    The logarithm of what `judged` says is added to their scores; documents that were not tried
+    count as the worst of those that were.
+
+    Args:
+        fused: of `fuse`.
+        judged: some of its documents -> how likely the model answers from each, in [0, 1].
+        weight: factor of the logarithm.
+        temperature: of the softmax that gives `prior`, above 0.
+    """
+    if not judged:
+        return dict(fused)
+    added = {d: weight * math.log(max(judged[d], LEAST_JUDGED)) for d in judged}
+    least = min(added.values())
+    found = {
+        document: replace(
+            some, score=some.score + added.get(document, least), judged=judged.get(document)
+        )
+        for document, some in fused.items()
+    }
+    return _ranked(found, temperature)
+
+
+def _ranked(found: Mapping[int, Fused], temperature: float) -> dict[int, Fused]:
+    """Best first, equal scores by document, with the prior that goes with the scores."""
+    ranked = sorted(found, key=lambda document: (-found[document].score, document))
+    best = found[ranked[0]].score if ranked else 0.0
+    exponents = [math.exp((found[d].score - best) / temperature) for d in ranked]
+    mass = sum(exponents)
+    return {
+        document: replace(found[document], prior=exponent / mass)
         for document, exponent in zip(ranked, exponents, strict=True)
     }

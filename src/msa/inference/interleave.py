@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
+# What was read answers the question, as far as the model can tell.
+ANSWERS = 0.5
 # Logit of the refusal below which the model would not write it by itself.
 LIKELY_REFUSAL = -4.0
 
@@ -169,7 +171,7 @@ class _Routed:
             for layer, found in self.layers.items()
         }
         ranked = tuple(
-            RankedDocument(self.ids[n], n, f.score, f.prior, f.layers, f.lexical)
+            RankedDocument(self.ids[n], n, f.score, f.prior, f.layers, f.lexical, f.judged)
             for n, f in self.fused.items()
             if n in self.ids
         )
@@ -226,6 +228,36 @@ class Interleave:
     def read(self) -> frozenset[int]:
         """Numbers of the documents that were read."""
         return frozenset(citation.number for citation in self.citations)
+
+    def trials(self, found: Candidates, copies: set[int]) -> dict[int, LocalContext]:
+        """Documents to be judged before any is named: number -> its trial (`judging.judge`).
+
+        None once something was read that answers.
+
+        Args:
+            found: candidates of this question.
+            copies: those of them that have the text of one that was read.
+        """
+        options, form, question = self.request.options, self.request.format, self.request.question
+        answered = any(
+            d.number in self.read and (d.judged or 0.0) > ANSWERS
+            for some in self.rounds
+            for d in some.ranked
+        )
+        trying = options.judged_documents > 1 and form.refusal(options)
+        if not trying or answered or self.index > options.max_rounds:
+            return {}
+        known = self.read | copies
+        best = [number for number in found.fused if number not in known]
+        best = best[: options.judged_documents]
+        trials = {}
+        for number, stored in self.request.snapshot.texts(best).items():
+            reading = Reading(((number, stored.document.content),))
+            context = form.encoder.context(question, [*self.readings, reading])
+            if form.room(question, context, options) > len(form.refusal(options)):
+                context.extend(form.end_of_retrieve + form.handed(question, options))
+                trials[number] = context
+        return trials
 
     def routed(
         self, found: Candidates, copies: set[int], prompt_tokens: int, seconds: float

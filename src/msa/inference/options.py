@@ -21,6 +21,7 @@ _COUNTS = (
     "min_documents_per_round",
     "max_new_tokens",
     "candidates",
+    "judged_documents",
     "batch_size",
 )
 # Features of the refusal's score (msa.inference.refusal):
@@ -54,6 +55,10 @@ class AskOptions:
             named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
             a prior that the model has not seen.
         prior_temperature: tau of the softmax over the fused scores.
+        judged_documents: documents from the top of the fused ranking that the model tries, each by
+            itself, before it names any: how likely it would answer from the text, and not refuse,
+            joins the fused score. 1 tries none. Each costs a prefill of its text.
+        judge_weight: factor of the logarithm of that probability in the fused score.
         temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
@@ -78,6 +83,8 @@ class AskOptions:
     lexical_weight: float = 0.0
     prior_weight: float = 0.0
     prior_temperature: float = 0.1
+    judged_documents: int = 1
+    judge_weight: float = 0.05
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -105,7 +112,7 @@ class AskOptions:
                 f"refusal_threshold is {threshold!r}; give a number from 0 to 1, or None."
             )
         _check_refusal_weights(self.refusal_weights)
-        for name in ("prior_weight", "lexical_weight", "temperature"):
+        for name in ("prior_weight", "lexical_weight", "judge_weight", "temperature"):
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")

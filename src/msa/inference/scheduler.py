@@ -21,8 +21,10 @@ from torch import Tensor
 from msa.errors import MSAError
 from msa.inference.batch import prompt_batch
 from msa.inference.decoding import Decoder, RoundRow, TextRow, choose_next, feed_pending
+from msa.inference.fusion import rank_judged
 from msa.inference.interleave import Interleave, Request
-from msa.inference.trace import CandidateReader, candidates
+from msa.inference.judging import judge
+from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.text.prompts import LocalContext
 from msa.types import Content, Event, MemoryReader, Selection
 
@@ -31,8 +33,13 @@ if TYPE_CHECKING:
 
 # Prompt tokens of one prefill, padding included; a longer prompt is prefilled alone.
 PREFILL_TOKENS = 2048
+# Tokens that trying a document is counted with, before its text is known.
+TRIAL_TOKENS = 256
 # Rows write together if the longer cache has at most so many times the columns of the shorter.
 SIMILAR_LENGTH = 2.0
+
+
+_Trial = tuple[int, int, LocalContext]  # row of the question, document's number, its trial
 
 
 @dataclass(slots=True)
@@ -149,11 +156,12 @@ class Scheduler:
     def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
         """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
         found = sorted(self._waiting, key=lambda some: len(some[1].input_ids))
-        count = 1
-        while (
-            count < len(found)
-            and (count + 1) * len(found[count][1].input_ids) <= self.prefill_tokens
-        ):
+        count, tried = 1, _trial_tokens(found[0][0])
+        while count < len(found):
+            run, context = found[count]
+            tried += _trial_tokens(run)
+            if (count + 1) * len(context.input_ids) + tried > self.prefill_tokens:
+                break
             count += 1
         taken = {id(run) for run, _ in found[:count]}
         self._waiting = [some for some in self._waiting if id(some[0]) not in taken]
@@ -210,6 +218,7 @@ class Scheduler:
             copies = first.snapshot.copies(
                 [(some.fused, run.read) for (run, _), some in zip(prompts, found, strict=True)]
             )
+            found = self._judged([run for run, _ in prompts], found, copies)
         except MSAError as error:
             self._events += [(run.request, error) for run, _ in prompts]
             return []
@@ -219,6 +228,39 @@ class Scheduler:
             if self._tried(run, partial(run.routed, some, known, tokens, reader.seconds)):
                 going_on.append(row)
         return going_on
+
+    def _judged(
+        self, runs: Sequence[Interleave], found: Sequence[Candidates], copies: Sequence[set[int]]
+    ) -> list[Candidates]:
+        """Candidates in the order in which they come once the model has tried the best of them."""
+        trials = [
+            (row, number, context)
+            for row, (run, some, known) in enumerate(zip(runs, found, copies, strict=True))
+            for number, context in run.trials(some, known).items()
+        ]
+        judged: list[dict[int, float]] = [{} for _ in runs]
+        for part in _parts(trials, self.prefill_tokens):
+            requests = [runs[row].request for row, _, _ in part]
+            answers = judge(
+                self.model,
+                [context for _, _, context in part],
+                [request.format.refusal(request.options) for request in requests],
+                requests[0].format.pad,
+            )
+            for (row, number, context), answer in zip(part, answers, strict=True):
+                judged[row][number] = answer
+                runs[row].prompt_tokens += len(context.input_ids)
+        ranked = []
+        for run, some, each in zip(runs, found, judged, strict=True):
+            options = run.request.options
+            fused = rank_judged(
+                some.fused,
+                each,
+                weight=options.judge_weight,
+                temperature=options.prior_temperature,
+            )
+            ranked.append(Candidates(some.layers, fused))
+        return ranked
 
     def _tried(self, run: Interleave, doing: Callable[[], Iterable[Event]]) -> bool:
         """Do something for one question and pass its events on; False if it failed."""
@@ -328,6 +370,12 @@ class Scheduler:
             self._enter(_Cohort(decoder, runs, rows).select(keep))
 
 
+def _trial_tokens(run: Interleave) -> int:
+    """About how many tokens a question's trials have."""
+    judged = run.request.options.judged_documents
+    return judged * TRIAL_TOKENS if judged > 1 else 0
+
+
 def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
     """Rows whose questions go to one state of a memory in the same way."""
     groups: dict[tuple[int, int], list[int]] = {}
@@ -335,6 +383,18 @@ def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
         key = id(run.request.snapshot), id(run.request.options)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
+
+
+def _parts(trials: list[_Trial], limit: int) -> Iterable[list[_Trial]]:
+    """Trials of like length together, of at most so many tokens, padding included."""
+    part: list[_Trial] = []
+    for trial in sorted(trials, key=lambda some: len(some[2].input_ids)):
+        if part and (len(part) + 1) * len(trial[2].input_ids) > limit:
+            yield part
+            part = []
+        part.append(trial)
+    if part:
+        yield part
 
 
 class _Together:

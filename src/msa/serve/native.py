@@ -103,6 +103,8 @@ class AskChanges(Body):
     lexical_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    judged_documents: Annotated[Whole, Field(ge=1, le=16)] | None = None
+    judge_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0.001, le=1)] | None = None
     seed: Annotated[Whole, Field(ge=0, lt=2**53)] | None = None

@@ -223,7 +223,8 @@ class QuestionStage(Settings):
     """One stretch of training on question sets, in the inference format.
 
     A stage with samples other than `route` draws from the sets that teach reading, else from those
-    that teach routing.
+    that teach routing. Samples from `name_documents` to `refuse` may be fractions: 0.3 makes one
+    in three steps of ten.
 
     Attributes:
         kind: "questions".
@@ -243,7 +244,10 @@ class QuestionStage(Settings):
         again: samples of a second round after reading what does not help.
         refuse: samples that end with the refusal.
         more_questions: further questions that the same texts answer, after a sample of `read`.
-        foreign: chance that one more question stands there that they do not answer.
+        foreign: chance that a question stands there, too, that they look right for and do not
+            answer, and the same again for a question of the step that has nothing to do with them.
+        without_memory: chance that a sample, which routes all the same, does not see the memory, so
+            that reading works beside any memory, and beside none.
         train_from_layer: what lies below is left as it is (and no gradient is computed for it), so
             that with the layer after the last routing layer the memory stays as it was trained.
     """
@@ -262,13 +266,14 @@ class QuestionStage(Settings):
     max_read_tokens: Count = 900
     route: Whole = 24
     route_again: Whole = 0
-    name_documents: Whole = 0
-    read: Whole = 0
-    hop: Whole = 0
-    again: Whole = 0
-    refuse: Whole = 0
+    name_documents: Weight = 0
+    read: Weight = 0
+    hop: Weight = 0
+    again: Weight = 0
+    refuse: Weight = 0
     more_questions: Whole = 3
     foreign: Share = 0.5
+    without_memory: Share = 0.0
     train_from_layer: Whole = 0
     losses: LossSettings = LossSettings()
 

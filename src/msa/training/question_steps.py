@@ -50,12 +50,14 @@ class Source:
         negatives: of its questions, in their order.
         settings: as configured.
         by_document: last gold document -> rows of the questions that end there.
+        mistaken: document -> rows of the questions that it looks right for, and is not.
     """
 
     questions: QuestionSet
     negatives: HardNegatives
     settings: QuestionSettings
     by_document: Mapping[str, Sequence[int]]
+    mistaken: Mapping[str, Sequence[int]]
 
 
 def load_sources(settings: Sequence[QuestionSettings], cache: str | Path) -> list[Source]:
@@ -81,7 +83,12 @@ def load_sources(settings: Sequence[QuestionSettings], cache: str | Path) -> lis
                 f"{entry.path}: no question has a gold document and an answer; leave it out"
             )
         negatives = hard_negatives(questions, 12, cache=cache)
-        sources.append(Source(questions, negatives, entry, by_document))
+        mistaken: dict[str, list[int]] = {}
+        for rows in by_document.values():
+            for row in rows:
+                for key in negatives.of(row, 4):
+                    mistaken.setdefault(key, []).append(row)
+        sources.append(Source(questions, negatives, entry, by_document, mistaken))
     return sources
 
 
@@ -144,14 +151,12 @@ class _Step:
             (stage.refuse, self._refused),
         )
         for count, make in plans:
-            made = 0
-            for i in reading:
-                if made == count:
-                    break
-                sample = make(i)
-                if sample is not None:
-                    language.append(sample)
-                    made += 1
+            wanted = int(count + rng.random())  # on average `count`
+            made = (sample for sample in map(make, reading) if sample is not None)
+            language += islice(made, wanted)
+        for sample in language:
+            if rng.random() < stage.without_memory:
+                sample.context.sees_memory = [False] * len(sample.labels)
         limit = stage.max_document_tokens + NUMBER_ROOM
         order = sorted(range(len(self.texts)), key=lambda i: len(self.texts[i]))
         ids = [self.encoder.document(self.numbers[i], self.texts[i])[:limit] for i in order]
@@ -288,11 +293,11 @@ class _Step:
         rng = self.rng
         if len(gold) == 1:
             kind = rng.random()
-            if kind < 0.4:
+            if kind < 0.55:
                 return [gold]
-            if kind < 0.8:
+            if kind < 0.85:
                 return [self._mixed(gold[0], self._wrong(row, 1))]
-            if kind < 0.9:
+            if kind < 0.93:
                 return [self._mixed(gold[0], self._wrong(row, 2))]
             wrong = self._wrong(row, 3)
             if len(wrong) < 3:
@@ -329,17 +334,26 @@ class _Step:
             and {self.rows.get(k, -1) for k in self._question(i).gold} <= read
             and not self._lost(i)
         ]
-        foreign = [
-            i
-            for i in self.chosen
-            if i != row and not {self.rows[k] for k in self._question(i).gold} & read
-        ]
         self.rng.shuffle(fitting)
         picked = [(i, True) for i in fitting[: self.stage.more_questions]]
-        if foreign and self.rng.random() < self.stage.foreign:
-            picked.append((self.rng.choice(foreign), False))
+        picked += [(i, False) for i in self._foreign(row, read)]
         self.rng.shuffle(picked)
         return picked
+
+    def _foreign(self, row: int, read: set[int]) -> list[int]:
+        """Questions that what was read does not answer, those that it looks right for first."""
+        keys = [key for key, at in self.rows.items() if at in read]
+        hard = [i for key in keys for i in self.source.mistaken.get(key, ())]
+        found = []
+        for among in (hard, self.chosen):
+            able = [
+                i
+                for i in dict.fromkeys(among)
+                if i != row and not set(self._question(i).gold) & set(keys)
+            ]
+            if able and self.rng.random() < self.stage.foreign:
+                found.append(self.rng.choice(able))
+        return found
 
     def _answer(self, sample: Sample, row: int, *, known: bool) -> None:
         question = self._question(row)

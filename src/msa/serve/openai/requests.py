@@ -42,6 +42,8 @@ _OPTIONS = {
     "lexical_weight",
     "prior_weight",
     "prior_temperature",
+    "judged_documents",
+    "judge_weight",
     "refusal_threshold",
     "allow_unread",
 }
@@ -131,6 +133,8 @@ class MsaOptions(Strict):
     lexical_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prior_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prior_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    judged_documents: int | None = Field(default=None, ge=1, le=16)
+    judge_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     refusal_threshold: float | None = Field(default=None, ge=0, le=1)
     allow_unread: bool | None = None
 

@@ -7,7 +7,7 @@ import { remember, remembered } from "./storage.js";
  *   span: [number, number] | null}} Citation
  * @typedef {{id: string, number: number, score: number}} Routed
  * @typedef {{id: string, number: number, score: number, prior: number, layers: number[],
- *   lexical: number | null}} Ranked
+ *   lexical: number | null, judged: number | null}} Ranked
  * @typedef {{index: number, routed: Record<string, Routed[]>, read: Citation[],
  *   ranked: Ranked[]}} Round
  * @typedef {{question: string, text: string, citations: Citation[], rounds: Round[],
