@@ -5,7 +5,9 @@
 FOLDERs are question sets with a train split (`msa.training.question_sets`). Of each, some questions
 are drawn; the documents that training questions need are the memory. Chosen are:
 
-- `lexical_weight` and `layer_weights`, for the mean over the sets of recall at 1, 5 and 16;
+- `layer_weights`: one over the spread of a layer's scores, so that none is louder than another;
+- `lexical_weight`, for the mean over the sets of recall at 1, 5 and 16;
+- `judge_weight`, with `--judged` documents, for the share of questions with a right one first;
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
   `--wrongly` of the former are refused;
@@ -18,6 +20,7 @@ Nothing is chosen on dev or test questions.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import tempfile
@@ -29,7 +32,7 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import fuse
+from msa.inference.fusion import LEAST_JUDGED, fuse
 from msa.inference.options import (
     BIAS,
     REFUSAL_LOGIT,
@@ -44,7 +47,7 @@ from msa.types import Answer
 
 DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
-LAYER_STEPS = (0.5, 0.75, 1.0, 1.5, 2.0)
+JUDGE_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 2), (2, 2, 2))
 WORTH_MORE = 1.0  # F1, in percent
@@ -75,10 +78,15 @@ def main() -> None:
     checkpoint = load(args.model)
     with tempfile.TemporaryDirectory() as place:
         sets = [drawn_set(folder, args, checkpoint, place) for folder in args.folders]
-        lexical, layers = ranking([routed(one) for one in sets])
+        lexical, layers = ranking([routed(one, args.documents) for one in sets])
         options = checkpoint.ask_options.with_changes(
             lexical_weight=lexical, layer_weights=layers, refusal_threshold=1.0
         )
+        if args.judged > 1:
+            weight = judging(sets, options.with_changes(judged_documents=args.judged))
+            options = options.with_changes(
+                judged_documents=args.judged if weight else 1, judge_weight=weight
+            )
         rounds, least, most = best_way(sets, options, args.readings)
         options = options.with_changes(
             max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
@@ -108,9 +116,11 @@ def drawn_set(folder: str, args: argparse.Namespace, checkpoint: Checkpoint, pla
     return Drawn(MemoryEngine(bank), drawn)
 
 
-def routed(one: Drawn) -> list[Asked]:
-    """Candidates of round 1, words included."""
-    found = one.engine.candidates([q.question for q in one.questions], lexical_weight=1.0)
+def routed(one: Drawn, documents: int) -> list[Asked]:
+    """Candidates of round 1, words included: as many documents of each layer."""
+    found = one.engine.candidates(
+        [q.question for q in one.questions], lexical_weight=1.0, candidates=documents
+    )
     parts = one.engine.bank.parts  # type: ignore[union-attr]
     numbers = [[frozenset(p.number for p in parts(key)) for key in q.gold] for q in one.questions]
     return [Asked(c, gold) for c, gold in zip(found, numbers, strict=True)]
@@ -169,18 +179,43 @@ def quality(asked: Sequence[Sequence[Asked]], lexical: float, layers: dict[int, 
 
 
 def ranking(asked: Sequence[Sequence[Asked]]) -> tuple[float, dict[int, float]]:
-    """Weights of words and layers, one coordinate after the other."""
-    indices = sorted(asked[0][0].candidates.layers)
-    layers = dict.fromkeys(indices, 1.0 / len(indices))
-    lexical = 0.0
-    for _ in range(2):
-        lexical = max(LEXICAL_WEIGHTS, key=lambda w: quality(asked, w, layers))
-        for layer in indices:
-            tried = [{**layers, layer: layers[layer] * step} for step in LAYER_STEPS]
-            layers = max(tried, key=lambda some: quality(asked, lexical, some))
-    for w in LEXICAL_WEIGHTS:
-        print(f"lexical_weight {w}: {100 * quality(asked, w, layers):.2f}")
-    return lexical, {i: round(w, 4) for i, w in layers.items()}
+    """Weights of words and layers."""
+    layers = {}
+    for layer in sorted(asked[0][0].candidates.layers):
+        spreads = [
+            torch.tensor([score for _, score in question.candidates.layers[layer]]).std()
+            for questions in asked
+            for question in questions
+        ]
+        layers[layer] = 1.0 / float(torch.stack(spreads).mean())
+    total = sum(layers.values())
+    layers = {layer: round(weight / total, 4) for layer, weight in layers.items()}
+    found = {w: quality(asked, w, layers) for w in LEXICAL_WEIGHTS}
+    for w, recall in found.items():
+        print(f"lexical_weight {w}: {100 * recall:.2f}")
+    return max(found, key=lambda w: found[w]), layers
+
+
+def judging(sets: Sequence[Drawn], options: AskOptions) -> float:
+    """The weight with which most questions have a right document first, or a smaller as good."""
+    trying = options.with_changes(
+        judge_weight=0.0, max_rounds=1, max_new_tokens=1, refusal_threshold=None
+    )
+    shares = dict.fromkeys(JUDGE_WEIGHTS, 0.0)
+    for one in sets:
+        parts = one.engine.bank.parts  # type: ignore[union-attr]
+        answers = ask(one, len(one.questions), trying)
+        for answer, question in zip(answers, one.questions, strict=True):
+            gold = {part.number for key in question.gold for part in parts(key)}
+            tried = [d for d in answer.rounds[0].ranked if d.judged is not None]
+            for weight in JUDGE_WEIGHTS:
+                best = max(
+                    tried, key=lambda d: d.score + weight * math.log(max(d.judged, LEAST_JUDGED))
+                )
+                shares[weight] += (best.number in gold) / len(one.questions) / len(sets)
+    for weight, share in shares.items():
+        print(f"judge_weight {weight}: {100 * share:.1f}", flush=True)
+    return next(w for w, share in shares.items() if share > max(shares.values()) - 0.005)
 
 
 def refusals(
@@ -228,6 +263,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--refusals", type=int, default=40, help="of these, asked for refusals")
     parser.add_argument("--readings", type=int, default=40, help="of these, asked in every way")
     parser.add_argument("--documents", type=int, default=600, help="of each set, about")
+    parser.add_argument("--judged", type=int, default=4, help="documents tried; 1 tries none")
     parser.add_argument("--wrongly", type=float, default=0.04, help="share wrongly refused")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)

@@ -229,27 +229,34 @@ class Interleave:
         """Numbers of the documents that were read."""
         return frozenset(citation.number for citation in self.citations)
 
-    def trials(self, found: Candidates, copies: set[int]) -> dict[int, LocalContext]:
-        """Documents to be judged before any is named: number -> its trial (`judging.judge`).
+    @property
+    def to_try(self) -> int:
+        """Documents that are tried before this round is written, at most (`judging.judge`).
 
         None once something was read that answers.
+        """
+        options = self.request.options
+        answered = any(
+            d.number in self.read and (d.judged or 0.0) > ANSWERS
+            for some in self.rounds
+            for d in some.ranked
+        )
+        trying = options.judged_documents > 1 and self.request.format.refusal(options)
+        over = answered or self.index > options.max_rounds
+        return options.judged_documents if trying and not over else 0
+
+    def trials(self, found: Candidates, copies: set[int]) -> dict[int, LocalContext]:
+        """The documents to be tried: number -> local context up to where the answer begins.
 
         Args:
             found: candidates of this question.
             copies: those of them that have the text of one that was read.
         """
         options, form, question = self.request.options, self.request.format, self.request.question
-        answered = any(
-            d.number in self.read and (d.judged or 0.0) > ANSWERS
-            for some in self.rounds
-            for d in some.ranked
-        )
-        trying = options.judged_documents > 1 and form.refusal(options)
-        if not trying or answered or self.index > options.max_rounds:
+        if not self.to_try:
             return {}
         known = self.read | copies
-        best = [number for number in found.fused if number not in known]
-        best = best[: options.judged_documents]
+        best = [number for number in found.fused if number not in known][: self.to_try]
         trials = {}
         for number, stored in self.request.snapshot.texts(best).items():
             reading = Reading(((number, stored.document.content),))

@@ -156,10 +156,10 @@ class Scheduler:
     def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
         """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
         found = sorted(self._waiting, key=lambda some: len(some[1].input_ids))
-        count, tried = 1, _trial_tokens(found[0][0])
+        count, tried = 1, TRIAL_TOKENS * found[0][0].to_try
         while count < len(found):
             run, context = found[count]
-            tried += _trial_tokens(run)
+            tried += TRIAL_TOKENS * run.to_try
             if (count + 1) * len(context.input_ids) + tried > self.prefill_tokens:
                 break
             count += 1
@@ -368,12 +368,6 @@ class Scheduler:
                 keep.append(i)
         if keep:
             self._enter(_Cohort(decoder, runs, rows).select(keep))
-
-
-def _trial_tokens(run: Interleave) -> int:
-    """About how many tokens a question's trials have."""
-    judged = run.request.options.judged_documents
-    return judged * TRIAL_TOKENS if judged > 1 else 0
 
 
 def _groups(runs: Sequence[Interleave]) -> list[list[int]]:

@@ -40,11 +40,15 @@ function roundElement(round, titles, before) {
     bars(`Layer ${layer}`, documents.map((d) => ({ ...told(d), score: d.score }))),
   );
   const together = round.ranked.map((d) => ({ ...told(d), score: d.prior }));
+  const tried = round.ranked.flatMap((d) =>
+    d.judged === null ? [] : [{ ...told(d), score: d.judged }],
+  );
+  const alone = tried.length ? [bars("Would answer by itself", tried, percent)] : [];
   return make(
     "section",
     { class: "round" },
     make("h3", {}, `Round ${round.index}`, make("span", { class: "about" }, about)),
-    make("div", { class: "layers" }, ...layers, bars("All layers together", together, percent)),
+    make("div", { class: "layers" }, ...layers, bars("All layers together", together, percent), ...alone),
   );
 }
 
