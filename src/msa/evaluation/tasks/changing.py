@@ -31,8 +31,9 @@ UNCHANGED, REPLACED, DELETED = "unchanged", "replaced", "deleted"
 
 def load(request: Request) -> QuestionSet:
     """Facts and a question about each, in real text."""
-    documents, questions, _ = _facts(request)
-    whole = (*text_haystack(request), *documents)
+    hay = text_haystack(request)
+    documents, questions, _ = _facts(request, hay)
+    whole = (*hay, *documents)
     return QuestionSet(NAME, request.split, whole, questions, data_hash(whole, questions))
 
 
@@ -44,8 +45,8 @@ def change(request: Request, share: float) -> Changed:
     """
     if not 0 <= share <= 1:
         raise InputError(f"a share of {share} of the documents; expected 0 to 1")
-    documents, questions, later = _facts(request)
     hay = text_haystack(request)
+    documents, questions, later = _facts(request, hay)
     changed = [
         *_changes(hay, [replace(d, text=f"{d.text} {REMARK}") for d in hay], share),
         *_changes(documents, later, share),
@@ -56,10 +57,12 @@ def change(request: Request, share: float) -> Changed:
     return Changed(tuple(changed), tuple(_now(q, by_id, news) for q in questions))
 
 
-def _facts(request: Request) -> tuple[list[Document], tuple[Question, ...], list[Document]]:
-    """Documents, their questions, and the documents that may replace them."""
+def _facts(
+    request: Request, hay: Sequence[Document]
+) -> tuple[list[Document], tuple[Question, ...], list[Document]]:
+    """Documents about what is not in the haystack, their questions, and what may replace them."""
     rng = drawing(request, NAME)
-    names = Names(rng, (document.text for document in text_haystack(request)))
+    names = Names(rng, (document.text for document in hay))
     documents, questions, later = [], [], []
     for number in range(request.count):
         what = rng.choice(attributes())
