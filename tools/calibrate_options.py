@@ -20,7 +20,6 @@ Nothing is chosen on dev or test questions.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import tempfile
@@ -32,7 +31,7 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import LEAST_JUDGED, fuse
+from msa.inference.fusion import fuse, judgment
 from msa.inference.options import (
     BIAS,
     REFUSAL_LOGIT,
@@ -209,9 +208,7 @@ def judging(sets: Sequence[Drawn], options: AskOptions) -> float:
             gold = {part.number for key in question.gold for part in parts(key)}
             tried = [d for d in answer.rounds[0].ranked if d.judged is not None]
             for weight in JUDGE_WEIGHTS:
-                best = max(
-                    tried, key=lambda d: d.score + weight * math.log(max(d.judged, LEAST_JUDGED))
-                )
+                best = max(tried, key=lambda d: d.score + weight * judgment(d.judged))
                 shares[weight] += (best.number in gold) / len(one.questions) / len(sets)
     for weight, share in shares.items():
         print(f"judge_weight {weight}: {100 * share:.1f}", flush=True)

@@ -34,6 +34,7 @@ def prefill(
     cache: MSACache | None = None,
     *,
     routing_only: bool = False,
+    logits_to_keep: int = 1,
 ) -> MSAOutput:
     """One forward over whole prompts: what they select, and their last logits.
 
@@ -43,6 +44,7 @@ def prefill(
         memory: selected from in every routing layer; None for none.
         cache: empty; filled, so that tokens can follow. None keeps nothing.
         routing_only: end with the last selection; there are no logits then.
+        logits_to_keep: of how many last tokens there are logits.
     """
     out: MSAOutput = model(
         prompts.input_ids,
@@ -52,7 +54,7 @@ def prefill(
         memory=memory,
         routing_mask=prompts.routing_mask,
         memory_mask=prompts.memory_mask,
-        logits_to_keep=1,
+        logits_to_keep=logits_to_keep,
         use_cache=cache is not None,
         routing_only=routing_only,
     )

@@ -80,6 +80,11 @@ def fuse(
     return _ranked(found, temperature)
 
 
+def judgment(likely: float) -> float:
+    """What counts of how likely the model answers from a document: the logarithm, bounded."""
+    return math.log(max(likely, LEAST_JUDGED))
+
+
 def rank_judged(
     fused: Mapping[int, Fused], judged: Mapping[int, float], *, weight: float, temperature: float
 ) -> dict[int, Fused]:
@@ -96,7 +101,7 @@ def rank_judged(
     """
     if not judged:
         return dict(fused)
-    added = {d: weight * math.log(max(judged[d], LEAST_JUDGED)) for d in judged}
+    added = {document: weight * judgment(likely) for document, likely in judged.items()}
     least = min(added.values())
     found = {
         document: replace(

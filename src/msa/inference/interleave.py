@@ -253,10 +253,10 @@ class Interleave:
             copies: those of them that have the text of one that was read.
         """
         options, form, question = self.request.options, self.request.format, self.request.question
-        if not self.to_try:
+        if not (count := self.to_try):
             return {}
         known = self.read | copies
-        best = [number for number in found.fused if number not in known][: self.to_try]
+        best = [number for number in found.fused if number not in known][:count]
         trials = {}
         for number, stored in self.request.snapshot.texts(best).items():
             reading = Reading(((number, stored.document.content),))

@@ -7,17 +7,18 @@ without the memory beside it. One forward scores all of its tokens; nothing is w
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
 
 from msa.inference.batch import prompt_batch
-from msa.model.modeling_msa import MSAForCausalLM, MSAOutput
+from msa.inference.decoding import prefill
+from msa.model.modeling_msa import MSAForCausalLM
 from msa.text.prompts import LocalContext
 
 
-@torch.no_grad()
 def judge(
     model: MSAForCausalLM,
     contexts: Sequence[LocalContext],
@@ -34,24 +35,14 @@ def judge(
     """
     rows = []
     for context, refusal in zip(contexts, refusals, strict=True):
-        row = LocalContext(
-            [*context.input_ids, *refusal[:-1]],
-            [*context.routes, *[False] * (len(refusal) - 1)],
-            [*context.sees_memory, *[True] * (len(refusal) - 1)],
-            context.prefix_length,
-        )
+        row = copy.deepcopy(context)
+        row.extend(refusal[:-1])
         rows.append(row)
     batch = prompt_batch(rows, model.config.top_k_documents, pad_token, model.device)
     longest = max(map(len, refusals))
-    out: MSAOutput = model(
-        batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=longest,
-        use_cache=False,
-    )
-    assert out.logits is not None
-    by_token = out.logits.float().log_softmax(dim=-1)  # [B, longest, V]
+    logits = prefill(model, batch, None, logits_to_keep=longest).logits
+    assert logits is not None
+    by_token = logits.float().log_softmax(dim=-1)  # [B, longest, V]
     found = []
     for i, refusal in enumerate(refusals):
         last = by_token[i, longest - len(refusal) :]

@@ -238,6 +238,8 @@ class Scheduler:
             for row, (run, some, known) in enumerate(zip(runs, found, copies, strict=True))
             for number, context in run.trials(some, known).items()
         ]
+        if not trials:
+            return list(found)
         judged: list[dict[int, float]] = [{} for _ in runs]
         for part in _parts(trials, self.prefill_tokens):
             requests = [runs[row].request for row, _, _ in part]

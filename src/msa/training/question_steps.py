@@ -325,24 +325,21 @@ class _Step:
 
     def _others(self, row: int, read: set[int]) -> list[tuple[int, bool]]:
         """Further questions: those that the texts read answer, and some that they do not."""
-        inverse = {at: key for key, at in self.rows.items()}
+        keys = [key for key, at in self.rows.items() if at in read]
         fitting = [
             i
-            for at in sorted(read)
-            for i in self.source.by_document.get(inverse[at], ())
-            if i != row
-            and {self.rows.get(k, -1) for k in self._question(i).gold} <= read
-            and not self._lost(i)
+            for key in keys
+            for i in self.source.by_document.get(key, ())
+            if i != row and set(self._question(i).gold) <= set(keys) and not self._lost(i)
         ]
         self.rng.shuffle(fitting)
         picked = [(i, True) for i in fitting[: self.stage.more_questions]]
-        picked += [(i, False) for i in self._foreign(row, read)]
+        picked += [(i, False) for i in self._foreign(row, keys)]
         self.rng.shuffle(picked)
         return picked
 
-    def _foreign(self, row: int, read: set[int]) -> list[int]:
+    def _foreign(self, row: int, keys: Sequence[str]) -> list[int]:
         """Questions that what was read does not answer, those that it looks right for first."""
-        keys = [key for key, at in self.rows.items() if at in read]
         hard = [i for key in keys for i in self.source.mistaken.get(key, ())]
         found = []
         for among in (hard, self.chosen):
