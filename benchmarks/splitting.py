@@ -2,7 +2,7 @@
 
     python benchmarks/splitting.py [--characters 300000] [--max-tokens 480]
 
-Prints a line per kind of text: seconds, parts, and how often the tokenizer was handed each
+Prints a line per kind of text: seconds, parts, and how often the tokenizer was given each
 character.
 """
 

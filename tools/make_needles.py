@@ -5,7 +5,7 @@
 writes FOLDER/corpus.jsonl.gz and FOLDER/questions.train.jsonl.gz, a set as docs/training.md
 describes it. A fact gives a key a value; keys are two words, values are numbers, words or codes.
 Half of the questions ask for all values of a key, or for the values of several keys. Some facts
-stand alone, others between sentences of real text; every fact has a neighbor whose key looks alike.
+stand alone, others between sentences of real text; every fact has a neighbor with a similar key.
 Words and sentences come from the texts; everything follows from the seed.
 """
 

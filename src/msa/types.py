@@ -30,7 +30,7 @@ class Document:
 
     Attributes:
         id: the caller's string, unique in a bank.
-        text: what is encoded, and what the model is handed when it asks for the document.
+        text: what is encoded, and what the model is given when it asks for the document.
         title: optional; shown to people, encoded in front of the text when given.
         metadata: JSON values of the caller's own; kept, returned, filtered on.
     """
@@ -214,7 +214,7 @@ class Round:
     Attributes:
         index: 1 for the first round.
         routed: routing layer -> the documents that the model attended to there, best first.
-        read: documents that the model named and was handed, in the order written.
+        read: documents that the model named and was given, in the order written.
         ranked: documents that some layer attended to or that could be named, best first by fused
             score.
     """

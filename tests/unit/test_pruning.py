@@ -51,7 +51,7 @@ def questions(seed, batch, tokens, width=GROUPS * DIM):
 def build(keys, counts, settings=None, *, documents=None, scales=None):
     """An index of all documents, whose blocks were made of the first ones; the others are its tail.
 
-    Blocks are not made anew, however long the tail is.
+    Blocks are not built again, however long the tail is.
     """
     first = len(counts) if documents is None else documents
     end = int(counts[:first].sum())
@@ -239,7 +239,7 @@ def test_an_index_is_not_changed_by_documents_added_later():
 
 
 def test_an_index_of_a_layer_that_grows():
-    """New documents are a tail until they are a quarter; then all is parted anew."""
+    """New documents are a tail until they are a quarter; then all blocks are built again."""
     keys, counts = make(11, 100, kinds=7)
     vectors, routes = questions(11, 2, 4)
     blocked = []

@@ -276,7 +276,7 @@ def test_an_override_puts_a_value_in_its_place_and_changes_nothing_else(text, pa
         ("=1", "expected KEY=VALUE"),
         ("seed=[", "the value is no YAML"),
         ("seed.x=1", "'x' stands in no mapping"),
-        ("model[0]=1", r"\[0\] stands behind no list"),
+        ("model[0]=1", r"\[0\] does not follow a list"),
         ("stages[2].steps=1", "the list has 1 entries, counted from 0"),
     ],
 )

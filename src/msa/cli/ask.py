@@ -138,7 +138,7 @@ def search(
 
 
 def _questions() -> Iterator[str]:
-    """Lines of stdin that are not blank; with a prompt if somebody types them."""
+    """Lines of stdin that are not blank; with a prompt in a terminal."""
     lines = stdin_lines()
     while True:
         if sys.stdin.isatty():
@@ -224,7 +224,7 @@ def print_routing(
 
 
 def _print_below(console: Console, label: Text, entries: Sequence[Text]) -> None:
-    """A label and a list behind it, which goes on below itself; no entry is broken."""
+    """A label and a list after it, wrapped below itself; no entry is broken."""
     line, indent = label.copy(), len(label)
     for i, entry in enumerate(entries):
         piece = entry + Text("," if i < len(entries) - 1 else "")

@@ -40,7 +40,7 @@ CHANGES = {
 }
 
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-"""Between two sentences; the point behind an initial is none."""
+"""Between two sentences; the point after an initial is none."""
 
 
 def demo(
@@ -382,7 +382,7 @@ class _Show:
         return sign if self._unicode else word
 
     def _list(self, label: Text, entries: list[Text]) -> None:
-        """A label and a list behind it, which goes on below itself; no entry is broken."""
+        """A label and a list after it, wrapped below itself; no entry is broken."""
         line = label.copy()
         for i, entry in enumerate(entries):
             piece = entry + Text(", " if i < len(entries) - 1 else "")
@@ -394,7 +394,7 @@ class _Show:
         self._console.print(line, soft_wrap=True)
 
     def _below(self, label: Text, text: Text) -> None:
-        """A label and a text behind it, which goes on below itself."""
+        """A label and a text after it, wrapped below itself."""
         width = max(20, self._console.width - len(label))
         for i, line in enumerate(text.wrap(self._console, width)):
             self._console.print((label if i == 0 else Text(" " * len(label))) + line)

@@ -90,7 +90,7 @@ def run(
         typer.Option(
             "--systems",
             metavar="NAME",
-            help="Systems to ask, behind the tasks: msa bm25-5 hybrid-5+rerank full gold closed "
+            help="Systems to ask, after the tasks: msa bm25-5 hybrid-5+rerank full gold closed "
             "@depths, ...",
             show_default="msa and ten others",
         ),

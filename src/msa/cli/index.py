@@ -72,7 +72,7 @@ class Intake:
         old: the origins of a bank that has documents of earlier versions, None for any other.
 
     Attributes:
-        root: as given.
+        root: of `--root`.
         failed, ignored: what gave no document, and why.
         notes: (source, what was guessed to read it).
         gone: documents of the bank that these files gave once and give no more.
@@ -271,7 +271,7 @@ def index(
 
     Reads txt, md, jsonl, csv and tsv (also .gz), and pdf, html and docx with the extra
     "documents". Long texts are split into linked parts. Run it again after files have changed:
-    unchanged documents cost nothing, changed ones are encoded anew, and those that are gone are
+    unchanged documents cost nothing, changed ones are encoded again, and those that are gone are
     named, or deleted with --prune. A file is the same document however its path is typed. Exits
     with 1 if no document could be stored.
 

@@ -25,7 +25,7 @@ QUIET_SECONDS = 15.0
 
 
 def stdout() -> Console:
-    """A console for results; made anew, so that it writes to what stdout is now."""
+    """A console for results; made again, so that it writes to what stdout is now."""
     return _console(sys.stdout)
 
 
@@ -104,7 +104,7 @@ def plural(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
-class Interrupted(Exception):  # noqa: N818 - somebody's wish, no error
+class Interrupted(Exception):  # noqa: N818 - the user asked for it
     """The user pressed Ctrl-C; the message says what is safe and how to go on."""
 
 

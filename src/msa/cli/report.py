@@ -93,7 +93,7 @@ def judge(
     """Have a language model give every answer 0 to 5 points, kept in DIR/judged.
 
     The key is read from MSA_JUDGE_KEY, or else from OPENAI_API_KEY. The same command goes on where
-    it was stopped; an answer that has changed is judged anew. msa eval report shows the means.
+    it was stopped; an answer that has changed is judged again. msa eval report shows the means.
     """
     from msa.evaluation.judge import KEY_VARIABLES, Judge, judge_runs
 

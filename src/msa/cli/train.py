@@ -34,7 +34,7 @@ def train(
             "-o",
             metavar="DIR",
             help="Folder of the run. With --routers-only, of the new model; by default the bank's "
-            "name with -model behind it.",
+            "name with -model after it.",
             show_default=False,
         ),
     ] = None,
@@ -77,7 +77,7 @@ def train(
 
     With --routers-only: questions are made from the bank's own texts, the model is run over them
     once, and its routers are trained in seconds. Recall is measured on questions that were held
-    out. The bank itself is left as it is: it must be made anew with the new model.
+    out. The bank itself is left as it is: it must be made again with the new model.
     """
     if routers_only == (config is not None):
         raise typer.BadParameter(
@@ -143,7 +143,7 @@ def _train_routers(
             )
         except KeyboardInterrupt:
             raise output.Interrupted(
-                "Interrupted. The same command goes on behind the texts that were run."
+                "Interrupted. The same command goes on after the texts that were run."
             ) from None
     if json:
         output.print_json({"model": folder, **output.to_json(report)})
@@ -168,7 +168,7 @@ def _print(report: RouterReport, folder: Path) -> None:
         output.print_note("training found nothing better; the routers are as they were")
     console.print(f"The model is in {folder}", soft_wrap=True)
     console.print(
-        "Routers decide what a bank stores, so make the bank anew with it: "
+        "Routers decide what a bank stores, so make the bank again with it: "
         f"msa index PATHS... --bank NEW --model {folder}",
         soft_wrap=True,
         style="dim",

@@ -2,7 +2,7 @@
 
 A copy shares the files of its latent states with the haystack's bank, so that what a task adds to
 it (documents that one question alone may see) or changes in it costs no second encoding of the
-rest. A bank that was left unfinished is gone on with; an unfinished copy is made anew.
+rest. An unfinished bank is continued; an unfinished copy is made again.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _deletes(change: Change) -> bool:
 
 
 def copy_bank(folder: Path, target: Path) -> None:
-    """Copy a bank that nobody writes to; files of latent states are linked where links are."""
+    """Copy a bank that is not written to; files of latent states are linked where links are."""
     for path in sorted(folder.rglob("*")):
         place = target / path.relative_to(folder)
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint gives every answer 0 to 5 points.
+"""A language model at an OpenAI-compatible endpoint gives every answer 0 to 5 points.
 
 The scale is the paper's; its wording is ours (`SYSTEM`). A judge is one witness among others: its
 mean stands in the report beside what is counted, never alone.
@@ -270,13 +270,13 @@ def _opened(folder: Path, name: str, judge: Judge) -> set[str]:
         if held.about.get(key) != about[key]:
             raise InputError(
                 f"{path}: was judged with {key} {held.about.get(key)!r}, not {about[key]!r}; "
-                "delete the file to have its answers judged anew"
+                "delete the file to have its answers judged again"
             )
     return {row["digest"] for row in held.rows if row["score"] is not None}
 
 
 def _digest(row: Mapping[str, Any]) -> str:
-    """Of what the judge is shown: an answer that has changed is judged anew."""
+    """Of what the judge is shown: an answer that has changed is judged again."""
     return hashlib.sha256(_shown(row).encode()).hexdigest()[:16]
 
 

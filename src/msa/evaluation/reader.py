@@ -1,4 +1,4 @@
-"""A model's reader without its routing: documents are handed over, by whoever found them.
+"""A model's reader without its routing: documents are passed in by a retriever.
 
 This is retrieval-augmented generation on the same backbone, in the same text format and with the
 same weights as when the model reads what it routed to itself: the local context of one round in
@@ -25,7 +25,7 @@ from msa.types import MemoryReader
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """What was answered from documents that were handed over.
+    """What was answered from documents that were passed in.
 
     Attributes:
         text: the answer.
@@ -84,7 +84,7 @@ class TextReader:
 
         Args:
             questions: as asked.
-            documents: (number, text) of those handed to each question, in reading order; the last
+            documents: (number, text) of those given to each question, in reading order; the last
                 ones are left out where the model has no positions for them. None at all is allowed.
             max_new_tokens: of each answer, where it is not the reader's.
 

@@ -1,4 +1,4 @@
-"""A reranker that needs no other model: how likely the backbone finds the question behind a text.
+"""A reranker that needs no other model: how likely the backbone finds the question after a text.
 
 Shapes: B texts, T tokens of the longest with the question, S tokens of the question, V vocabulary.
 """

@@ -187,7 +187,7 @@ class HybridRetriever:
 
 
 class JoinedRetriever:
-    """Documents of several retrievers of one kind, one behind the other.
+    """Documents of several retrievers of one kind, one after the other.
 
     Args:
         parts: over different documents; a score must not depend on the others.

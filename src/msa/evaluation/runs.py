@@ -114,7 +114,7 @@ def read_run(path: str | Path) -> Run:
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{path}, line {number}: not a line of a run ({error}); delete the line to ask its "
-                "question anew"
+                "question again"
             ) from error
     if not rows or "about" not in rows[0]:
         raise InputError(f"{path}: no run (its first line says where the answers come from)")

@@ -46,7 +46,7 @@ UNITS = {"K": 10**3, "M": 10**6}
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Tasks that are run alike.
+    """Tasks that are run in the same way.
 
     Attributes:
         tasks: names or patterns.
@@ -218,7 +218,7 @@ def variants(task: Task, request: Request) -> Iterator[Variant]:
 def changed_documents(
     documents: Sequence[Document], changes: Sequence[Change]
 ) -> tuple[Document, ...]:
-    """Documents as they are after changes; new ones behind the others.
+    """Documents as they are after changes; new ones after the others.
 
     Raises:
         InputError: one is deleted that is not there.
@@ -233,7 +233,7 @@ def changed_documents(
 
 
 def fitting(task: Task, systems: Sequence[str]) -> list[str]:
-    """Systems that a task can ask; of those that rank alike, the first only."""
+    """Systems that a task can ask; of those that rank in the same way, the first only."""
     if not task.ranks:
         return list(systems)
     found: dict[object, str] = {}
@@ -252,7 +252,7 @@ def run_path(output: Path, task: str, size: int, share: float | None, system: st
 
 
 def size_of(text: str) -> int:
-    """Tokens: a number, perhaps with K (thousands) or M (millions) behind it.
+    """Tokens: a number, perhaps with K (thousands) or M (millions) after it.
 
     Raises:
         InputError: it is something else.

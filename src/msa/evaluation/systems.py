@@ -1,6 +1,6 @@
 """Systems that answer the questions of a set, all behind one small interface.
 
-A memory (`MemorySystem`) and what it is compared with: the same model's reader, handed documents
+A memory (`MemorySystem`) and what it is compared with: the same model's reader, given documents
 by a retriever (`ReaderSystem`), as many as its prompt has room for (`FullSystem`), the gold
 documents (`GoldSystem`: the ceiling) or none (`GoldSystem` with `depth` 0: what the backbone knows
 by itself).
@@ -60,7 +60,7 @@ class Outcome:
         routed: for every round, routing layer -> ids of the documents attended to there.
         texts: id -> text of the documents that were read.
         spans: where the citations say that the answer stands, the text there; a memory's only.
-        bytes: of compressed content that was fetched; None where nobody counts them.
+        bytes: of compressed content that was fetched; None where they are not counted.
     """
 
     answer: str
@@ -101,7 +101,7 @@ class ReaderSystem:
         reader: answers.
         retriever: over `documents`.
         documents: the corpus.
-        depth: documents handed over, best first.
+        depth: documents given, best first.
         owned: ids of documents that are some question's own.
         reranker: puts the best of the retriever into another order.
     """
@@ -246,7 +246,7 @@ class GoldSystem:
     Args:
         reader: answers.
         documents: the corpus.
-        depth: gold documents handed over, in their order; all by default, 0 for none.
+        depth: gold documents given, in their order; all by default, 0 for none.
     """
 
     def __init__(

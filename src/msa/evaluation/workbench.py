@@ -1,11 +1,11 @@
 """Systems by name over one question set; what they share is made once, when it is needed.
 
 Names: `bm25-K`, `minilm-K`, `hybrid-K` (both), `backbone-K` (mean-pooled states of the model): the
-model's reader, handed the K best documents of a retriever, perhaps with `+rerank` behind it (the
-best put into another order by the model); `full` (handed as many documents as there is room for);
-`gold` (handed the gold documents) and `closed` (handed none); each perhaps with `+memory` behind it
+model's reader, given the K best documents of a retriever, perhaps with `+rerank` after it (the
+best put into another order by the model); `full` (given as many documents as there is room for);
+`gold` (given the gold documents) and `closed` (given none); each perhaps with `+memory` after it
 (and the compressed memory to attend to); `msa` (a memory bank), perhaps with options of
-`MemoryEngine.ask` behind it, as in `msa:max_rounds=1,lexical_weight=0`.
+`MemoryEngine.ask` after it, as in `msa:max_rounds=1,lexical_weight=0`.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class SystemName:
 
     Attributes:
         kind: "msa", "full", "gold", "closed", or a retriever.
-        depth: documents handed over by a retriever; 0 for the others.
+        depth: documents passed on by a retriever; 0 for the others.
         memory: whether the compressed memory is attended to.
         rerank: whether the model puts the best documents into another order.
         options: of `MemoryEngine.ask`.
@@ -283,7 +283,7 @@ def parse_system(name: str) -> SystemName:
         return SystemName(kind, int(depth or 0), "memory" in more, "rerank" in more)
     raise InputError(
         f"system {name!r}: expected one of {'-K, '.join(RETRIEVERS)}-K (perhaps with +rerank), "
-        "full, gold or closed, perhaps with +memory behind it, or msa:OPTION=VALUE,..."
+        "full, gold or closed, perhaps with +memory after it, or msa:OPTION=VALUE,..."
     )
 
 

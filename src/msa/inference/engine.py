@@ -110,7 +110,7 @@ class MemoryEngine(ClosedAtExit, NotPickled):
         self._snapshots = SnapshotCache(bank, memory)
 
     def close(self) -> None:
-        """Give up what was loaded; the bank stays open. Calling it twice does nothing."""
+        """Release what was loaded; the bank stays open. Calling it twice does nothing."""
         if self._life.is_elsewhere or self._life.ended:
             return
         self._life.end()

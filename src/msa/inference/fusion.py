@@ -47,7 +47,7 @@ def fuse(
         layers: routing layer -> its candidates, each a document and its score (Eq. 2).
         temperature: of the softmax that gives `prior`, above 0.
         layer_weights: routing layer -> factor of its scores; a layer that is not named has 0. By
-            default all are alike and sum to 1: the score is the mean.
+            default all are equal and sum to 1: the score is the mean.
         lexical: document -> bm25 score, higher is better; its documents are candidates too. Not
             used when `lexical_weight` is 0.
         lexical_weight: factor of the bm25 score, which is divided by the best one first.
@@ -88,7 +88,7 @@ def judgment(likely: float) -> float:
 def rank_judged(
     fused: Mapping[int, Fused], judged: Mapping[int, float], *, weight: float, temperature: float
 ) -> dict[int, Fused]:
-    """Rank once more, by what the model made of the documents that it tried (ours).
+    """Rank once more, by what the model made of the documents that it tried.
 
     The logarithm of what `judged` says is added to their scores; documents that were not tried
     count as the worst of those that were.

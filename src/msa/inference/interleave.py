@@ -82,7 +82,7 @@ class AskFormat:
         self.pad: int = pad if pad is not None else 0
 
     def lead_in(self, options: AskOptions) -> list[int]:
-        """Tokens of the answer that are handed to the model."""
+        """Tokens of the answer that are given to the model."""
         return self._lead_in if options.force_answer_prefix else []
 
     def refusal(self, options: AskOptions) -> list[int]:
@@ -334,7 +334,7 @@ class Interleave:
     def _read(
         self, numbers: Sequence[int], texts: Mapping[int, StoredDocument]
     ) -> tuple[Citation, ...]:
-        """Hand documents to the question, as far as there are positions for them."""
+        """Give documents to the question, as far as there are positions for them."""
         options, form, index = self.request.options, self.request.format, self.index
         documents: list[tuple[int, str]] = []
         citations: list[Citation] = []

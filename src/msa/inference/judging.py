@@ -1,4 +1,4 @@
-"""Documents tried one by one: how likely the model would answer from each, and not refuse (ours).
+"""Documents tried one by one: how likely the model would answer from each, and not refuse.
 
 Routing finds what looks right; whether a text answers is seen by reading it. A trial is a local
 context in which one more document has been read, followed by the refusal in place of an answer,

@@ -49,7 +49,7 @@ class AskOptions:
         candidates: documents that a routing layer lists for the fused ranking (`fusion.fuse`); the
             model attends to its own `top_k_documents` only. Below that number, that number.
         layer_weights: routing layer -> factor of its scores in the fused ranking, 0 for layers that
-            are not named; None weighs all alike.
+            are not named; None weighs all equally.
         lexical_weight: factor of the bm25 score in the fused ranking; 0 leaves words alone.
         prior_weight: how much the fused ranking weighs in on which of the routed documents is
             named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
@@ -63,7 +63,7 @@ class AskOptions:
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
             that generator's seed from torch's global one.
-        force_answer_prefix: hand the template's answer lead-in to the model instead of letting it
+        force_answer_prefix: give the template's answer lead-in to the model instead of letting it
             write it: the same tokens for a trained model, fewer steps, and no way round it.
         refusal_threshold: refuse to answer when the refusal's score (`refusal.refusal_score`) is
             above it; None neither refuses nor computes the score, 1 computes it and never refuses.

@@ -151,7 +151,7 @@ class SnapshotCache:
 
 
 def _filter_key(where: Filter | None) -> str:
-    """A text that is the same for filters that are alike; no function is like another.
+    """A text that is the same for equal filters; no two functions are equal.
 
     Raises:
         InputError: it is neither a mapping of JSON values nor a function.

@@ -15,7 +15,7 @@ def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
 
     Case does not count, any white space equals any other, and a word is found as a whole word only.
     Of several occurrences it is the one with the most words of the question nearby, long words
-    counting more, and the first of those that are alike.
+    counting more, and the first of those that are equal.
 
     Args:
         text: searched.

@@ -31,14 +31,14 @@ class SplitPrompt:
 def split_prompt(prompt: str, pattern: str | None = None) -> SplitPrompt:
     r"""Context and question of a prompt, as benchmarks of long context write them.
 
-    The question stands behind the last line that begins with "Question:" (or "Query:", "Q:"), if
+    The question follows the last line that begins with "Question:" (or "Query:", "Q:"), if
     that line is in the last part of the prompt: nothing follows it but its own paragraph and the
     lead-in of an answer. Otherwise it is the last line that is no lead-in ("Answer:"), up to its
     last question mark where it has one. All before it is the context, instructions and examples
     too.
 
     Args:
-        prompt: as a harness hands it to a model.
+        prompt: as a harness passes it to a model.
         pattern: a regular expression with groups `context` and `question`, for prompts that are
             written otherwise; it must match from the beginning, and "." matches line breaks.
 

@@ -133,7 +133,7 @@ class StoredDocuments:
         Args:
             limit: documents at most; all by default.
             offset: documents to leave out.
-            after: only documents with a higher number, so that pages stay in step with a bank
+            after: only documents with a higher number, so that pages stay consistent with a bank
                 that changes.
 
         Raises:

@@ -29,7 +29,7 @@ SPARE = (
     *("<|reserved_special_token_1|>", "<|fim_pad|>", "<|file_sep|>", "[control_8]", "[control_9]"),
 )
 # Rows of embeddings closer than this are one token to the model, whatever the tokenizer calls them:
-# rows that pretraining never saw stay as they were initialized, often all alike.
+# rows that pretraining never saw stay as they were initialized, often all equal.
 MAX_COSINE = 0.98
 NUMBERS = (1, 7, 10, 17, 120, 1745, 99999, 455577)
 SAMPLE = "Erik Watts was born on 4 May 1932 in Halden, the son of J. Watts (1901-1975)."

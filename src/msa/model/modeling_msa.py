@@ -56,7 +56,7 @@ class MSAOutput(CausalLMOutputWithPast):
 class Step:
     """What the layers of one forward pass share.
 
-    No dataclass: FSDP2 hands layers copies of those, in which what they leave would be lost.
+    No dataclass: FSDP2 hands layers copies of those, and results stored in a copy would be lost.
 
     Attributes:
         mask: [B or 1, T, S] bool over local keys; None for plain causal attention.
@@ -104,7 +104,7 @@ class Step:
 
 
 class TokenWeight(nn.Linear):
-    """Logarithm of a routing token's weight in the pooled query; zeros weigh all alike (ours)."""
+    """Logarithm of a routing token's weight in the pooled query; zeros weigh all tokens equally."""
 
 
 class MSAAttention(nn.Module):

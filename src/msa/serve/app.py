@@ -1,4 +1,4 @@
-"""The app: routes, middleware, and the life of the service behind them."""
+"""The app: routes, middleware, and the life of the service."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Waiting:
 
     Attributes:
         begun: what `begin` gave, or its error.
-        cancelled: nobody waits for it any more.
+        cancelled: its caller no longer waits for it.
     """
 
     def __init__(self, lane: str) -> None:
@@ -125,7 +125,7 @@ class Ask(Waiting):
         self._on_end.append(function)
 
     def push(self, item: Event | ServiceError) -> None:
-        """Hand over an event, or an error as the last; on the event loop."""
+        """Pass on an event, or an error as the last; on the event loop."""
         if not self._ended:
             self._items.put_nowait(item)
 
@@ -221,7 +221,7 @@ class AskService:
         stream: bool = True,
         client: HTTPRequest | None = None,
     ) -> Ask:
-        """A question that the model has begun with; whoever gets it must read it or stop it.
+        """A question that the model has begun with; the caller must read it or stop it.
 
         Its place is decided at once, before anything is awaited.
 
@@ -537,7 +537,7 @@ async def while_connected(client: HTTPRequest | None, work: Coroutine[Any, Any, 
     """What a coroutine gives; it is cancelled when the client goes away.
 
     Args:
-        client: its request, of which the body has been read; None watches nobody.
+        client: its request, of which the body has been read; None watches no client.
         work: to be done.
 
     Raises:

@@ -78,7 +78,7 @@ class ServedBank:
         return BankState(self.bank.manifest.created, self.bank.generation)
 
     def close(self) -> None:
-        """Give up the memory, then the bank; waits for a thread that is writing."""
+        """Release the memory, then the bank; waits for a thread that is writing."""
         self.engine.close()
         self.memory.close()
         self.bank.close()
@@ -127,7 +127,7 @@ class BankRegistry:
         return [served for _, served in sorted(self._banks.items())]
 
     def states(self, principal: Principal) -> dict[str, Literal["loading", "ready"]]:
-        """Name -> whether it has been opened, of the banks that somebody may know of."""
+        """Name -> whether it has been opened, of the banks that a caller may know of."""
         names = [*self._settings.banks, *self._banks]
         return {
             name: "ready" if name in self._banks else "loading"
@@ -136,11 +136,11 @@ class BankRegistry:
         }
 
     def names(self, principal: Principal) -> list[str]:
-        """Names of the banks that somebody may read."""
+        """Names of the banks that a caller may read."""
         return [s.name for s in self.all() if principal.allows(READ, s.name)]
 
     def get(self, name: str, principal: Principal, scope: str = READ) -> ServedBank:
-        """A bank, for somebody who wants to do something with it.
+        """A bank, for a caller who wants to use it.
 
         Args:
             name: of the bank.
@@ -192,7 +192,7 @@ class BankRegistry:
     def remove(self, name: str, principal: Principal) -> None:
         """Close a bank that was made over the API and delete it with all its documents.
 
-        Nobody may be asking it: see `Service.remove_bank`.
+        It must not be asked meanwhile: see `Service.remove_bank`.
 
         Raises:
             ServiceError: see `get`; 403 for a bank that the service was started with.
@@ -206,7 +206,7 @@ class BankRegistry:
         shutil.rmtree(served.bank.path)
 
     def drop(self, served: ServedBank) -> None:
-        """Close a bank that another process removed. Nobody may be asking it."""
+        """Close a bank that another process removed. It must not be asked meanwhile."""
         with self._changing:
             if self._banks.get(served.name) is served:
                 del self._banks[served.name]

@@ -69,7 +69,7 @@ class DocumentBody(BaseModel):
     """A document as it is stored.
 
     Attributes:
-        id, title, text, metadata: as given. A long text is stored in parts, and given back with a
+        id, title, text, metadata: as sent. A long text is stored in parts, and given back with a
             line break where they meet.
         etag: changes when any of these does.
         parts: itself, or its parts.

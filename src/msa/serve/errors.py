@@ -29,7 +29,7 @@ from msa.errors import (
 
 _log = logging.getLogger("msa.serve")
 CLIENT_GONE = 499
-"""Status in logs and metrics of a request whose client went away; nobody receives it."""
+"""Status in logs and metrics of a request whose client went away; it is never received."""
 RETRY_SECONDS = 2
 _TYPES = {
     408: "timeout_error",

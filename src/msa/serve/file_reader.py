@@ -1,7 +1,7 @@
 """PDF, HTML and DOCX files of clients, read by a process of their own that has only so much time.
 
 Their parsers are made for files that mean well; one that does not can keep them busy for hours.
-The process ends itself then, also when nobody is left to end it, and the next file gets a new one.
+The process ends itself then, also when its parent is gone, and the next file gets a new one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Gate:
     something and come from a page of another origin.
 
     Args:
-        app: what is behind the gate.
+        app: what the gate protects.
         settings: hosts, origins and limits.
         stopping: tells whether the service takes no new work any more.
     """
@@ -158,7 +158,7 @@ class _Body:
 def _check_framing(headers: Headers) -> None:
     """Refuse a request that could end in two places, and the connection with it.
 
-    What stands behind one of the ends would be taken for the next request of somebody else by a
+    What follows one of the ends would be taken for the next request of another client by a
     proxy that goes by the other (RFC 9112, 6.1).
 
     Raises:

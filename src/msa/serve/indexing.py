@@ -1,7 +1,7 @@
 """One index job: files to documents of a bank, in slices that are committed one by one.
 
 Between two slices others may write to the bank. What a slice has brought is noted in the state
-folder before anybody else writes, so that a job that is interrupted goes on behind what it has
+folder before other writers, so that a job that is interrupted goes on after what it has
 stored, and brings back nothing that was changed or deleted since.
 """
 
@@ -146,7 +146,7 @@ class IndexRun:
     # ---- what there is
 
     def _uploads(self) -> Iterator[Taken]:
-        """What the files hold that clients sent, behind what was taken before."""
+        """What the files hold that clients sent, after what was taken before."""
         for file in list(self._files.values()):
             if file.status not in OPEN_FILES:
                 continue

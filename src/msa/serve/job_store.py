@@ -72,7 +72,7 @@ class Job:
         added, updated, unchanged: documents, see `AddReport`.
         rejected: documents, records and files that were not stored.
         tokens: encoded.
-        message: why it failed, or what a cancelled one has left behind.
+        message: why it failed, or what a cancelled one has left.
         result: of a job that gives one.
     """
 
@@ -243,7 +243,7 @@ class JobStore:
     # ---- uploads
 
     def new_upload(self, suffix: str) -> Path:
-        """A path for what a client sends: a name that nobody knows, and the type of the file."""
+        """A path for what a client sends: a random name, and the type of the file."""
         return self.uploads / f"{secrets.token_hex(16)}{suffix}"
 
     def remove_uploads(self, names: Iterable[str]) -> None:
@@ -400,12 +400,12 @@ class JobStore:
         return file
 
     def file(self, file_id: str, owner: str) -> StoredFile | None:
-        """Somebody's file; another's is not there."""
+        """A caller's file; that of another is not there."""
         rows = self._rows("SELECT * FROM files WHERE id = ? AND owner = ?", file_id, owner)
         return StoredFile(*rows[0]) if rows else None
 
     def files(self, owner: str) -> list[StoredFile]:
-        """All files of somebody, oldest first."""
+        """All files of a caller, oldest first."""
         rows = self._rows("SELECT * FROM files WHERE owner = ? ORDER BY rowid", owner)
         return [StoredFile(*row) for row in rows]
 

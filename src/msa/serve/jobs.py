@@ -277,7 +277,7 @@ class Jobs:
     # ---- looking at it
 
     def find(self, job_id: str, principal: Principal, scope: str = "read") -> Job:
-        """A job, for somebody who may know of its bank.
+        """A job, for a caller who may know of its bank.
 
         Raises:
             ServiceError: 404; 403 if the key lacks the scope.
@@ -500,7 +500,7 @@ class Jobs:
 
 
 class _Watcher:
-    """Somebody on an event loop who wants to know of changes."""
+    """A listener on an event loop that is told of changes."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

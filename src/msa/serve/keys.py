@@ -73,7 +73,7 @@ class Keys:
 
     @property
     def required(self) -> bool:
-        """True if nobody gets in without a key."""
+        """True if every request needs a key."""
         return self._principals is not None
 
     @classmethod

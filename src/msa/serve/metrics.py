@@ -66,11 +66,11 @@ class Metrics:
         own.register(_ContentRead())
 
     def watch_banks(self, banks: Callable[[], Iterable[ServedBank]]) -> None:
-        """Have the figures of banks read whenever somebody asks for them."""
+        """Have the figures of banks read whenever they are scraped."""
         self.bank_registry.register(_Banks(banks))
 
     def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Have the jobs counted whenever somebody asks for the figures.
+        """Have the jobs counted whenever the figures are scraped.
 
         Args:
             counts: status -> number of jobs.

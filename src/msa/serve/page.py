@@ -76,7 +76,7 @@ def asset_url(name: str) -> str:
 
 @router.api_route("/", methods=["GET", "HEAD"])
 def index(request: Request) -> Response:
-    """The page; asked for anew on every visit, and sent only if it has changed."""
+    """The page; asked for again on every visit, and sent only if it has changed."""
     return _sent(request, _site().index, ".html", _ASK_FIRST)
 
 
@@ -89,7 +89,7 @@ def asset(request: Request, version: str, name: str) -> Response:
     """
     site = _site()
     if version != site.version or name not in site.assets:
-        raise ServiceError(404, None, "unknown_url", "There is no such file; load the page anew.")
+        raise ServiceError(404, None, "unknown_url", "There is no such file; load the page again.")
     return _sent(request, site.assets[name], name[name.rindex(".") :], _FOREVER)
 
 

@@ -66,7 +66,7 @@ class Passage(BaseModel):
     Attributes:
         bank, url: of it.
         id, number, title, text, metadata, part_of, part, num_parts: see `StoredDocument`.
-        spans: what is to be highlighted, as (first character, first behind it).
+        spans: what is to be highlighted, as (first character, first after it).
     """
 
     bank: str
@@ -152,7 +152,7 @@ async def passage(
 
 
 def _neighbors(served: ServedBank, stored: StoredDocument) -> dict[str, int]:
-    """The parts before and behind a part of a split document: "prev" and "next" to numbers."""
+    """The parts before and after a part of a split document: "prev" and "next" to numbers."""
     if stored.part_of is None:
         return {}
     found = {}

@@ -1,12 +1,12 @@
 """Many processes that answer, one that writes: the app as a deployment of Ray Serve.
 
 Every replica runs the app over banks that it opened for reading. It answers what needs the model,
-questions and searches, and hands everything else to the writer: an actor that runs the same app
+questions and searches, and passes everything else to the writer: an actor that runs the same app
 over the same banks, opened for writing. So there is one lock on every bank, one list of jobs and
 one truth about documents. What a bank holds for asking lies once in the cluster, in shards that the
 replicas and the writer share (`msa.memory.distributed.sharded_bank`).
 
-No answer is older than a write that was acknowledged before its question came, whoever wrote: a
+No answer is older than a write that was acknowledged before its question came, from any client: a
 replica asks the writer first how far the banks have come, and begins once it sees that much itself.
 Clients need not send anything along.
 """

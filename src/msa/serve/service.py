@@ -29,7 +29,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 
 class Service:
-    """Everything behind the app; `app.state.service`.
+    """Everything that the app uses; `app.state.service`.
 
     Args:
         settings: how it runs.
@@ -176,7 +176,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The service behind a request; a FastAPI dependency."""
+    """The service of a request; a FastAPI dependency."""
     return cast(Service, request.app.state.service)
 
 

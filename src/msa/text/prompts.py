@@ -35,8 +35,8 @@ class PromptTemplate:
         question_end: the last characters of `question` that no longer route from round 2 on.
         tail: stands between the question and what the model writes; does not route.
         number: how the model writes a document's number.
-        read: a document's text as it is handed to the model.
-        end_of_read: ends the numbers that the model writes, and the texts that it is handed.
+        read: a document's text as it is given to the model.
+        end_of_read: ends the numbers that the model writes, and the texts that it is given.
         end_of_retrieve: the model needs no more documents.
         restate: the question again, in front of the answer.
         answer: how the answer begins.
@@ -223,7 +223,7 @@ class PromptEncoder:
         return [t for n in numbers for t in self.number(n)] + self._end_of_read
 
     def reading(self, reading: Reading) -> list[int]:
-        """The texts that the model is handed, without the end mark."""
+        """The texts that the model is given, without the end mark."""
         read = self.template.read
         return self._format(*((read, {"number": n, "text": t}) for n, t in reading.documents))
 
@@ -253,7 +253,7 @@ class PromptEncoder:
         return self.tokenize(self.template.end_of_retrieve)
 
     def restatement(self, question: str) -> list[int]:
-        """What is handed to the model after it has ended its retrieval."""
+        """What the model is given after it has ended its retrieval."""
         return self._format((self.template.restate, {"question": question}))
 
     def answer(self, answer: str) -> list[int]:

@@ -21,7 +21,7 @@ def routing_loss(
         scores: [B, N] document scores of one routing layer (Eq. 2).
         positives: [B, N] bool. Rows without a positive count nothing.
         temperature: τ.
-        ignored: [B, N] bool, documents that are no negatives either (ours): those that were read
+        ignored: [B, N] bool, documents that are no negatives either: those that were read
             already. The question still asks for them, and they cannot be named again.
 
     Returns:

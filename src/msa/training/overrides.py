@@ -49,7 +49,7 @@ def _put(node: Any, path: list[str], value: Any, text: str) -> None:
         _put(node.get(first), rest, value, text)
         return
     if not isinstance(node, list):
-        raise ConfigError(f"--set {text}: {first} stands behind no list")
+        raise ConfigError(f"--set {text}: {first} does not follow a list")
     chosen = range(len(node)) if first == "[*]" else [int(first[1:-1])]
     for index in chosen:
         if index >= len(node):

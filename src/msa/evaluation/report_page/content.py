@@ -60,7 +60,7 @@ def _scores(findings: Findings) -> Section:
     blocks: list[Block] = [
         Text(
             "Behind or ahead: of the best other system, by more than chance. The best score of a "
-            f"row is set bold; systems named {CEILING} are handed the right documents and are no "
+            f"row is set bold; systems named {CEILING} are given the right documents and are no "
             "rivals. Every score leads to its questions."
         )
     ]

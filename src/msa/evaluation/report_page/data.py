@@ -28,7 +28,7 @@ FAR = 1 << 30
 LAYER = re.compile(r"routed (\d+)")
 """Scores that are of one routing layer."""
 CEILING = "gold"
-"""Systems of this name are handed what is to be found: no rivals."""
+"""Systems of this name are given what is to be found: no rivals."""
 
 RIGHT = "right"
 PARTLY = "partly right"
@@ -261,7 +261,7 @@ class Findings:
     def rivals(self) -> list[Comparison]:
         """For every task and size the comparison with the best other system.
 
-        Systems that are handed the gold documents, and the same memory asked otherwise, are none.
+        Systems that are given the gold documents, and the same memory asked otherwise, are none.
         """
         found: dict[tuple[str, int], Comparison] = {}
         for each in self.comparisons:

@@ -40,6 +40,6 @@ def joined(*children: str | None) -> Html:
 
 
 def breakable(name: str) -> Html:
-    """A name that a narrow column may break behind its signs."""
+    """A name that a narrow column may break after its signs."""
     parts = [escape(part) for part in re.split(r"(?<=[:,=_/])", name)]
     return Html("<wbr>".join(parts))

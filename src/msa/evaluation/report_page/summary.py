@@ -165,7 +165,7 @@ def _other_losses(findings: Findings) -> list[str]:
         short = mean([-c.difference.by.mean for c in ceilings])
         if short > 0:
             lines.append(
-                f"Handed the right documents, the same reader scores {100 * short:.1f} points more "
+                f"Given the right documents, the same reader scores {100 * short:.1f} points more "
                 "on average: what finding and naming lose"
             )
     weak = sorted(mine, key=lambda run: run.score.mean)[:3]

@@ -114,7 +114,7 @@ def _ask_who(conversation: Conversation, row: tuple[str, ...]) -> None:
 
 
 def _ask_when(conversation: Conversation, row: tuple[str, ...]) -> None:
-    """On which day somebody said something."""
+    """On which day a speaker said something."""
     who, session = conversation.rng.randrange(2), conversation.any_session()
     value = conversation.rng.choice(row[6].split(", "))
     conversation.tell(who, row[1].format(value=value), session)
@@ -124,7 +124,7 @@ def _ask_when(conversation: Conversation, row: tuple[str, ...]) -> None:
 
 
 def _ask_now(conversation: Conversation, row: tuple[str, ...]) -> None:
-    """What holds since somebody said that it changed."""
+    """What holds since a speaker said that it changed."""
     who = conversation.rng.randrange(2)
     old, new = conversation.rng.sample(row[4].split(", "), 2)
     before, after = sorted(conversation.rng.sample(range(SESSIONS), 2))

@@ -33,7 +33,7 @@ COMPARED, ORDERED, OTHERS = 2, 3, 2
 
 
 def counting(number: int, rng: random.Random, names: Names) -> Iterator[Item]:
-    """How many things of a kind somebody bought; others bought them too, and other things."""
+    """How many things of a kind a person bought; others bought them too, and other things."""
     times = number % MOST_PURCHASES + 1
     item, *other_items = rng.sample(ITEMS, 1 + OTHERS)
     buyer, others = names.person(), [names.person() for _ in range(OTHERS)]
@@ -48,7 +48,7 @@ def counting(number: int, rng: random.Random, names: Names) -> Iterator[Item]:
 
 
 def aggregating(number: int, rng: random.Random, names: Names) -> Iterator[Item]:
-    """What somebody's purchases come to, which was the dearest, from how many people they were."""
+    """What a person's purchases come to, which was the dearest, from how many people they were."""
     kind = AGGREGATES[number % len(AGGREGATES)]
     times = rng.randint(2, 4)
     buyer, others = names.person(), [names.person() for _ in range(OTHERS)]

@@ -44,7 +44,7 @@ def drawing(request: Request, name: str) -> random.Random:
 
 
 def noise_haystack(request: Request) -> list[Document]:
-    """Documents of RULER's noise, all alike, `request.size` tokens of them."""
+    """Documents of RULER's noise, all equal, `request.size` tokens of them."""
     one = max(1, request.count_tokens(NOISE))
     text = "\n".join([NOISE] * max(1, DOCUMENT_TOKENS // one))
     return fill(repeat(text), request.size, request.count_tokens)
@@ -65,7 +65,7 @@ def text_haystack(request: Request) -> list[Document]:
     return list(_text_documents(request.text_folder(), request.size, request.count_tokens))
 
 
-@lru_cache(maxsize=1)  # the tasks of a family are loaded one behind the other
+@lru_cache(maxsize=1)  # the tasks of a family are loaded one after the other
 def _text_documents(
     folder: Path, size: int, count_tokens: Callable[[str], int]
 ) -> tuple[Document, ...]:

@@ -3,7 +3,7 @@
 "Who has been to Dresden?" is answered by "... rents two rooms right beside the Semper Opera.". The
 passages and the questions are ours, in `data/no_shared_words.txt`. Three passages of the same kind
 about other people stand beside the right one. Words of the question may well occur in the text
-around, which misleads whoever matches words.
+around, which misleads systems that match words.
 """
 
 from __future__ import annotations

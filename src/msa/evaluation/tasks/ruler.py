@@ -179,7 +179,7 @@ def _needle(kind: str, key: str, value: str) -> str:
 
 
 def load_chains(request: Request) -> QuestionSet:
-    """Variable tracking: which variables hold a value that was handed on four times."""
+    """Variable tracking: which variables hold a value that was passed on four times."""
     rng = drawing(request, "ruler/vt")
     used: set[str] = set()
     items = [_chain_item(i, rng, used) for i in range(request.count)]

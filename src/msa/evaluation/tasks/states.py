@@ -59,27 +59,27 @@ class House:
         return len(self.entries) - 1
 
     def move(self, who: str, room: str) -> None:
-        """Somebody goes to a room, with all that they hold."""
+        """A person goes to a room, with all that they hold."""
         self.went.setdefault(who, []).append(self.say(WENT.format(who=who, room=room)))
         self.room[who] = room
         for thing in [t for t, holder in self.holder.items() if holder == who]:
             self._mark(thing, who)
 
     def take(self, who: str, thing: str) -> None:
-        """Somebody picks up a thing where they are."""
+        """A person picks up a thing where they are."""
         self.taken[thing] = self.say(TOOK.format(who=who, thing=thing))
         self.holder[thing] = who
         if not self.trail.get(thing):
             self._mark(thing, who)
 
     def leave(self, who: str, thing: str) -> None:
-        """Somebody puts down what they hold."""
+        """A person puts down what they hold."""
         row = self.say(LEFT.format(who=who, thing=thing))
         del self.holder[thing]
         self.trail[thing][-1] = (self.room[who], (row, self.went[who][-1]))
 
     def give(self, who: str, thing: str, other: str) -> None:
-        """Somebody hands a thing to somebody in the same room."""
+        """A person passes a thing to another in the same room."""
         row = self.say(GAVE.format(who=who, thing=thing, other=other))
         self.holder[thing], self.taken[thing] = other, row
         self.given.append((who, thing, other, row))

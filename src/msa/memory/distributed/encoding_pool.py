@@ -1,9 +1,9 @@
 """Encoding in several processes: one pipeline decides, numbers and commits; workers encode.
 
-`IngestPipeline` hands full windows to a `SegmentPool`. Every worker is an actor of Ray with a model
-of its own. It writes the segments of a window into a folder of its own below the bank's, and the
-pipeline takes them over in the order of the windows, one transaction each. A worker that dies is
-restarted and its window encoded again; what it had written is no part of the bank, and the next
+`IngestPipeline` passes full windows to a `SegmentPool`. Every worker is an actor of Ray with a
+model of its own. It writes the segments of a window into a folder of its own below the bank's, and
+the pipeline takes them over in the order of the windows, one transaction each. A worker that dies
+is restarted and its window encoded again; what it had written is no part of the bank, and the next
 writer removes it. When everything dies, the same command goes on: what is stored is unchanged.
 """
 

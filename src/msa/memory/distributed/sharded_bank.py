@@ -203,7 +203,7 @@ class _Shards:
         return found
 
     def release(self, states: Sequence[ShardState]) -> None:
-        """Give up what each shard has loaded; nothing is waited for."""
+        """Release what each shard has loaded; nothing is waited for."""
         for actor, state in zip(self.actors, states, strict=False):  # no actors once closed
             actor.release.remote(state.generation)
 

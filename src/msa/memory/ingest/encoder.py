@@ -161,7 +161,7 @@ class DocumentEncoder:
     def _side_by_side(
         self, batches: Sequence[Sequence[Tokens]], workers: int
     ) -> Iterator[EncodedBatch]:
-        """Encoded in so many Python threads, which share torch's; handed out in order."""
+        """Encoded in so many Python threads, which share torch's; returned in order."""
         running: deque[Future[EncodedBatch]] = deque()
         waiting = iter(batches)
         pool = _threads_that_share(workers)

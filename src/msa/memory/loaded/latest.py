@@ -1,4 +1,4 @@
-"""What banks that are loaded for asking share: reading from the latest view (ours)."""
+"""What banks that are loaded for asking share: reading from the latest view."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
         dtype: of the routing keys in memory; by default the plan's. float32 keys of a bfloat16 bank
             give the same scores; bfloat16 halves the memory of a float32 bank and may swap
             documents whose scores are close; int8 is re-scored with the keys on disk.
-        content_dtype: of the content that is handed out; the model's, else as on disk.
+        content_dtype: of the content that is returned; the model's, else as on disk.
         top_k: documents that a layer selects; the model's, else the bank's, by default.
         shard: (rank, world), to hold one of `world` shares of the bank (see `Partition`). A share
             is loaded again when documents were added, since the ranges move; deleting changes a
@@ -277,7 +277,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     def close(self) -> None:
         """Release what is in memory, and the reservation of more; calling it twice does nothing.
 
-        The bank stays open, and views that were handed out stay as they are.
+        The bank stays open, and views that were taken before stay as they are.
         """
         if self._life.is_elsewhere:
             return
@@ -384,7 +384,7 @@ class LoadedBank(ClosedAtExit, LatestReader[BankSnapshot]):
     # ---- following the bank
 
     def refresh(self) -> bool:
-        """Take up what has changed in the bank; views handed out before stay as they are.
+        """Load what has changed in the bank; views taken before stay as they are.
 
         Without a change this is one query. New documents cost what they hold, deleted ones a mask;
         after a `compact` everything is loaded again, with both states in memory meanwhile.

@@ -251,7 +251,7 @@ def plan(
         bank: open.
         device: where questions are asked.
         dtype: of the routing keys; the plan's choice by default.
-        content_dtype: of the content that is handed out; as stored by default.
+        content_dtype: of the content that is returned; as stored by default.
         content: "held" or "mapped"; the plan's choice by default.
         pruning: keys on a CPU have a copy in such blocks.
         shard: (rank, world), for a share of the bank.

@@ -1,6 +1,6 @@
 """Routing keys that are searched without reading all of them (off unless asked for).
 
-`ClusteredIndex` holds the keys of a layer in an order in which alike ones are neighbors, cut into
+`ClusteredIndex` holds the keys of a layer in an order in which similar ones are neighbors, cut into
 blocks. A block keeps its mean m and the distance r of the key farthest from it, so no key k of it
 can score more than
 
@@ -110,9 +110,9 @@ class ClusteredIndex(LayerIndex):
         documents = torch.repeat_interleave(keys.counts).int()[order]
         flat, scales = flat[order], None if scales is None else scales[order]
         means, radii, norm = describe_blocks(flat, sizes, scales)
-        outline = torch.cat([means, radii[:, None]], dim=1)
+        centroids = torch.cat([means, radii[:, None]], dim=1)
         count, ends = len(keys.counts), sizes.cumsum(0)
-        return cls(keys, settings, KeyBlocks(flat, documents, count, ends, outline, norm, scales))
+        return cls(keys, settings, KeyBlocks(flat, documents, count, ends, centroids, norm, scales))
 
     @property
     def num_bytes(self) -> int:
@@ -184,7 +184,7 @@ class KeyBlocks:
         documents: [C] int32, the document of each key.
         num_documents: of them, all.
         ends: [M] int64, one past the last key of each block.
-        outline: [M, G*D + 1] float32, mean and radius of each block.
+        centroids: [M, G*D + 1] float32, mean of each block, and its radius.
         norm: no key is longer.
         scales: [C] float32, or None.
     """
@@ -193,14 +193,14 @@ class KeyBlocks:
     documents: Tensor
     num_documents: int
     ends: Tensor
-    outline: Tensor
+    centroids: Tensor
     norm: float
     scales: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory that is held."""
-        held = (self.keys, self.documents, self.ends, self.outline, self.scales)
+        held = (self.keys, self.documents, self.ends, self.centroids, self.scales)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def bounds(self, vectors: Tensor, slack: float) -> Tensor:
@@ -213,7 +213,7 @@ class KeyBlocks:
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         extended = torch.cat([vectors, slack * lengths], dim=1)
         error = _ROOM * self.norm * float(lengths.max())
-        parts = torch.split(self.outline, BUILD_ROWS)
+        parts = torch.split(self.centroids, BUILD_ROWS)
         best = torch.cat([torch.mm(part, extended.T).amax(1) for part in parts])
         return best.add_(error).nan_to_num_(nan=math.inf)
 
@@ -325,7 +325,7 @@ def _means(keys: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def cluster_order(
     keys: Tensor, block_size: int, seed: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """An order of the keys in which alike ones are neighbors, and where to cut it.
+    """An order of the keys in which similar ones are neighbors, and where to cut it.
 
     k-means in levels, each of which parts a cell into `BRANCHES` at most or so: the work per key
     grows with the logarithm of C.

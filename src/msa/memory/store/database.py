@@ -153,7 +153,7 @@ class Database(NotPickled):
         self._generation = generation
 
     def _end_left_over(self) -> None:
-        """Give up the transaction that is open, if one is.
+        """Roll back the transaction that is open, if one is.
 
         Ctrl-C can come right after any statement: no caller can be sure to end its transaction.
         """

@@ -101,7 +101,7 @@ class RowsBuilder:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Which share of a bank one of several processes holds (ours).
+    """Which shard of a bank one of several processes holds.
 
     The bank's chunks, C in all, are cut into `world` equal ranges; a document belongs to the range
     in which its first chunk lies. So shares are contiguous, hold whole documents, differ by no more

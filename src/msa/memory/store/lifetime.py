@@ -37,7 +37,7 @@ class ClosedAtExit:
     __slots__ = ()
 
     def close(self) -> None:
-        """Give up what is held; calling it twice does nothing."""
+        """Release what is held; calling it twice does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
 """Lexical search: an FTS5 index over the documents' titles and texts, inside the catalog.
 
 The index holds words and positions only; the texts stay in the table `texts` (external content).
-Two triggers on that table keep it in step within the very transaction that adds or deletes a
+Two triggers on that table keep it up to date within the very transaction that adds or deletes a
 document, by any writer. The index counts as present if and only if the table and both triggers are
 there as they are defined here.
 """
@@ -80,7 +80,7 @@ def keep(database: Database) -> None:
     if able == kept:
         return
     if not able:
-        with database.transaction("give up the word index of") as db:
+        with database.transaction("drop the word index of") as db:
             _drop_triggers(db)
         return
     if count:

@@ -1,7 +1,7 @@
 """Citations of an answer, in the form that each client shows.
 
 - `annotations`: the text as it is; OpenAI's annotations beside it.
-- `markers`: "[1]" behind the text, with an annotation where each stands.
+- `markers`: "[1]" after the text, with an annotation where each stands.
 - `markdown`: the same, and a list of sources as links, for clients that show only Markdown.
 - `open_webui`: markers, and in a stream an event per source, which Open WebUI opens as a passage.
 - `none`: nothing beside the text.
@@ -78,7 +78,7 @@ class CitedText:
     """An answer with its citations.
 
     Attributes:
-        text: the answer, and behind it what the form adds.
+        text: the answer, and after it what the form adds.
         marks: one per source; over the whole answer where the text has no markers.
     """
 

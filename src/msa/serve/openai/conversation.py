@@ -95,7 +95,7 @@ class Turn:
 
 @dataclass(slots=True)
 class _Mention:
-    """Somebody or something that was named.
+    """A person or thing that was named.
 
     Attributes:
         name: the longest by which it was called.
@@ -168,7 +168,7 @@ class _Conversation:
                 self._mentions.append(_Mention(name, "person" if person else None, asked=person))
 
     def _mark_things(self, question: str) -> None:
-        """What somebody did something to is, unless known better, no person."""
+        """The object of an action is, unless known better, no person."""
         for mention in self._mentions:
             if mention.kind is None and mention.name.casefold() in question:
                 mention.kind = "thing"

@@ -57,7 +57,7 @@ def names(text: str, *, first: bool = False) -> Iterator[str]:
 
     Args:
         text: of any length.
-        first: a capitalized word that begins a sentence, with none behind it, is a name too.
+        first: a capitalized word that begins a sentence, with none after it, is a name too.
     """
     run: list[re.Match[str]] = []
     for word in WORD.finditer(text):

@@ -33,7 +33,7 @@ class Page(BaseModel, Generic[Listed]):
 
     @classmethod
     def of(cls, data: list[Listed], has_more: bool) -> Self:
-        """A page that holds `data`; `has_more` says whether there are others behind it."""
+        """A page that holds `data`; `has_more` says whether there are others after it."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
 

@@ -380,7 +380,7 @@ class _Response:
         return [added, begun]
 
     def _ended(self, answer: Answer) -> list[str]:
-        """The events behind the answer's text."""
+        """The events after the answer's text."""
         cited = sources(answer, self._question.served.name, self._base)
         text = cite(answer.text, cited, self._body.msa.citations)
         written = self._resource.output[-1]["content"][0]["text"] if self._message else ""
