@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from msa.errors import InputError
-from msa.evaluation.question_sets import Question, QuestionSet
+from msa.evaluation.question_sets import Question, QuestionSet, hash_of
 from msa.evaluation.tasks.base import Change, Changed, Request, Task
 from msa.evaluation.tasks.beyond import METRIC, short_answer
 from msa.evaluation.tasks.conflicts import SITES, attributes, draw_values
-from msa.evaluation.tasks.haystacks import data_hash, drawing, text_haystack
+from msa.evaluation.tasks.haystacks import drawing, text_haystack
 from msa.evaluation.tasks.words import Names
 from msa.types import Document
 
@@ -34,7 +34,7 @@ def load(request: Request) -> QuestionSet:
     hay = text_haystack(request)
     documents, questions, _ = _facts(request, hay)
     whole = (*hay, *documents)
-    return QuestionSet(NAME, request.split, whole, questions, data_hash(whole, questions))
+    return QuestionSet(NAME, request.split, whole, questions, hash_of([*whole, *questions]))
 
 
 def change(request: Request, share: float) -> Changed:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from msa.errors import InputError
 from msa.evaluation.beir import is_beir, read_beir
 from msa.evaluation.metrics import ndcg
-from msa.evaluation.question_sets import Question, QuestionSet, read_question_set
+from msa.evaluation.question_sets import Question, QuestionSet, hash_of, read_question_set
 from msa.evaluation.tasks.base import Request, Task, answer_scores
-from msa.evaluation.tasks.haystacks import DOCUMENT_TOKENS, data_hash, text_haystack
+from msa.evaluation.tasks.haystacks import DOCUMENT_TOKENS, text_haystack
 
 if TYPE_CHECKING:
     from msa.evaluation.systems import Outcome
@@ -131,7 +131,7 @@ def load_curve(folder: Path, request: Request) -> QuestionSet:
         found,
         name=f"{found.name} in {request.size} tokens",
         documents=documents,
-        data_hash=data_hash(documents, found.questions),
+        data_hash=hash_of([*documents, *found.questions]),
     )
 
 

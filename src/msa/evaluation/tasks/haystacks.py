@@ -7,17 +7,16 @@ and a larger one begins with the documents of a smaller one.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 
 from msa.errors import InputError
-from msa.evaluation.question_sets import Question, QuestionSet
+from msa.evaluation.question_sets import Question, QuestionSet, hash_of
 from msa.evaluation.tasks.base import Request
 from msa.text.splitting import split_text
 from msa.types import Document
@@ -163,16 +162,4 @@ def question_set(
         replace(item.question, own=tuple(d.id for d in item.documents)) for item in items
     )
     documents = (*haystack, *mine.values())
-    return QuestionSet(name, request.split, documents, questions, data_hash(documents, questions))
-
-
-def data_hash(documents: Sequence[Document], questions: Sequence[Question]) -> str:
-    """sha256 (16 hex digits) of what is asked and of what."""
-    digest = hashlib.sha256()
-    shown = chain(
-        ((d.id, d.title, d.text) for d in documents),
-        ((q.id, q.text, q.answers, q.gold, q.own, q.kind, q.wrong) for q in questions),
-    )
-    for row in shown:
-        digest.update(repr(row).encode() + b"\n")
-    return digest.hexdigest()[:16]
+    return QuestionSet(name, request.split, documents, questions, hash_of([*documents, *questions]))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from msa.evaluation.question_answering import world_questions
-from msa.evaluation.question_sets import QuestionSet
+from msa.evaluation.question_sets import QuestionSet, hash_of
 from msa.evaluation.tasks.base import Request, Task, answer_scores
-from msa.evaluation.tasks.haystacks import data_hash
 from msa.types import Document
 
 WORLD_DOCUMENTS = 200
@@ -43,7 +42,7 @@ def load_worlds(request: Request) -> QuestionSet:
         if left < 0:
             break
         documents.append(document)
-    digest = data_hash(documents, questions)
+    digest = hash_of([*documents, *questions])
     return QuestionSet("worlds", request.split, tuple(documents), questions, digest)
 
 
