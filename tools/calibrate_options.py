@@ -1,9 +1,10 @@
 """Choose how a checkpoint is asked by default, on training questions: writes `ask_options.json`.
 
-    python tools/calibrate_options.py MODEL FOLDER... [--questions 60] [--refusals 40]
+    python tools/calibrate_options.py MODEL FOLDER[:DOCUMENTS]... [--questions 60] [--refusals 40]
 
-FOLDERs are question sets with a train split (`msa.training.question_sets`). Of each, some questions
-are drawn; the documents that training questions need are the memory. Chosen are:
+FOLDERs are question sets with a train split (`msa.training.question_sets`), best of questions that
+the model was not trained on. Of each, some questions are drawn; the memory holds the documents that
+they need and others of the set, DOCUMENTS in all. Chosen are:
 
 - `layer_weights`: one over the spread of a layer's scores, so that none is louder than another;
 - `lexical_weight`, for the mean over the sets of recall at 1, 5 and 16;
@@ -48,7 +49,7 @@ DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 JUDGE_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
-READING = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 2), (2, 2, 2))
+READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
 WORTH_MORE = 1.0  # F1, in percent
 # Known before the answer is written. Not the margin between the best documents: in a larger bank
 # than these it is smaller for every question.
@@ -77,7 +78,7 @@ def main() -> None:
     checkpoint = load(args.model)
     with tempfile.TemporaryDirectory() as place:
         sets = [drawn_set(folder, args, checkpoint, place) for folder in args.folders]
-        lexical, layers = ranking([routed(one, args.documents) for one in sets])
+        lexical, layers = ranking([routed(one) for one in sets])
         options = checkpoint.ask_options.with_changes(
             lexical_weight=lexical, layer_weights=layers, refusal_threshold=1.0
         )
@@ -97,30 +98,29 @@ def main() -> None:
 
 
 def drawn_set(folder: str, args: argparse.Namespace, checkpoint: Checkpoint, place: str) -> Drawn:
-    """Questions of a set, and a bank of their documents and others that training needs."""
+    """Questions of a set, and a bank of their documents and others."""
+    folder, _, count = folder.partition(":")
     questions = QuestionSet.load(folder, on_error="skip")
     rng = random.Random(f"{args.seed}/{questions.name}")
     able = [q for q in questions.questions if q.gold and q.answers and not q.unanswerable]
     drawn = rng.sample(able, min(args.questions, len(able)))
     wanted = dict.fromkeys(key for q in drawn for key in q.gold)
-    others = list(dict.fromkeys(key for q in questions.questions for key in q.gold))
-    rng.shuffle(others)
-    for key in others:
-        if len(wanted) >= args.documents:
-            break
-        wanted.setdefault(key)
+    others = [key for key in questions.documents if key not in wanted]
+    missing = int(count or args.documents) - len(wanted)
+    wanted |= dict.fromkeys(rng.sample(others, max(0, min(missing, len(others)))))
     bank = MemoryBank.create(Path(place, str(len(os.listdir(place)))), checkpoint)
     bank.add([questions.documents[key] for key in wanted])
     print(f"{questions.name}: {len(drawn)} questions, {len(bank)} documents", flush=True)
     return Drawn(MemoryEngine(bank), drawn)
 
 
-def routed(one: Drawn, documents: int) -> list[Asked]:
-    """Candidates of round 1, words included: as many documents of each layer."""
+def routed(one: Drawn) -> list[Asked]:
+    """Candidates of round 1, words included: all documents of each layer."""
+    bank = one.engine.bank
     found = one.engine.candidates(
-        [q.question for q in one.questions], lexical_weight=1.0, candidates=documents
+        [q.question for q in one.questions], lexical_weight=1.0, candidates=len(bank)
     )
-    parts = one.engine.bank.parts  # type: ignore[union-attr]
+    parts = bank.parts
     numbers = [[frozenset(p.number for p in parts(key)) for key in q.gold] for q in one.questions]
     return [Asked(c, gold) for c, gold in zip(found, numbers, strict=True)]
 
@@ -255,7 +255,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="folder of a checkpoint or an adapter")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="question sets")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="question sets; :N for N documents"
+    )
     parser.add_argument("--questions", type=int, default=60, help="of each set")
     parser.add_argument("--refusals", type=int, default=40, help="of these, asked for refusals")
     parser.add_argument("--readings", type=int, default=40, help="of these, asked in every way")
