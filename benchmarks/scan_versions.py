@@ -126,10 +126,10 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown_command(other: str) -> str:
+def shown_command(other: str, script: str = "scan_versions.py") -> str:
     """The command, with the name of the other checkout only."""
     words = [Path(other).name if word == other else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/scan_versions.py", *words])
+    return " ".join([f"python benchmarks/{script}", *words])
 
 
 def commit(checkout: Path) -> str:
