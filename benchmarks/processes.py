@@ -5,8 +5,8 @@
 OTHER is a checkout from before Ray (`git worktree add ../other COMMIT`), whose processes torchrun
 starts. A generated world is indexed by one process and by 1 and 2 workers; then questions are
 asked, one by one, of the bank in one process and in 1, 2 and 3 shards. The processes of a command
-share the cores: each has so many threads. Seconds of encoding are those of the whole command, its start
-included; those of a question are what the answer says, the first left out.
+share the cores: each has so many threads. Seconds of encoding are those of the whole command, its
+start included; those of a question are what the answer says, the first left out.
 
 Writes processes.json and processes.md.
 """

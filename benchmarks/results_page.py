@@ -16,6 +16,11 @@ REAL = {"real_documents.md": "what is found", "evaluation.md": "what is answered
 OTHERS = {
     "bench.md": "Speed: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
+    "routing_pooled.md": "one vector per question, beside reading the keys once and FAISS",
+    "scan_versions.md": "the scan of routing keys before and now",
+    "processes.md": "one bank over several processes, on Ray",
+    "serving.md": "a service under load",
+    "lost_documents.md": "documents lost when many write at once: none",
 }
 LIMITS = """\
 On a CPU that multiplies in float32 only (AVX2, no AMX, no bfloat16 units) arithmetic, not memory,

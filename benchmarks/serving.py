@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def concurrency(args: argparse.Namespace, folder: Path) -> Finding:
     questions = args.asks or args.clients
-    environment = {"MSA_MAX_WAITING": str(args.clients)}
+    environment = {"MSA_MAX_WAITING": str(args.clients), "MSA_QUEUE_SECONDS": "120"}
     with filled(args, folder, questions, environment) as (service, workload):
         return loads.concurrency(service, workload.questions, args.clients, note)
 

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from msa.ops.routing import TopDocuments, check_routing
 from msa.types import Selection
 
-# The scores of a block take at most so many bytes, to stay in the cache, and at most such a part of
-# the keys. So do keys that are converted.
+# The scores of a block take at most so many bytes, to stay in the cache, and of many keys at most
+# such a part. So do keys that are converted. Blocks of less than `SMALL` cost more than they spare.
 BLOCK_BYTES = 1 << 22
 BLOCK_PART = 96
+SMALL = 1 << 20
 # Keys in float32 that are multiplied at a time, per thread: a share of its cache.
 PIECE_BYTES = 1 << 20
 # Keys of so many bytes are fetched well by matrix products.
@@ -146,7 +147,7 @@ class _Product:
         if not self.narrow:  # registers hold 8 columns
             routing = F.pad(routing, (0, 0, 0, -self.size % 8))
         self.vectors = routing.float()
-        room = min(BLOCK_BYTES, keys.nbytes // BLOCK_PART)
+        room = min(BLOCK_BYTES, max(keys.nbytes // BLOCK_PART, SMALL))
         self.rows = min(max(room // (4 * len(routing)), MIN_BLOCK), len(keys))
         on_cpu, self.convert = keys.device.type == "cpu", keys.dtype != torch.float32
         piece = PIECE_BYTES * torch.get_num_threads()
