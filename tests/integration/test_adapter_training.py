@@ -115,6 +115,18 @@ def test_every_stage_trains_its_layers_and_leaves_the_base_as_it_was(whole, star
     assert not torch.equal(before[name], after[name])
 
 
+def test_a_stage_may_leave_a_mean_of_its_weights_before_and_after(whole, start):
+    finding, reading = config_of(start)["stages"]
+    stages = [finding, {**reading, "keep_start": 0.25}]
+    config = write_config(start / "kept.yaml", config_of(start, stages=stages))
+    train(config, start / "kept")
+    before, after = trained_in(whole, "finding"), trained_in(whole, "reading")
+    mixed = trained_in(start / "kept", "reading")
+    assert mixed.keys() == after.keys()
+    for name, tensor in mixed.items():
+        assert torch.allclose(tensor, 0.25 * before[name] + 0.75 * after[name], atol=1e-6)
+
+
 def test_every_step_is_logged_with_its_parts(whole):
     rows = rows_of(whole)
     assert [(r["stage"], r["step"]) for r in rows] == [

@@ -248,6 +248,9 @@ class QuestionStage(Settings):
             answer, and the same again for a question of the step that has nothing to do with them.
         without_memory: chance that a sample, which routes all the same, does not see the memory, so
             that reading works beside any memory, and beside none.
+        keep_start: share of the weights that the stage began with in those that it leaves: their
+            mean with the trained ones (WiSE-FT, Wortsman et al., arXiv 2109.01903), which overfits
+            less.
         train_from_layer: what lies below is left as it is (and no gradient is computed for it), so
             that with the layer after the last routing layer the memory stays as it was trained.
     """
@@ -274,6 +277,7 @@ class QuestionStage(Settings):
     more_questions: Whole = 3
     foreign: Share = 0.5
     without_memory: Share = 0.0
+    keep_start: Share = 0.0
     train_from_layer: Whole = 0
     losses: LossSettings = LossSettings()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -206,8 +206,11 @@ class _Run:
         with self.processes.main_process_first():
             checkpoint = _last_checkpoint(output)
         trainer = self._trainer(stage, data)
+        share = stage.keep_start if isinstance(stage, QuestionStage) else 0.0
+        began = _trained(self.model) if share else {}
         trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.full_state()
+        _mix(dict(self.model.named_parameters()) if state is None else state, began, share)
         if self.processes.is_main_process:
             self._keep(stage.name, state)
             for each in output.glob("checkpoint-*"):
@@ -283,6 +286,18 @@ class _Run:
         export_model(self.model, self.folder / "model", *parts)
         if self.origin is not None:
             export_adapter(self.model, self.origin, self.folder / "adapter", *parts)
+
+
+def _trained(model: MSAForTraining) -> dict[str, Tensor]:
+    """Copies of the weights that are trained."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _mix(weights: Mapping[str, Tensor], began: Mapping[str, Tensor], share: float) -> None:
+    """Put a share of what the weights were into them, in place."""
+    for name, tensor in began.items():
+        weights[name].lerp_(tensor.to(weights[name]), share)
 
 
 def training_arguments(
