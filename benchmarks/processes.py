@@ -42,21 +42,21 @@ def main() -> None:
         file = Path(place, "world.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in made.documents), "utf-8")
         encoding = {
-            workers: {
+            str(workers): {
                 name: indexed(checkout, file, Path(place, f"{name}-{workers}"), workers)
                 for name, checkout in checkouts.items()
             }
             for workers in WORKERS
         }
         asking = {
-            shards: {
+            str(shards): {
                 name: asked(checkout, Path(place, f"{name}-0"), made.questions, shards)
                 for name, checkout in checkouts.items()
             }
             for shards in SHARDS
         }
     results = {
-        "command": shown_command(args.other, "processes.py"),
+        "command": shown_command(args.other),
         "commits": {name: commit(checkout) for name, checkout in checkouts.items()},
         "machine": processor(),
         "seed": args.seed,
@@ -65,7 +65,7 @@ def main() -> None:
         "encoding": encoding,
         "asking": asking,
     }
-    print(page(json.loads(json.dumps(results))))
+    print(page(results))
     write_results(args.output, "processes", results, page)
 
 

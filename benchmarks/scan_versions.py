@@ -126,10 +126,10 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown_command(other: str, script: str = "scan_versions.py") -> str:
+def shown_command(other: str) -> str:
     """The command, with the name of the other checkout only."""
     words = [Path(other).name if word == other else word for word in sys.argv[1:]]
-    return " ".join([f"python benchmarks/{script}", *words])
+    return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def commit(checkout: Path) -> str:

@@ -210,8 +210,11 @@ class _Run:
         began = _trained(self.model) if share else {}
         trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.full_state()
-        _mix(dict(self.model.named_parameters()) if state is None else state, began, share)
+        if state is None:
+            _mix(dict(self.model.named_parameters()), began, share)
         if self.processes.is_main_process:
+            if state is not None:  # gathered from the shards, on this process alone
+                _mix(state, began, share)
             self._keep(stage.name, state)
             for each in output.glob("checkpoint-*"):
                 shutil.rmtree(each)
