@@ -106,6 +106,7 @@ class Maker:
             pairs = [(each, self._value(kind)) for each in keys]
             named = f"{', '.join(keys[:-1])} and {keys[-1]}"
             question = rng.choice(SEVERAL).format(kind=kind, key=named)
+            rng.shuffle(pairs)  # read, and answered, in another order than asked
         template = rng.choice(FACTS)
         gold = [self._document(template.format(kind=kind, key=k, value=v)) for k, v in pairs]
         near = f"{first}-{rng.choice(self.words)}"

@@ -196,6 +196,38 @@ def test_a_prior_that_underflows_leaves_its_document_possible() -> None:
     assert math.isfinite(legal(rules, [OPEN])[2])
 
 
+def end_after(named: list[int], prior: dict[int, float] | None) -> float:
+    """What the prior has against the end mark once these were named; 0 is nothing."""
+    rules = grammar(sorted(prior or range(1, 9)), max_documents=8, prior=prior)
+    return legal(rules, [token for number in named for token in tokens(number)])[READ]
+
+
+def test_of_several_documents_one_that_is_as_good_speaks_against_the_end() -> None:
+    alike = {1: 0.24, 2: 0.23, 3: 0.22, 4: 0.21, 5: 1e-6, 6: 1e-7}
+    against = [end_after([1, 2, 3, 4][:count], alike) for count in (2, 3, 4)]
+    assert max(against[:2]) < -4  # others stand where the named ones do
+    assert against[2] > -0.2  # the rest is far behind
+
+
+def test_one_document_or_several_is_for_the_model_to_say() -> None:
+    assert end_after([1], {1: 0.5, 2: 0.5, 3: 1e-9}) == 0.0
+
+
+def test_of_several_documents_poor_ones_do_not_call_for_more_of_their_kind() -> None:
+    poor = {1: 1.0, 2: 1e-6, 3: 1e-6, 4: 1e-6, 5: 5e-7}
+    assert end_after([1, 2], poor) > -0.2
+
+
+def test_a_prior_that_tells_nothing_apart_says_nothing_of_the_end() -> None:
+    assert end_after([1, 2], None) == 0.0
+    assert end_after([1, 2], dict.fromkeys(range(1, 9), 0.125)) == 0.0
+
+
+def test_the_end_stays_possible_whatever_the_prior_says_against_it() -> None:
+    crowd = dict.fromkeys(range(1, 8), 1.0) | {8: 0.0}
+    assert -20 < end_after([1, 2], crowd) < -5
+
+
 def test_a_tokenizer_that_drops_numbers_is_refused() -> None:
     with pytest.raises(ModelError, match="tokenizer"):
         RoundGrammar({1: []}, [READ], [END], max_documents=1, may_end=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,6 +137,25 @@ def test_a_reading_sample_ends_the_retrieval_and_answers(sources, tiny_tokenizer
         assert not row.positives
         assert row.taught == f"{template.end_of_retrieve} {row.answer}{template.end}"
     assert max(len(row.read) for row in rows) > 2  # documents that do not help are read too
+
+
+def test_documents_side_by_side_are_mostly_read_together_and_hops_mostly_one_by_one(
+    sources, tiny_tokenizer
+):
+    dataset = make(sources(), tiny_tokenizer, steps=20, read=4)
+    (source,) = dataset.sources
+    template = PromptEncoder(tiny_tokenizer).template
+
+    def together():
+        rows = [row for row in rows_of(dataset, tiny_tokenizer) if len(row.gold) == 2]
+        assert len(rows) > 20
+        rounds = [row.text.count(f"]{template.end_of_read}") for row in rows]
+        return sum(count == 1 for count in rounds) / len(rounds)
+
+    hops = together()
+    aside = [replace(question, hops=1) for question in source.questions.questions]
+    dataset.sources = [replace(source, questions=replace(source.questions, questions=aside))]
+    assert hops < 0.6 < 0.7 < together()
 
 
 def test_more_questions_are_answered_or_refused_by_what_was_read(sources, tiny_tokenizer):

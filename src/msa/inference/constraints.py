@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 from msa.errors import ModelError
 
-_MIN_PRIOR = 1e-9  # a document whose prior underflows stays possible
+_MIN_PRIOR = 1e-300  # a document whose prior underflows stays possible
+_SEVERAL = 2  # documents named from which on the ranking has a say in how many there are
+_LEAST_ENOUGH = 1e-3  # what this leaves of the end mark
 
 
 @dataclass(slots=True)
@@ -125,15 +127,15 @@ class RoundGrammar:
                 if prior := self._best(child, state.numbers):
                     steps[token] = (self._enter(child, state.numbers), prior / best)
         if state.node is self._root:
-            mark, ends = None, False
+            mark, ends, ratio = None, False, 1.0
             if len(state.numbers) >= self._min_documents:
-                mark = self._end_of_read
+                mark, ratio = self._end_of_read, self._enough(state.numbers)
             elif not state.numbers and self._may_end:
                 mark, ends = self._end_of_retrieve, True
             if mark is not None:
                 after = _State(state.numbers, self._root, mark[1:], ends)
-                others, _ = steps.get(mark[0], ([], 0.0))
-                steps[mark[0]] = ([*others, after], 1.0)
+                others, other = steps.get(mark[0], ([], 0.0))
+                steps[mark[0]] = ([*others, after], max(ratio, other))
         return steps
 
     def _enter(self, node: _Node, numbers: tuple[int, ...]) -> list[_State]:
@@ -143,6 +145,22 @@ class RoundGrammar:
         if any(self._best(child, numbers) for child in node.children.values()):
             states.append(_State(numbers, node))
         return states
+
+    def _enough(self, numbers: tuple[int, ...]) -> float:
+        """How far the best unread document falls behind the best that is named, in [0, 1].
+
+        0 is where the best of `numbers` stands, 1 where the last of all documents does, on the
+        scale of the log prior. 1 for fewer than `_SEVERAL`: one document or several is for the
+        model to say. Of several, a model that was taught on two or three stops there, when the
+        ranking sees a fourth that is as good.
+        """
+        if len(numbers) < _SEVERAL or not (best := self._best(self._root, numbers)):
+            return 1.0
+        last = min(self._prior.values())
+        first = max(self._prior[number] for number in numbers)
+        if first <= last:
+            return 1.0
+        return min(1.0, max(_LEAST_ENOUGH, math.log(first / best) / math.log(first / last)))
 
     def _best(self, node: _Node, numbers: tuple[int, ...]) -> float:
         """Prior of the best document under a node that is not among `numbers`; 0 without one."""
@@ -168,9 +186,10 @@ class RoundWriter:
 
         A token is worth its best document: the prior of the best of the unread documents that it
         leads to, over that of the best that could still be written. In logarithm that is 0 for the
-        way to the best document, and for the end marks, about which a prior over documents says
-        nothing; along a document's number it adds up to the document's own. (Not the sum over the
-        documents: greedy decoding would follow the digit that many poor ones share.)
+        way to the best document; along a document's number it adds up to the document's own. (Not
+        the sum over the documents: greedy decoding would follow the digit that many poor ones
+        share.) The end mark is worth 1 until several documents are named, then how far the next
+        one falls behind them; the end of retrieval, of which the prior knows nothing, is worth 1.
 
         Returns:
             Token -> log of that ratio, at most 0; empty when the round is complete.

@@ -303,7 +303,8 @@ class _Step:
             if len(wrong) < 3:
                 return [self._mixed(gold[0], wrong)]
             return [wrong[:2], self._mixed(gold[0], wrong[2:])]
-        if rng.random() < 0.4:
+        # Of two hops the second is mostly found later; what stands side by side is read together.
+        if rng.random() < (0.4 if self._question(row).hops > 1 else 0.85):
             return [list(gold)]
         wrong = self._wrong(row, 2)
         first = self._mixed(gold[0], wrong[:1]) if rng.random() < 0.6 else gold[:1]
