@@ -114,7 +114,7 @@ def serve(
     ] = None,
     max_waiting: Annotated[
         int | None,
-        _option("Questions that may wait: 32 if not given.", "MAX_WAITING", metavar="N"),
+        _option("Questions that may wait: 64 if not given.", "MAX_WAITING", metavar="N"),
     ] = None,
     max_waiting_per_key: Annotated[
         int | None,

@@ -65,8 +65,8 @@ class ServeSettings(BaseSettings):
     public_url: str | None = None
     metrics_public: bool = False
     state_folder: Path | None = None
-    max_rows: int = Field(16, ge=1)
-    max_waiting: int = Field(32, ge=0)
+    max_rows: int = Field(64, ge=1)
+    max_waiting: int = Field(64, ge=0)
     max_waiting_per_key: int = Field(8, ge=0)
     queue_seconds: float = Field(30.0, gt=0)
     ask_seconds: float = Field(120.0, gt=0)
