@@ -36,7 +36,7 @@ SMALLER = {
         "stages[*].world={documents: 8, max_document_tokens: 60}",
         "stages[*].samples={name: 2, read: 2, hop: 1, answer: 1, copy: 1}",
     ],
-    "smollm2-135m": ["stages[1].train_from_layer=2"],
+    "smollm2-135m": [f"stages[{i}].train_from_layer=2" for i in (1, 5)],
     "qwen3-0.6b": [],
     "qwen3-4b": ["fsdp=false"],
 }
