@@ -160,7 +160,7 @@ class RoundGrammar:
         first = max(self._prior[number] for number in numbers)
         if first <= last:
             return 1.0
-        return min(1.0, max(_LEAST_ENOUGH, math.log(first / best) / math.log(first / last)))
+        return max(_LEAST_ENOUGH, math.log(first / best) / math.log(first / last))
 
     def _best(self, node: _Node, numbers: tuple[int, ...]) -> float:
         """Prior of the best document under a node that is not among `numbers`; 0 without one."""
