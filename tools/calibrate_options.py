@@ -8,19 +8,22 @@ they need and others of the set, DOCUMENTS in all. Chosen are:
 
 - `layer_weights`: one over the spread of a layer's scores, so that none is louder than another;
 - `lexical_weight`, for the mean over the sets of recall at 1, 5 and 16;
-- `judge_weight`, with `--judged` documents, for the share of questions with a right one first;
+- `judge_weight`, with `--judged` documents, for the share of questions with a right one first; of
+  weights that differ by less than half a point, the smallest;
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
   `--wrongly` of the former are refused;
 - `max_rounds` and the documents of a round, for the mean F1 over the sets: of ways that differ by
   less than a point, the one that reads less.
 
-Nothing is chosen on dev or test questions.
+With `--keep` the ranking and the way to read stay as the checkpoint has them, and the rest is
+chosen. Nothing is chosen on dev or test questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import tempfile
@@ -32,11 +35,11 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import fuse, judgment
+from msa.inference.fusion import fuse
 from msa.inference.options import (
     BIAS,
+    COVERAGE,
     REFUSAL_LOGIT,
-    ROUTING_SCORE,
     AskOptions,
 )
 from msa.inference.refusal import refusal_score
@@ -47,13 +50,13 @@ from msa.types import Answer
 
 DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
-JUDGE_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+JUDGE_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
 WORTH_MORE = 1.0  # F1, in percent
 # Known before the answer is written. Not the margin between the best documents: in a larger bank
 # than these it is smaller for every question.
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE)
+FEATURES = (REFUSAL_LOGIT, COVERAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +81,20 @@ def main() -> None:
     checkpoint = load(args.model)
     with tempfile.TemporaryDirectory() as place:
         sets = [drawn_set(folder, args, checkpoint, place) for folder in args.folders]
-        lexical, layers = ranking([routed(one) for one in sets])
-        options = checkpoint.ask_options.with_changes(
-            lexical_weight=lexical, layer_weights=layers, refusal_threshold=1.0
-        )
+        options = checkpoint.ask_options.with_changes(refusal_threshold=1.0)
+        if not args.keep:
+            lexical, layers = ranking([routed(one) for one in sets])
+            options = options.with_changes(lexical_weight=lexical, layer_weights=layers)
         if args.judged > 1:
             weight = judging(sets, options.with_changes(judged_documents=args.judged))
             options = options.with_changes(
                 judged_documents=args.judged if weight else 1, judge_weight=weight
             )
-        rounds, least, most = best_way(sets, options, args.readings)
-        options = options.with_changes(
-            max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
-        )
+        if not args.keep:
+            rounds, least, most = best_way(sets, options, args.readings)
+            options = options.with_changes(
+                max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
+            )
         weights, threshold = refusals(sets, options, args.refusals, args.wrongly)
     chosen = options.with_changes(refusal_weights=weights, refusal_threshold=threshold)
     chosen.save(args.output or args.model)
@@ -208,7 +212,10 @@ def judging(sets: Sequence[Drawn], options: AskOptions) -> float:
             gold = {part.number for key in question.gold for part in parts(key)}
             tried = [d for d in answer.rounds[0].ranked if d.judged is not None]
             for weight in JUDGE_WEIGHTS:
-                best = max(tried, key=lambda d: d.score + weight * judgment(d.judged))
+                best = max(
+                    tried or answer.rounds[0].ranked[:1],
+                    key=lambda d: d.score + weight * math.log(max(d.judged or 0.0, 1e-6)),
+                )
                 shares[weight] += (best.number in gold) / len(one.questions) / len(sets)
     for weight, share in shares.items():
         print(f"judge_weight {weight}: {100 * share:.1f}", flush=True)
@@ -262,8 +269,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--refusals", type=int, default=40, help="of these, asked for refusals")
     parser.add_argument("--readings", type=int, default=40, help="of these, asked in every way")
     parser.add_argument("--documents", type=int, default=600, help="of each set, about")
-    parser.add_argument("--judged", type=int, default=4, help="documents tried; 1 tries none")
-    parser.add_argument("--wrongly", type=float, default=0.04, help="share wrongly refused")
+    parser.add_argument("--keep", action="store_true", help="the ranking and the way to read")
+    parser.add_argument("--judged", type=int, default=3, help="documents tried; 1 tries none")
+    parser.add_argument("--wrongly", type=float, default=0.05, help="share wrongly refused")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", help="folder to write to; by default that of the model")

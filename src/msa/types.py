@@ -195,7 +195,7 @@ class RankedDocument:
         prior: softmax of the scores over all candidates.
         layers: routing layers among whose candidates it was.
         lexical: its bm25 score over the best one's; None if it was not found by words.
-        judged: how likely the model answers from it, in [0, 1]; None if it was not tried.
+        judged: how likely the question is after its text, in [0, 1]; None if it was not tried.
     """
 
     id: str

@@ -41,6 +41,7 @@ from msa.types import Content, Selection
         ("lexical_weight", -1),
         ("judged_documents", 0),
         ("judge_weight", -0.5),
+        ("judge_margin", float("nan")),
         ("layer_weights", {}),
         ("layer_weights", {2: 0}),
         ("layer_weights", {2: -1.0}),

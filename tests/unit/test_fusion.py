@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.inference.fusion import fuse, rank_judged
+from msa.inference.fusion import close_to_best, fuse, rank_judged
 
 candidates = st.dictionaries(
     st.integers(0, 5),
@@ -83,18 +83,27 @@ def test_equal_scores_are_ordered_by_document() -> None:
     assert fuse({}, temperature=0.1) == {}
 
 
-def test_what_was_tried_is_ranked_by_what_came_of_it_and_the_rest_as_the_worst_of_it() -> None:
+def test_what_was_tried_loses_what_it_is_behind_the_best_of_it() -> None:
     fused = fuse({2: [(7, 0.9), (8, 0.8), (9, 0.7), (5, 0.1)]}, temperature=0.1)
-    tried = rank_judged(fused, {7: 0.0, 8: 0.5, 9: 1.0}, weight=0.2, temperature=0.1)
-    assert [(d, f.judged) for d, f in tried.items()] == [(9, 1.0), (8, 0.5), (7, 0.0), (5, None)]
+    tried = rank_judged(fused, {7: 0.001, 8: 0.5, 9: 0.4}, weight=0.2, temperature=0.1)
+    assert [(d, f.judged) for d, f in tried.items()] == [(8, 0.5), (9, 0.4), (5, None), (7, 0.001)]
     assert {d: f.score for d, f in tried.items()} == pytest.approx(
         {
-            9: 0.7,
-            8: 0.8 + 0.2 * math.log(0.5),
-            7: 0.9 + 0.2 * math.log(0.01),
-            5: 0.1 + 0.2 * math.log(0.01),
+            8: 0.8,
+            9: 0.7 + 0.2 * math.log(0.8),
+            5: 0.1,
+            7: 0.9 + 0.2 * math.log(0.002),
         }
     )
+    assert rank_judged(fused, {7: 0.0, 8: 1.0}, weight=1.0, temperature=0.1)[7].score > -100
     assert sum(f.prior for f in tried.values()) == pytest.approx(1)
     assert rank_judged(fused, {}, weight=0.1, temperature=0.1) == fused
     assert rank_judged({}, {}, weight=0.1, temperature=0.1) == {}
+
+
+def test_only_documents_close_to_the_best_are_worth_a_trial() -> None:
+    fused = fuse({2: [(7, 0.9), (8, 0.85), (9, 0.84), (5, 0.1)]}, temperature=0.1)
+    assert close_to_best(fused, 0.1, 4) == [7, 8, 9]
+    assert close_to_best(fused, 0.1, 2) == [7, 8]
+    assert close_to_best(fused, 0.01, 4) == []
+    assert close_to_best({}, 1.0, 4) == []

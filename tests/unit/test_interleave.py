@@ -18,7 +18,7 @@ from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import InputError, ModelError
 from msa.inference import scheduler
 from msa.inference.decoding import Decoder
-from msa.inference.interleave import AskFormat, Request
+from msa.inference.interleave import UNKNOWN_COVERAGE, AskFormat, Request
 from msa.inference.options import AskOptions
 from msa.inference.scheduler import Scheduler
 from msa.memory.latent import LatentMemory
@@ -70,6 +70,9 @@ class FakeSnapshot:
             {n for n in numbers if text_of.get(n) in some}
             for (numbers, _), some in zip(asked, texts, strict=True)
         ]
+
+    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+        return None
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
         numbers = list(numbers)
@@ -455,39 +458,57 @@ def test_the_trace_ranks_what_can_be_named_and_says_which_layers_found_it(
     assert 0 < sum(d.prior for d in turn.ranked) <= 1 + 1e-9
 
 
-@pytest.mark.parametrize(("likely", "tried"), [(0.9, [5]), (0.1, [5, 4])])
-def test_documents_are_tried_until_one_that_answers_is_read(
-    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch, likely: float, tried: Any
+def test_documents_that_stand_close_together_are_tried_before_anything_is_read(
+    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials: list[list[str]] = []
 
-    def judged(_: Any, contexts: Any, refusals: Any, pad: int) -> list[float]:
-        assert refusals == [encoder.answer(REFUSAL)[len(encoder.tokenize(LEAD_IN)) :]] * len(
-            contexts
-        )
-        trials.append([encoder.tokenizer.decode(context.input_ids) for context in contexts])
-        return [likely if "406 km" in text else 0.001 for text in trials[-1]]
+    def judged(_: Any, tried: Any, pad: int) -> list[float]:
+        trials.append([encoder.tokenizer.decode(some.input_ids) for some in tried])
+        return [0.9 if "406 km" in text else 0.001 for text in trials[-1]]
 
     monkeypatch.setattr(scheduler, "judge", judged)
-    (answer,), _ = run(
-        model,
-        encoder,
-        ["Q?"],
-        max_rounds=2,
-        max_documents_per_round=1,
-        max_new_tokens=2,
-        prior_weight=1e3,
-        judged_documents=5,
-        judge_weight=10.0,
-    )
-    first = answer.rounds[0]
+    options = {
+        "max_rounds": 2,
+        "max_documents_per_round": 1,
+        "max_new_tokens": 2,
+        "prior_weight": 1e3,
+        "judge_weight": 10.0,
+    }
+    (answer,), _ = run(model, encoder, ["Q?"], judged_documents=5, judge_margin=1e3, **options)
+    first, second = answer.rounds
     assert [c.number for c in first.read] == [5]
-    assert (first.ranked[0].number, first.ranked[0].judged) == (5, likely)
+    assert (first.ranked[0].number, first.ranked[0].judged) == (5, 0.9)
     assert {d.judged for d in first.ranked[1:]} == {0.001}
-    assert [len(texts) for texts in trials] == tried  # the second round tries what is left
-    for texts in trials:
-        assert all(text.endswith(LEAD_IN) and "Q?" in text for text in texts)
-    assert all("406 km" in text for texts in trials[1:] for text in texts)
+    assert {d.judged for d in second.ranked} == {None}
+    assert [len(texts) for texts in trials] == [5]
+    assert all(text.endswith("\nQuestion: Q?") for text in trials[0])
+    run(model, encoder, ["Q?"], judged_documents=5, judge_margin=0.0, **options)
+    assert len(trials) == 1  # no two are that close
+
+
+def test_what_a_question_asks_for_and_nobody_wrote_speaks_for_a_refusal(
+    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+    covered: list[float | None] = [0.25, None]
+
+    def coverage(_: Any, question: str, texts: Sequence[str]) -> float | None:
+        asked.append((question, list(texts)))
+        return covered[len(asked) - 1]
+
+    monkeypatch.setattr(FakeSnapshot, "coverage", coverage)
+    options = {"max_rounds": 1, "max_new_tokens": 2, "refusal_threshold": 0.5}
+    weights = {"coverage": -10.0, "bias": 4.0}
+    for expected, refused in ((0.25, True), (UNKNOWN_COVERAGE, False)):
+        (answer,), _ = run(model, encoder, ["Q?"], refusal_weights=weights, **options)
+        assert answer.scores["coverage"] == expected
+        assert (answer.stopped == "not_found") is refused
+    question, texts = asked[1]
+    assert question == "Q?"
+    assert texts == [part for c in answer.citations for part in (c.title or "", c.text)]
+    run(model, encoder, ["Q?"], max_rounds=1, max_new_tokens=2)
+    assert len(asked) == 2  # only where a threshold asks for it
 
 
 def test_a_round_reads_at_least_as_many_documents_as_it_must(
@@ -661,7 +682,8 @@ def test_an_answer_is_refused_when_its_score_is_above_the_threshold(
     assert len(answer.citations) == 1
     assert "".join(e.data for e in events if e.kind == "token") == "Rome" * stream
     assert set(answer.scores) == {
-        "refusal", "refusal_logit", "routing_score", "routing_margin", "answer_log_probability"
+        "refusal", "refusal_logit", "routing_score", "routing_margin", "coverage",
+        "answer_log_probability",
     }  # fmt: skip
 
 

@@ -1,17 +1,15 @@
-"""Trials: how likely a refusal is behind a text, in one forward."""
+"""Trials: how likely a question is after a text, in one forward."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import make_tiny_model, make_tiny_tokenizer
-from msa.inference.batch import prompt_batch
-from msa.inference.decoding import Decoder
-from msa.inference.judging import judge
-from msa.text.prompts import PromptEncoder, Reading
+from msa.inference.judging import MAX_TEXT_TOKENS, judge, trials
+from msa.text.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +17,34 @@ def model() -> Any:
     return make_tiny_model(top_k_documents=4)
 
 
-def test_a_trial_says_what_decoding_would_say_whatever_stands_beside_it(model: Any) -> None:
-    encoder = PromptEncoder(make_tiny_tokenizer())
-    refusals = [encoder.tokenize("no"), encoder.tokenize("not in this memory"), [7]]
-    contexts = []
-    for number, text in ((3, "Ada was born in Rome, as was Bob."), (17, "Bob bakes."), (1, "?")):
-        context = encoder.context("Who was born?", [Reading(((number, text),))])
-        context.extend(encoder.retrieval_end())
-        contexts.append(context)
-    found = judge(model, contexts, refusals, 0)
-    for context, refusal, answered in zip(contexts, refusals, found, strict=True):
-        batch = prompt_batch([context], 4, 0, model.device)
-        (expected,) = Decoder(model, batch, None, 0).log_probability(refusal)
-        assert answered == pytest.approx(1 - math.exp(expected), abs=1e-5)
-        assert 0 <= answered <= 1
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(make_tiny_tokenizer())
+
+
+def test_a_trial_says_what_one_forward_would_say_whatever_stands_beside_it(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    tried = [
+        *trials(encoder, "Who was born?", ["Ada was born in Rome, as was Bob.", "?", ""], 512),
+        *trials(encoder, "What does Bob, who is no baker, bake?", ["Bob bakes."], 512),
+    ]
+    for trial, found in zip(tried, judge(model, tried, 0), strict=True):
+        ids = torch.tensor([trial.input_ids])
+        with torch.no_grad():
+            by_token = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        logs = by_token.gather(-1, ids[0, 1:, None])[-trial.question_length :, 0]
+        assert found == pytest.approx(float(logs.mean().exp()), abs=1e-5)
+        assert 0 <= found <= 1
+
+
+def test_long_texts_are_cut_and_a_question_without_room_is_not_tried(
+    encoder: PromptEncoder,
+) -> None:
+    question = "Who?"
+    (whole,) = trials(encoder, question, ["word " * 5000], 100_000)
+    (short,) = trials(encoder, question, ["word " * 5000], 64)
+    after = len(encoder.plain("\nQuestion: ")) + len(encoder.plain(question))
+    assert (len(whole), len(short)) == (MAX_TEXT_TOKENS + after, 64)
+    assert trials(encoder, question, ["word"], after) == []
+    assert trials(encoder, "", ["word"], 64) == []

@@ -78,6 +78,22 @@ def test_the_scores_of_given_numbers_are_those_of_the_search(planets):
     assert sum(score > 0 for score in planets.lexical_scores("planet", many)) == 2
 
 
+def test_a_question_is_covered_by_the_words_that_stand_in_what_was_read(planets):
+    def covered(question, *texts):
+        return planets.lexical_coverage(question, texts)
+
+    assert covered("Which planet has two moons?", "The PLANET which has moon two.") == 1
+    assert covered("caf\u00e9", "Cafe Mu\u0308nchen") == 1
+    assert covered("rings and moons", "ring", "and", "moon") == 1  # in any of the texts
+    assert covered("rings", "moons") == covered("rings") == 0
+    assert covered("?", "moons") == covered("", "moons") == 1  # nothing was asked
+    # A word that stands in fewer documents counts more, one that stands in none most.
+    question, words = "planet, rings, zeppelins", ("planet", "ring", "zeppelin")
+    planet, rings, zeppelins = (covered(question, word) for word in words)
+    assert 0 < planet < rings < zeppelins < 1
+    assert planet + rings + zeppelins == pytest.approx(1)
+
+
 def test_a_title_can_count_more(bank):
     bank.add([Document("text", "gold gold and silver"), Document("title", "silver", "gold")])
     assert found(bank, "gold") == ["text", "title"]
@@ -309,6 +325,8 @@ def test_without_fts5_the_bank_works_and_says_why_it_is_not_searched(
         assert bank.verify().ok
         with pytest.raises(LexicalIndexError, match=r"SQLite 3\.[\d.]+ of this Python has no FTS5"):
             bank.lexical_search(["moon"], 3)
+        with pytest.raises(LexicalIndexError, match="no FTS5"):
+            bank.lexical_coverage("moon", ["moon"])
     monkeypatch.undo()
     with MemoryBank.open(path, read_only=True) as reader:
         assert "no word index" in reader.lexical_missing()

@@ -25,7 +25,7 @@ def test_probabilities_of_0_and_1_have_finite_logits() -> None:
 
 
 def test_the_score_is_a_logistic_function_of_the_weighted_features() -> None:
-    features = dict(zip(FEATURES, (2.0, 0.5, 0.25, -1.0), strict=True))
+    features = dict(zip(FEATURES, (2.0, 0.5, 0.25, -1.0, 0.6), strict=True))
     weights = {"bias": 1.0, "refusal_logit": 0.5, "answer_log_probability": -2.0}
     assert refusal_score(features, weights) == pytest.approx(1 / (1 + math.exp(-4.0)))
     assert refusal_score({}, weights) == pytest.approx(1 / (1 + math.exp(-1.0)))

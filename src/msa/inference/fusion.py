@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-# Below this a document is as good as judged to be of no help, and no worse than another.
-LEAST_JUDGED = 0.01
+# Probabilities below this count as this much.
+_LEAST_JUDGED = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,8 @@ class Fused:
         prior: softmax of the scores over all documents of the ranking; these sum to 1.
         layers: routing layers whose candidate lists hold it.
         lexical: its bm25 score over that of the best, in [0, 1]; None if no words found it.
-        judged: how likely the model answers from it, in [0, 1]; None if it was not tried.
+        judged: how likely the question is after its text (`judging.judge`), in [0, 1]; None if it
+            was not tried.
     """
 
     score: float
@@ -80,9 +81,20 @@ def fuse(
     return _ranked(found, temperature)
 
 
-def judgment(likely: float) -> float:
-    """What counts of how likely the model answers from a document: the logarithm, bounded."""
-    return math.log(max(likely, LEAST_JUDGED))
+def close_to_best(fused: Mapping[int, Fused], margin: float, count: int) -> list[int]:
+    """The first documents of a ranking, as far as they are within a margin of the best.
+
+    Args:
+        fused: a ranking, best first.
+        margin: of the fused score.
+        count: documents, at most.
+
+    Returns:
+        At least two documents, or none: one alone has nothing to be compared with.
+    """
+    first = list(fused)[:count]
+    close = [d for d in first if fused[first[0]].score - fused[d].score <= margin]
+    return close if len(close) > 1 else []
 
 
 def rank_judged(
@@ -90,22 +102,24 @@ def rank_judged(
 ) -> dict[int, Fused]:
     """Rank once more, by what the model made of the documents that it tried.
 
-    The logarithm of what `judged` says is added to their scores; documents that were not tried
-    count as the worst of those that were.
+    Each of them loses as much as the logarithm of what `judged` says is below that of the best of
+    them; the others stay as they are.
 
     Args:
         fused: of `fuse`.
-        judged: some of its documents -> how likely the model answers from each, in [0, 1].
+        judged: some of its documents -> how likely the question is after each, in [0, 1].
         weight: factor of the logarithm.
         temperature: of the softmax that gives `prior`, above 0.
     """
     if not judged:
         return dict(fused)
-    added = {document: weight * judgment(likely) for document, likely in judged.items()}
-    least = min(added.values())
+    logs = {document: math.log(max(p, _LEAST_JUDGED)) for document, p in judged.items()}
+    best = max(logs.values())
     found = {
         document: replace(
-            some, score=some.score + added.get(document, least), judged=judged.get(document)
+            some,
+            score=some.score + weight * (logs.get(document, best) - best),
+            judged=judged.get(document),
         )
         for document, some in fused.items()
     }

@@ -20,8 +20,9 @@ from msa.errors import QuestionTooLongError
 from msa.inference.answers import AnswerPieces, AnswerText
 from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
-from msa.inference.fusion import Fused
-from msa.inference.options import ANSWER_LOG_PROBABILITY, REFUSAL_LOGIT, AskOptions
+from msa.inference.fusion import Fused, close_to_best
+from msa.inference.judging import Trial, trials
+from msa.inference.options import ANSWER_LOG_PROBABILITY, COVERAGE, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
     is_refusal,
     logit,
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
-# What was read answers the question, as far as the model can tell.
-ANSWERS = 0.5
+# Where a bank has no word index to tell rare words by.
+UNKNOWN_COVERAGE = 0.5
 # Logit of the refusal below which the model would not write it by itself.
 LIKELY_REFUSAL = -4.0
 
@@ -230,41 +231,23 @@ class Interleave:
         return frozenset(citation.number for citation in self.citations)
 
     @property
-    def to_try(self) -> int:
-        """Documents that are tried before this round is written, at most (`judging.judge`).
+    def tries(self) -> bool:
+        """Whether documents may be tried before this round is written (`judging.judge`).
 
-        None once something was read that answers.
+        Only in the first: a later round looks for what the question does not say.
         """
-        options = self.request.options
-        answered = any(
-            d.number in self.read and (d.judged or 0.0) > ANSWERS
-            for some in self.rounds
-            for d in some.ranked
-        )
-        trying = options.judged_documents > 1 and self.request.format.refusal(options)
-        over = answered or self.index > options.max_rounds
-        return options.judged_documents if trying and not over else 0
+        return self.request.options.judged_documents > 1 and self.index == 1
 
-    def trials(self, found: Candidates, copies: set[int]) -> dict[int, LocalContext]:
-        """The documents to be tried: number -> local context up to where the answer begins.
-
-        Args:
-            found: candidates of this question.
-            copies: those of them that have the text of one that was read.
-        """
-        options, form, question = self.request.options, self.request.format, self.request.question
-        if not (count := self.to_try):
+    def trials(self, found: Candidates) -> dict[int, Trial]:
+        """The documents to be tried, by number; those that stand close together at the top."""
+        options, form = self.request.options, self.request.format
+        if not self.tries:
             return {}
-        known = self.read | copies
-        best = [number for number in found.fused if number not in known][:count]
-        trials = {}
-        for number, stored in self.request.snapshot.texts(best).items():
-            reading = Reading(((number, stored.document.content),))
-            context = form.encoder.context(question, [*self.readings, reading])
-            if form.room(question, context, options) > len(form.refusal(options)):
-                context.extend(form.end_of_retrieve + form.handed(question, options))
-                trials[number] = context
-        return trials
+        close = close_to_best(found.fused, options.judge_margin, options.judged_documents)
+        stored = self.request.snapshot.texts(close) if close else {}
+        texts = [some.document.content for some in stored.values()]
+        tried = trials(form.encoder, self.request.question, texts, form.max_positions)
+        return dict(zip(stored, tried, strict=False))
 
     def routed(
         self, found: Candidates, copies: set[int], prompt_tokens: int, seconds: float
@@ -381,6 +364,9 @@ class Interleave:
     def judge_refusal(self, log_probability: float) -> None:
         """Take in how likely the refusal is in place of an answer."""
         self.scores[REFUSAL_LOGIT] = logit(log_probability)
+        texts = [part for c in self.citations for part in (c.title or "", c.text)]
+        covered = self.request.snapshot.coverage(self.request.question, texts)
+        self.scores[COVERAGE] = UNKNOWN_COVERAGE if covered is None else covered
         if not self._refuses_late:
             self._judge()
 

@@ -1,51 +1,89 @@
-"""Documents tried one by one: how likely the model would answer from each, and not refuse.
+"""Documents tried one by one: how likely the model finds the question after a text.
 
-Routing finds what looks right; whether a text answers is seen by reading it. A trial is a local
-context in which one more document has been read, followed by the refusal in place of an answer,
-without the memory beside it. One forward scores all of its tokens; nothing is written.
+Routing and words find what looks right. Where several look right, the one from which the question
+follows is the better one (query likelihood: Ponte and Croft 1998; zero-shot with a language model:
+Sachan et al. 2022, arXiv 2204.07496). One forward scores a few texts together: no memory beside
+them, no template, nothing written.
+
+Shapes: B texts, T tokens of the longest with its question, S tokens of the longest question, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from msa.inference.batch import prompt_batch
-from msa.inference.decoding import prefill
 from msa.model.modeling_msa import MSAForCausalLM
-from msa.text.prompts import LocalContext
+from msa.text.prompts import PromptEncoder
+
+MAX_TEXT_TOKENS = 512
+"""Longer texts are cut there."""
+BEFORE_QUESTION = "\nQuestion: "
 
 
-def judge(
-    model: MSAForCausalLM,
-    contexts: Sequence[LocalContext],
-    refusals: Sequence[Sequence[int]],
-    pad_token: int,
-) -> list[float]:
-    """How likely the refusal does not follow each context, in [0, 1].
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A text and the question after it.
+
+    Attributes:
+        input_ids: tokens of both.
+        question_length: how many of the last ones are the question, at least one.
+    """
+
+    input_ids: Sequence[int]
+    question_length: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def trials(
+    encoder: PromptEncoder, question: str, texts: Sequence[str], max_positions: int
+) -> list[Trial]:
+    """One trial per text; none at all where the question has no tokens or leaves no room.
+
+    Args:
+        encoder: of the model.
+        question: follows each text.
+        texts: cut to fit.
+        max_positions: of the model.
+    """
+    asked = encoder.plain(question)
+    after = [*encoder.plain(BEFORE_QUESTION), *asked]
+    room = min(MAX_TEXT_TOKENS, max_positions - len(after))
+    if not asked or room < 1:
+        return []
+    return [Trial([*encoder.plain(text)[:room], *after], len(asked)) for text in texts]
+
+
+@torch.no_grad()
+def judge(model: MSAForCausalLM, tried: Sequence[Trial], pad_token: int) -> list[float]:
+    """How likely the question's tokens are after each text: their geometric mean, in [0, 1].
 
     Args:
         model: in evaluation mode.
-        contexts: each up to where its answer begins.
-        refusals: per context the tokens of the refusal, at least one.
+        tried: run through the model together, at least one.
         pad_token: fills the left.
     """
-    rows = []
-    for context, refusal in zip(contexts, refusals, strict=True):
-        row = copy.deepcopy(context)
-        row.extend(refusal[:-1])
-        rows.append(row)
-    batch = prompt_batch(rows, model.config.top_k_documents, pad_token, model.device)
-    longest = max(map(len, refusals))
-    logits = prefill(model, batch, None, logits_to_keep=longest).logits
-    assert logits is not None
-    by_token = logits.float().log_softmax(dim=-1)  # [B, longest, V]
-    found = []
-    for i, refusal in enumerate(refusals):
-        last = by_token[i, longest - len(refusal) :]
-        index = torch.tensor(list(refusal), device=last.device)[:, None]
-        found.append(-math.expm1(min(0.0, float(last.gather(1, index).sum()))))
-    return found
+    width = max(map(len, tried))
+    ids = torch.tensor([[pad_token] * (width - len(t)) + list(t.input_ids) for t in tried])
+    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tried])
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    longest = max(t.question_length for t in tried)
+    out = model(
+        ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=longest + 1,
+        use_cache=False,
+    )
+    by_token = out.logits[:, :-1].float().log_softmax(-1)  # [B, S, V]
+    of_question = by_token.gather(-1, ids[:, -longest:, None])[..., 0].tolist()
+    return [
+        math.exp(sum(row[-t.question_length :]) / t.question_length)
+        for row, t in zip(of_question, tried, strict=True)
+    ]

@@ -32,7 +32,9 @@ ROUTING_SCORE = "routing_score"
 ROUTING_MARGIN = "routing_margin"
 # mean over the answer's tokens of the logarithm of their probability
 ANSWER_LOG_PROBABILITY = "answer_log_probability"
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY)
+# share of the question's words, rare ones counting more, that stand in what was read
+COVERAGE = "coverage"
+FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY, COVERAGE)
 BIAS = "bias"
 
 
@@ -55,9 +57,10 @@ class AskOptions:
             named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
             a prior that the model has not seen.
         prior_temperature: tau of the softmax over the fused scores.
-        judged_documents: documents from the top of the fused ranking that the model tries, each by
-            itself, before it names any: how likely it would answer from the text, and not refuse,
-            joins the fused score. 1 tries none. Each costs a prefill of its text.
+        judged_documents: documents from the top of the first round's fused ranking that the model
+            tries, each by itself, where several stand close together: how likely the question is
+            after the text joins the fused score. 1 tries none. Each costs a prefill of its text.
+        judge_margin: how far below the best fused score a document is still tried.
         judge_weight: factor of the logarithm of that probability in the fused score.
         temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
@@ -84,7 +87,8 @@ class AskOptions:
     prior_weight: float = 0.0
     prior_temperature: float = 0.1
     judged_documents: int = 1
-    judge_weight: float = 0.05
+    judge_margin: float = 0.1
+    judge_weight: float = 0.15
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -112,7 +116,8 @@ class AskOptions:
                 f"refusal_threshold is {threshold!r}; give a number from 0 to 1, or None."
             )
         _check_refusal_weights(self.refusal_weights)
-        for name in ("prior_weight", "lexical_weight", "judge_weight", "temperature"):
+        numbers = ("prior_weight", "lexical_weight", "judge_margin", "judge_weight", "temperature")
+        for name in numbers:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")

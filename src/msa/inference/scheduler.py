@@ -23,7 +23,7 @@ from msa.inference.batch import prompt_batch
 from msa.inference.decoding import Decoder, RoundRow, TextRow, choose_next, feed_pending
 from msa.inference.fusion import rank_judged
 from msa.inference.interleave import Interleave, Request
-from msa.inference.judging import judge
+from msa.inference.judging import Trial, judge
 from msa.inference.trace import CandidateReader, Candidates, candidates
 from msa.text.prompts import LocalContext
 from msa.types import Content, Event, MemoryReader, Selection
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 # Prompt tokens of one prefill, padding included; a longer prompt is prefilled alone.
 PREFILL_TOKENS = 2048
-# Tokens that trying a document is counted with, before its text is known.
+# Tokens that a question which may try documents is counted with, before it is known how many.
 TRIAL_TOKENS = 256
 # Rows write together if the longer cache has at most so many times the columns of the shorter.
 SIMILAR_LENGTH = 2.0
 
 
-_Trial = tuple[int, int, LocalContext]  # row of the question, document's number, its trial
+_Trial = tuple[int, int, Trial]  # row of the question, document's number
 
 
 @dataclass(slots=True)
@@ -156,10 +156,10 @@ class Scheduler:
     def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
         """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
         found = sorted(self._waiting, key=lambda some: len(some[1].input_ids))
-        count, tried = 1, TRIAL_TOKENS * found[0][0].to_try
+        count, tried = 1, TRIAL_TOKENS * found[0][0].tries
         while count < len(found):
             run, context = found[count]
-            tried += TRIAL_TOKENS * run.to_try
+            tried += TRIAL_TOKENS * run.tries
             if (count + 1) * len(context.input_ids) + tried > self.prefill_tokens:
                 break
             count += 1
@@ -218,7 +218,7 @@ class Scheduler:
             copies = first.snapshot.copies(
                 [(some.fused, run.read) for (run, _), some in zip(prompts, found, strict=True)]
             )
-            found = self._judged([run for run, _ in prompts], found, copies)
+            found = self._judged([run for run, _ in prompts], found)
         except MSAError as error:
             self._events += [(run.request, error) for run, _ in prompts]
             return []
@@ -229,29 +229,22 @@ class Scheduler:
                 going_on.append(row)
         return going_on
 
-    def _judged(
-        self, runs: Sequence[Interleave], found: Sequence[Candidates], copies: Sequence[set[int]]
-    ) -> list[Candidates]:
+    def _judged(self, runs: Sequence[Interleave], found: Sequence[Candidates]) -> list[Candidates]:
         """Candidates in the order in which they come once the model has tried the best of them."""
         trials = [
-            (row, number, context)
-            for row, (run, some, known) in enumerate(zip(runs, found, copies, strict=True))
-            for number, context in run.trials(some, known).items()
+            (row, number, trial)
+            for row, (run, some) in enumerate(zip(runs, found, strict=True))
+            for number, trial in run.trials(some).items()
         ]
         if not trials:
             return list(found)
         judged: list[dict[int, float]] = [{} for _ in runs]
         for part in _parts(trials, self.prefill_tokens):
-            requests = [runs[row].request for row, _, _ in part]
-            answers = judge(
-                self.model,
-                [context for _, _, context in part],
-                [request.format.refusal(request.options) for request in requests],
-                requests[0].format.pad,
-            )
-            for (row, number, context), answer in zip(part, answers, strict=True):
-                judged[row][number] = answer
-                runs[row].prompt_tokens += len(context.input_ids)
+            pad = runs[part[0][0]].request.format.pad
+            likely = judge(self.model, [trial for _, _, trial in part], pad)
+            for (row, number, trial), probability in zip(part, likely, strict=True):
+                judged[row][number] = probability
+                runs[row].prompt_tokens += len(trial)
         ranked = []
         for run, some, each in zip(runs, found, judged, strict=True):
             options = run.request.options
@@ -384,8 +377,8 @@ def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
 def _parts(trials: list[_Trial], limit: int) -> Iterable[list[_Trial]]:
     """Trials of like length together, of at most so many tokens, padding included."""
     part: list[_Trial] = []
-    for trial in sorted(trials, key=lambda some: len(some[2].input_ids)):
-        if part and (len(part) + 1) * len(trial[2].input_ids) > limit:
+    for trial in sorted(trials, key=lambda some: len(some[2])):
+        if part and (len(part) + 1) * len(trial[2]) > limit:
             yield part
             part = []
         part.append(trial)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from msa.errors import EmptyBankError, InputError
+from msa.errors import EmptyBankError, InputError, LexicalIndexError
 from msa.memory.bank import MemoryBank
 from msa.memory.distributed.sharded_bank import ShardedBank, ShardedSnapshot
 from msa.memory.loaded.loaded_bank import BankSnapshot, LoadedBank
@@ -53,6 +53,10 @@ class QuerySnapshot(Protocol):
         Raises:
             LexicalIndexError: the bank has no word index; the message says what to type.
         """
+        ...
+
+    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+        """See `MemoryBank.lexical_coverage`; None where the bank has no word index."""
         ...
 
 
@@ -99,6 +103,13 @@ class BankQuerySnapshot:
         """See `QuerySnapshot.lexical`; documents that came after the view are left out."""
         found = self._bank.lexical_search(queries, top_k, filter=self._where)
         return [{n: s for n, s in some if n < self._next_number} for some in found]
+
+    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+        """See `QuerySnapshot.coverage`."""
+        try:
+            return self._bank.lexical_coverage(question, texts)
+        except LexicalIndexError:
+            return None
 
 
 class SnapshotCache:

@@ -195,6 +195,18 @@ class StoredDocuments:
         """
         return self._lexical.scores(query, numbers, title_weight=title_weight)
 
+    def lexical_coverage(self, question: str, texts: Sequence[str]) -> float:
+        """How much of a question stands in some texts: in [0, 1], 1 for a question without words.
+
+        The share of its words that any of the texts holds (endings removed, as the index has
+        them), each weighed by how rare it is in the bank: log(1 + (N - n + 0.5) / (n + 0.5)) for a
+        word of n of N documents, as BM25 does. A word that no document holds counts most.
+
+        Raises:
+            LexicalIndexError, BankCorruptError: see `lexical_search`.
+        """
+        return self._lexical.coverage(question, texts)
+
     def info(self) -> BankInfo:
         """Figures of the bank."""
         totals = self.catalog.totals()

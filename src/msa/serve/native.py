@@ -104,6 +104,7 @@ class AskChanges(Body):
     prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     judged_documents: Annotated[Whole, Field(ge=1, le=16)] | None = None
+    judge_margin: Annotated[float, Field(ge=0, le=1000)] | None = None
     judge_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0.001, le=1)] | None = None

@@ -266,6 +266,19 @@ class LexicalIndex:
                 found.update(db.execute(query_text, (title_weight, match, *some)))
         return [found.get(n, 0.0) for n in wanted]
 
+    def coverage(self, question: str, texts: Sequence[str]) -> float:
+        """See `MemoryBank.lexical_coverage`."""
+        with self._database.reading() as db:
+            words = self._begin(db)
+            asked, *held = words.terms([nfc(text) for text in (question, *texts)])
+            weights = {term: self._rarity(self._count(db, term)) for term in asked}
+        whole = sum(weights.values())
+        found = sum(w for term, w in weights.items() if any(term in some for some in held))
+        return found / whole if whole else 1.0
+
+    def _rarity(self, count: int) -> float:
+        return math.log1p((max(0, self._num_documents - count) + 0.5) / (count + 0.5))
+
     # ---- from words to an FTS5 query
 
     def _missing(self, db: sqlite3.Connection) -> str | None:
@@ -284,17 +297,10 @@ class LexicalIndex:
 
     def _matches(self, db: sqlite3.Connection, queries: Sequence[str | LexicalQuery]) -> list[str]:
         """An FTS5 query for each; empty when no document has any of the words."""
-        reason = self._missing(db)
-        if reason is not None:
-            raise LexicalIndexError(reason)
-        if self._words is None:
-            self._words = _Tokenizer()
-        # for this transaction only: what is made in it goes with it
-        db.execute("CREATE VIRTUAL TABLE temp.term_counts USING fts5vocab('main', 'words', 'row')")
-        self._follow(db)
+        words = self._begin(db)
         asked = [LexicalQuery(q) if isinstance(q, str) else q for q in queries]
         texts = [nfc(text) for q in asked for text in (q.question, *q.read)]
-        terms = iter(self._words.terms(texts))
+        terms = iter(words.terms(texts))
         matches = []
         for query in asked:
             question = next(terms)
@@ -302,6 +308,18 @@ class LexicalIndex:
             chosen = self._chosen(db, question, read)
             matches.append(" OR ".join(f'"{word}"' for word in chosen))
         return matches
+
+    def _begin(self, db: sqlite3.Connection) -> _Tokenizer:
+        """Make ready to count terms in this transaction; what cuts texts into them."""
+        reason = self._missing(db)
+        if reason is not None:
+            raise LexicalIndexError(reason)
+        # for this transaction only: what is made in it goes with it
+        db.execute("CREATE VIRTUAL TABLE temp.term_counts USING fts5vocab('main', 'words', 'row')")
+        self._follow(db)
+        if self._words is None:
+            self._words = _Tokenizer()
+        return self._words
 
     def _chosen(
         self, db: sqlite3.Connection, question: Mapping[str, str], read: Sequence[Mapping[str, str]]

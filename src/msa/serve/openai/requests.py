@@ -43,6 +43,7 @@ _OPTIONS = {
     "prior_weight",
     "prior_temperature",
     "judged_documents",
+    "judge_margin",
     "judge_weight",
     "refusal_threshold",
     "allow_unread",
@@ -134,6 +135,7 @@ class MsaOptions(Strict):
     prior_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prior_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     judged_documents: int | None = Field(default=None, ge=1, le=16)
+    judge_margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     judge_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     refusal_threshold: float | None = Field(default=None, ge=0, le=1)
     allow_unread: bool | None = None

@@ -43,7 +43,7 @@ function roundElement(round, titles, before) {
   const tried = round.ranked.flatMap((d) =>
     d.judged === null ? [] : [{ ...told(d), score: d.judged }],
   );
-  const alone = tried.length ? [bars("Would answer by itself", tried, percent)] : [];
+  const alone = tried.length ? [bars("The question follows from it", tried, percent)] : [];
   return make(
     "section",
     { class: "round" },
