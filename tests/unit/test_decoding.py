@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -200,15 +201,15 @@ def test_texts_end_with_their_marks_or_their_budgets_and_know_their_probability(
 
 
 def test_a_text_does_not_begin_with_the_token_that_is_barred(model: Any, memory: Any) -> None:
-    def texts(not_first: int | None) -> list[TextRow]:
+    def texts(not_first: Sequence[int]) -> list[TextRow]:
         samplers = greedy(len(CONTEXTS))
         rows = [TextRow(sampler, [], 3, not_first) for sampler in samplers]
         write_all(decoder_of(model, memory, CONTEXTS), rows)
         return rows
 
-    free = texts(None)
+    free = texts([])
     barred = free[0].tokens[0]
-    for made, before, row in zip(CONTEXTS, free, texts(barred), strict=True):
+    for made, before, row in zip(CONTEXTS, free, texts([barred]), strict=True):
         logits = whole(model, memory, made, [])
         logits[barred] = -torch.inf
         assert row.tokens[0] == int(logits.argmax()) != barred

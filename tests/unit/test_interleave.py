@@ -650,17 +650,18 @@ def test_a_refusal_that_the_model_writes_cites_nothing(
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("refusal", [REFUSAL, REFUSAL.capitalize(), REFUSAL.upper()])
 def test_where_the_threshold_is_for_an_answer_the_model_does_not_refuse_by_itself(
-    model: Any, encoder: PromptEncoder, script: Any, stream: bool, monkeypatch: Any
+    model: Any, encoder: PromptEncoder, script: Any, stream: bool, refusal: str, monkeypatch: Any
 ) -> None:
-    script({"Q?": [f"[3]{READ}", END, f" {REFUSAL}{STOP}"]})
+    script({"Q?": [f"[3]{READ}", END, f" {refusal}{STOP}"]})
     # the script does not know of the question how likely the refusal is
     monkeypatch.setattr("msa.inference.interleave.LIKELY_REFUSAL", -math.inf)
     options = {"refusal_threshold": 1.0, "max_new_tokens": 6, "stream": stream}
     (answer,), events = run(model, encoder, ["Q?"], **options)
     assert answer.stopped in ("answered", "max_tokens")
     assert len(answer.citations) == 1
-    assert not answer.text.startswith("not")
+    assert not answer.text.lower().startswith("not")
     assert "".join(e.data for e in events if e.kind == "token") == answer.text * stream
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_tiny_model, make_tiny_tokenizer
-from msa.inference.judging import MAX_TEXT_TOKENS, judge, trials
+from msa.inference.judging import MAX_TEXT_TOKENS, judge, make_trials
 from msa.text.prompts import PromptEncoder
 
 
@@ -26,8 +26,8 @@ def test_a_trial_says_what_one_forward_would_say_whatever_stands_beside_it(
     model: Any, encoder: PromptEncoder
 ) -> None:
     tried = [
-        *trials(encoder, "Who was born?", ["Ada was born in Rome, as was Bob.", "?", ""], 512),
-        *trials(encoder, "What does Bob, who is no baker, bake?", ["Bob bakes."], 512),
+        *make_trials(encoder, "Who was born?", ["Ada was born in Rome, as was Bob.", "?", ""], 512),
+        *make_trials(encoder, "What does Bob, who is no baker, bake?", ["Bob bakes."], 512),
     ]
     for trial, found in zip(tried, judge(model, tried, 0), strict=True):
         ids = torch.tensor([trial.input_ids])
@@ -42,9 +42,9 @@ def test_long_texts_are_cut_and_a_question_without_room_is_not_tried(
     encoder: PromptEncoder,
 ) -> None:
     question = "Who?"
-    (whole,) = trials(encoder, question, ["word " * 5000], 100_000)
-    (short,) = trials(encoder, question, ["word " * 5000], 64)
+    (whole,) = make_trials(encoder, question, ["word " * 5000], 100_000)
+    (short,) = make_trials(encoder, question, ["word " * 5000], 64)
     after = len(encoder.plain("\nQuestion: ")) + len(encoder.plain(question))
     assert (len(whole), len(short)) == (MAX_TEXT_TOKENS + after, 64)
-    assert trials(encoder, question, ["word"], after) == []
-    assert trials(encoder, "", ["word"], 64) == []
+    assert make_trials(encoder, question, ["word"], after) == []
+    assert make_trials(encoder, "", ["word"], 64) == []

@@ -72,6 +72,7 @@ class TextReader:
         self._refusal_threshold = refusal_threshold
         form, options = AskFormat(self._model, self._encoder), AskOptions()
         self._lead_in, self._refusal = form.lead_in(options), form.refusal(options)
+        self._refusal_starts = form.refusal_starts
         self._answers, self._pad = form.answers, form.pad
 
     def answer(
@@ -152,7 +153,7 @@ class TextReader:
                 Sampler(0.0, 1.0, None),
                 self._answers.ends,
                 0 if no else min(limit, positions - start),
-                self._refusal[0] if self._refusal else None,
+                self._refusal_starts,
             )
             for limit, start, no in zip(limits, decoder.positions, refused, strict=True)
         ]

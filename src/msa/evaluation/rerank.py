@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msa.inference.judging import judge, trials
+from msa.inference.judging import judge, make_trials
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptEncoder
 
@@ -27,7 +27,7 @@ class Reranker:
     def order(self, question: str, texts: Sequence[str]) -> tuple[list[int], int]:
         """Places of the texts, likeliest first, and how many tokens were read for it."""
         positions = self._model.config.max_position_embeddings
-        tried = trials(self._encoder, question, texts, positions)
+        tried = make_trials(self._encoder, question, texts, positions)
         scores: list[float] = []
         for start in range(0, len(tried), BATCH_SIZE):
             scores += judge(self._model, tried[start : start + BATCH_SIZE], self._pad)

@@ -378,7 +378,7 @@ class TextRow:
         sampler: chooses.
         ends: token sequences, each of which ends the text.
         budget: tokens that may be written, at most.
-        not_first: a token that the text must not begin with.
+        not_first: tokens that the text must not begin with.
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
@@ -387,7 +387,7 @@ class TextRow:
     sampler: Sampler
     ends: Sequence[Sequence[int]]
     budget: int
-    not_first: int | None = None
+    not_first: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     log_probability: float = 0.0
     ended: bool = False
@@ -405,7 +405,7 @@ class TextRow:
     @property
     def barred(self) -> Sequence[int]:
         """See `Writer.barred`."""
-        return [self.not_first] if self.not_first is not None and not self.tokens else ()
+        return () if self.tokens else self.not_first
 
     def take(self, token: int, log_probability: float) -> None:
         """See `Writer.take`."""

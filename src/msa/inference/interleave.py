@@ -21,7 +21,7 @@ from msa.inference.answers import AnswerPieces, AnswerText
 from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
 from msa.inference.fusion import Fused, close_to_best
-from msa.inference.judging import Trial, trials
+from msa.inference.judging import Trial, make_trials
 from msa.inference.options import ANSWER_LOG_PROBABILITY, COVERAGE, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
     is_refusal,
@@ -77,6 +77,7 @@ class AskFormat:
         self.end_of_retrieve = encoder.retrieval_end()
         self._lead_in = encoder.tokenize(template.answer)
         self._refusal = encoder.answer(template.refusal) if template.refusal else []
+        self.refusal_starts = self._refusal_starts()
         ends = [encoder.tokenize(template.end), *([e] for e in _eos_tokens(model))]
         self.answers = AnswerText(tokenizer, template, [end for end in ends if end])
         pad = tokenizer.pad_token_id
@@ -89,6 +90,21 @@ class AskFormat:
     def refusal(self, options: AskOptions) -> list[int]:
         """Tokens of the refusal as the model would write it where it writes an answer."""
         return self._refusal[len(self.lead_in(options)) :]
+
+    def _refusal_starts(self) -> Sequence[int]:
+        """First tokens of the refusal behind the lead-in, in any case: all count as a refusal."""
+        encoder, text = self.encoder, self.encoder.template.refusal
+        if not text:
+            return ()
+
+        def word(token: int) -> str:
+            decoded: str = encoder.tokenizer.decode([token])
+            return decoded.strip().casefold()
+
+        usual = self._refusal[len(self._lead_in)]
+        cases = (text.lower(), text.capitalize(), text.title(), text.upper())
+        firsts = [encoder.plain(space + case)[0] for case in cases for space in ("", " ")]
+        return sorted({usual, *(t for t in firsts if word(t) == word(usual) != "")})
 
     def number(self, number: int) -> list[int]:
         """Tokens of a document's number; the same documents are routed to again and again."""
@@ -246,7 +262,7 @@ class Interleave:
         close = close_to_best(found.fused, options.judge_margin, options.judged_documents)
         stored = self.request.snapshot.texts(close) if close else {}
         texts = [some.document.content for some in stored.values()]
-        tried = trials(form.encoder, self.request.question, texts, form.max_positions)
+        tried = make_trials(form.encoder, self.request.question, texts, form.max_positions)
         return dict(zip(stored, tried, strict=False))
 
     def routed(
@@ -376,14 +392,15 @@ class Interleave:
         budget = 0 if self.refused else min(options.max_new_tokens, form.max_positions - position)
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first())
 
-    def _not_first(self) -> int | None:
-        """The refusal's first token, where the threshold has decided for an answer.
+    def _not_first(self) -> Sequence[int]:
+        """Tokens that a refusal begins with, where the threshold has decided for an answer.
 
         Else the model could refuse by itself what the calibrated score would have answered.
         """
+        form, options = self.request.format, self.request.options
         decided = self.refusal and not self._refuses_late and not self.refused
         likely = self.scores.get(REFUSAL_LOGIT, -math.inf) > LIKELY_REFUSAL
-        return self.refusal[0] if decided and likely else None
+        return form.refusal_starts if decided and likely and options.force_answer_prefix else ()
 
     def pieces(self, row: TextRow) -> list[Event]:
         """What of the answer has become certain since the last call."""

@@ -41,7 +41,7 @@ class Trial:
         return len(self.input_ids)
 
 
-def trials(
+def make_trials(
     encoder: PromptEncoder, question: str, texts: Sequence[str], max_positions: int
 ) -> list[Trial]:
     """One trial per text; none at all where the question has no tokens or leaves no room.
