@@ -12,7 +12,11 @@ FOLDER = Path(__file__).parents[1] / "docs/results"
 SETS = {"one_hop": "one hop", "two_hop": "two hops", "questions": "as asked"}
 NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
-REAL = {"real_documents.md": "what is found", "evaluation.md": "what is answered"}
+REAL = {
+    "real_documents.md": "what is found",
+    "real_text.md": "what is answered, up to 10 million tokens",
+    "evaluation.md": "the report before that, with RULER, a memory that changes and other sets",
+}
 OTHERS = {
     "bench.md": "Speed: routing, encoding, asking, and the shapes of a 4B model",
     "pruning.md": "the pruned scan: what it reads, what it misses, how long it takes",
@@ -41,6 +45,7 @@ def main() -> None:
         ("quality", quality),
         ("real_input", real_input),
         ("scaling", scaling),
+        ("scaling_squad", scaling_real),
     )
     for name, section in sections:
         path = FOLDER / f"{name}.json"
@@ -143,6 +148,41 @@ def scaling(results: dict) -> str:
         for found in r["asked"]:
             rows.append(f"| {name} | {built} | {found['scan']} | {asked(found)} |")
             name, built = "", " | | "
+    return "\n".join(rows) + "\n"
+
+
+def scaling_real(results: dict) -> str:
+    """Banks of real text, with the default model."""
+    rows = [
+        heading("Real text, with the default model", results.pop("about")),
+        "The questions of SQuAD dev in banks of several sizes: their passages, the rest of the "
+        "set, then other\ntexts. One question at a time. *Recall*: the passage is among the "
+        "first 16 of the ranking, words included.\n*Keys read*: what it takes to read all routing "
+        "keys from memory once. Peak memory is that of the asking process.\n",
+        "| tokens | documents | GB on disk | recall@16 | EM | F1 | routing s of a round, p50 / p95 "
+        "| keys read, s | answer s, p50 / p95 | peak GB | s to load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        for found in r["asked"]:
+            q = found["questions"]
+            shares = (q["recall_at_16"], q["exact_match"], q["f1"])
+            times = [
+                f"{found[k]['p50']:.3f} / {found[k]['p95']:.3f}"
+                for k in ("routing_seconds_per_round", "total_seconds")
+            ]
+            cells = [
+                name,
+                f"{r['documents']:,}",
+                f"{r['bytes_on_disk'] / 1e9:.3f}",
+                *(f"{100 * share:.1f}" for share in shares),
+                times[0],
+                f"{found['reading_keys_seconds']:.4f}",
+                times[1],
+                f"{found['peak_memory_of_asking'] / 1e9:.2f}",
+                f"{found['seconds_to_load']:.1f}",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
