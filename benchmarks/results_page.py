@@ -167,18 +167,14 @@ def scaling_real(results: dict) -> str:
         for found in r["asked"]:
             q = found["questions"]
             shares = (q["recall_at_16"], q["exact_match"], q["f1"])
-            times = [
-                f"{found[k]['p50']:.3f} / {found[k]['p95']:.3f}"
-                for k in ("routing_seconds_per_round", "total_seconds")
-            ]
             cells = [
                 name,
                 f"{r['documents']:,}",
                 f"{r['bytes_on_disk'] / 1e9:.3f}",
                 *(f"{100 * share:.1f}" for share in shares),
-                times[0],
+                spread(found["routing_seconds_per_round"]),
                 f"{found['reading_keys_seconds']:.4f}",
-                times[1],
+                spread(found["total_seconds"]),
                 f"{found['peak_memory_of_asking'] / 1e9:.2f}",
                 f"{found['seconds_to_load']:.1f}",
             ]
@@ -186,12 +182,17 @@ def scaling_real(results: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
+def spread(seconds: dict) -> str:
+    """Median and 95th percentile."""
+    return f"{seconds['p50']:.3f} / {seconds['p95']:.3f}"
+
+
 def asked(r: dict) -> str:
     """The columns that tell of asking."""
     one, two = r["one_hop"], r["two_hop"]
     shares = (one["routed"], one["exact_match"], two["exact_match"])
     names = ("routing_seconds", "routing_seconds_per_round", "total_seconds")
-    times = [f"{r[k]['p50']:.3f} / {r[k]['p95']:.3f}" if k in r else "" for k in names]
+    times = [spread(r[k]) if k in r else "" for k in names]
     cells = [f"{100 * share:.1f}" for share in shares] + times
     return " | ".join(
         [*cells, f"{r['peak_memory_of_asking'] / 1e9:.2f}", f"{r['seconds_to_load']:.1f}"]

@@ -23,7 +23,6 @@ chosen. Nothing is chosen on dev or test questions.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import tempfile
@@ -35,7 +34,7 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import fuse
+from msa.inference.fusion import fuse, judgment
 from msa.inference.options import (
     BIAS,
     COVERAGE,
@@ -214,7 +213,7 @@ def judging(sets: Sequence[Drawn], options: AskOptions) -> float:
             for weight in JUDGE_WEIGHTS:
                 best = max(
                     tried or answer.rounds[0].ranked[:1],
-                    key=lambda d: d.score + weight * math.log(max(d.judged or 0.0, 1e-6)),
+                    key=lambda d: d.score + weight * judgment(d.judged or 0.0),
                 )
                 shares[weight] += (best.number in gold) / len(one.questions) / len(sets)
     for weight, share in shares.items():

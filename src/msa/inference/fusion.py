@@ -97,13 +97,18 @@ def close_to_best(fused: Mapping[int, Fused], margin: float, count: int) -> list
     return close if len(close) > 1 else []
 
 
+def judgment(likely: float) -> float:
+    """What counts of how likely the question is after a text: the logarithm, bounded."""
+    return math.log(max(likely, _LEAST_JUDGED))
+
+
 def rank_judged(
     fused: Mapping[int, Fused], judged: Mapping[int, float], *, weight: float, temperature: float
 ) -> dict[int, Fused]:
     """Rank once more, by what the model made of the documents that it tried.
 
-    Each of them loses as much as the logarithm of what `judged` says is below that of the best of
-    them; the others stay as they are.
+    Each of them loses as much as its `judgment` is below the best of them, times the weight; the
+    others stay as they are.
 
     Args:
         fused: of `fuse`.
@@ -113,7 +118,7 @@ def rank_judged(
     """
     if not judged:
         return dict(fused)
-    logs = {document: math.log(max(p, _LEAST_JUDGED)) for document, p in judged.items()}
+    logs = {document: judgment(likely) for document, likely in judged.items()}
     best = max(logs.values())
     found = {
         document: replace(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from msa.inference.batch import left_padded
 from msa.model.modeling_msa import MSAForCausalLM
 from msa.text.prompts import PromptEncoder
 
@@ -69,10 +70,8 @@ def judge(model: MSAForCausalLM, tried: Sequence[Trial], pad_token: int) -> list
         tried: run through the model together, at least one.
         pad_token: fills the left.
     """
-    width = max(map(len, tried))
-    ids = torch.tensor([[pad_token] * (width - len(t)) + list(t.input_ids) for t in tried])
-    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tried])
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids = left_padded([t.input_ids for t in tried], pad_token, model.device)
+    mask = left_padded([[1] * len(t) for t in tried], 0, model.device)
     longest = max(t.question_length for t in tried)
     out = model(
         ids,
