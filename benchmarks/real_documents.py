@@ -35,6 +35,7 @@ from msa.model.loading import load as load_checkpoint
 from msa.ops.routing import QUERY_REDUCTIONS
 
 DEPTHS = (1, 5, 16)
+CANDIDATES = 64
 HEAD = """\
 # Real questions over real documents
 
@@ -113,6 +114,8 @@ def rankings(
                 name = f"MSA, {reduction}" if args.reductions else "MSA"
                 found = layer_scores(checkpoint, bench.states, block)
                 scores |= routings(name, found, scores["BM25"], checkpoint.ask_options, args)
+                if checkpoint.ask_options.lexical_weight > 0:
+                    scores[f"{name}, as asked"] = as_asked(bench, questions, start)
         rows = gold[start : start + QUESTION_BLOCK]
         yield {system: (found, rows) for system, found in scores.items()}
         asked(start + len(block), len(texts))
@@ -132,11 +135,18 @@ def routings(
     found[f"{name}, fused"] = fused
     found[f"{name}, z-scores"] = fuse(layers, normalized=True)
     found[f"{name}, z-scores + BM25"] = z_scores(fused) + z_scores(bm25)
-    lexical = options.lexical_weight if args.lexical_weight is None else args.lexical_weight
-    if lexical > 0:
-        best = bm25.max(axis=1, keepdims=True).clip(min=1e-9)
-        found[f"{name}, words x {lexical:g}"] = fused + lexical * bm25 / best
     return found
+
+
+def as_asked(bench: Workbench, questions: QuestionSet, start: int) -> Scores:
+    """The ranking that `MemoryEngine.ask` starts from, words and all: minus the rank, [Q, N]."""
+    row = {document.id: i for i, document in enumerate(questions.documents)}
+    block = questions.questions[start : start + QUESTION_BLOCK]
+    scores = np.full((len(block), len(row)), -np.inf)
+    for i, outcome in enumerate(bench.system("msa").rank(block, CANDIDATES)):
+        for rank, name in enumerate(outcome.ranked):
+            scores[i, row[name]] = -rank
+    return scores
 
 
 def figures(ranks: Sequence[Sequence[int]], seed: int) -> dict[str, object]:
@@ -295,7 +305,6 @@ def arguments() -> argparse.Namespace:
     command.add_argument(
         "--weights", type=weights, help="of the layers, as 2:1,6:0.5; by default the checkpoint's"
     )
-    command.add_argument("--lexical-weight", type=float, help="by default the checkpoint's")
     command.add_argument("--documents", type=int, help="of a smaller corpus, for a quick look")
     command.add_argument("--output", help="JSON file to add to; a page (.md) is put beside it")
     return parser.parse_args()

@@ -13,6 +13,9 @@ they need and others of the set, DOCUMENTS in all. Chosen are:
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
   `--wrongly` of the former are refused;
+- `end_bias` and `end_weight`: a logistic regression, over the rounds after the first, that tells
+  those in which a gold document that is not read stands first or second among the unread from the
+  others, by the model's own log odds of ending and by how far the best unread document leads;
 - `max_rounds` and the documents of a round, for the mean F1 over the sets: of ways that differ by
   less than a point, the one that reads less.
 
@@ -34,7 +37,7 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import fuse, judgment
+from msa.inference.fusion import NOISE_RANK, fuse, judgment
 from msa.inference.options import (
     BIAS,
     COVERAGE,
@@ -48,7 +51,7 @@ from msa.training.question_sets import QuestionSet, TrainingQuestion
 from msa.types import Answer
 
 DEPTHS = (1, 5, 16)
-LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+LEXICAL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
 JUDGE_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
@@ -90,6 +93,8 @@ def main() -> None:
                 judged_documents=args.judged if weight else 1, judge_weight=weight
             )
         if not args.keep:
+            bias, weight = endings(sets, options.with_changes(max_rounds=3), args.readings)
+            options = options.with_changes(end_bias=bias, end_weight=weight)
             rounds, least, most = best_way(sets, options, args.readings)
             options = options.with_changes(
                 max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
@@ -221,6 +226,44 @@ def judging(sets: Sequence[Drawn], options: AskOptions) -> float:
     return next(w for w, share in shares.items() if share > max(shares.values()) - 0.005)
 
 
+def endings(sets: Sequence[Drawn], options: AskOptions, count: int) -> tuple[float, float]:
+    """`end_bias` and `end_weight`."""
+    features, go_on = [], []
+    for one in sets:
+        parts = one.engine.bank.parts  # type: ignore[union-attr]
+        answers = ask(one, count, options)
+        for answer, question in zip(answers, one.questions, strict=False):
+            gold = [{part.number for part in parts(key)} for key in question.gold]
+            for found in answer.rounds[1:]:
+                read = {c.number for c in answer.citations if c.round < found.index}
+                unread = [d for d in found.ranked if d.number not in read][:NOISE_RANK]
+                if found.end_log_odds is None or not unread:
+                    continue
+                features.append([found.end_log_odds, unread[0].score - unread[-1].score])
+                first = {d.number for d in unread[:2]}
+                go_on.append(any(some & first for some in gold if not some & read))
+    (by_model, by_lead), bias = logistic(features, go_on)
+    if by_model >= 0:  # the model tells nothing about it
+        return 0.0, 0.0
+    bias, weight = round(bias / by_model, 2), round(max(0.0, -by_lead / by_model), 2)
+    print(f"end_bias {bias}, end_weight {weight}: {len(go_on)} rounds, {sum(go_on)} to go on from")
+    return bias, weight
+
+
+def logistic(rows: Sequence[Sequence[float]], labels: Sequence[bool]) -> tuple[list[float], float]:
+    """Weights of the features, and the bias, by Newton's method with a little ridge."""
+    x, y = torch.tensor(rows).double(), torch.tensor(labels).double()
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
+    design = torch.cat([(x - mean) / scale, torch.ones(len(x), 1).double()], 1)
+    beta = torch.zeros(design.shape[1]).double()
+    for _ in range(50):
+        p = (design @ beta).sigmoid()
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + 1e-2 * torch.eye(len(beta))
+        beta -= torch.linalg.solve(hessian, design.T @ (p - y) + 1e-2 * beta)
+    factors = beta[:-1] / scale
+    return factors.tolist(), float(beta[-1] - (factors * mean).sum())
+
+
 def refusals(
     sets: Sequence[Drawn], options: AskOptions, count: int, wrongly: float
 ) -> tuple[dict[str, float], float]:
@@ -233,18 +276,10 @@ def refusals(
         one.engine.bank.delete({key for q in one.questions[:count] for key in q.gold})
     absent = [dict(a.scores) for one in sets for a in ask(one, count, options)]
     rows = [*present, *absent]
-    x = torch.tensor([[row.get(name, 0.0) for name in FEATURES] for row in rows]).double()
-    y = torch.tensor([0.0] * len(present) + [1.0] * len(absent)).double()
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
-    design = torch.cat([(x - mean) / scale, torch.ones(len(x), 1).double()], 1)
-    beta = torch.zeros(design.shape[1]).double()
-    for _ in range(50):  # Newton's method, with a little ridge
-        p = (design @ beta).sigmoid()
-        hessian = design.T @ (design * (p * (1 - p))[:, None]) + 1e-2 * torch.eye(len(beta))
-        beta -= torch.linalg.solve(hessian, design.T @ (p - y) + 1e-2 * beta)
-    factors = beta[:-1] / scale
-    weights = {name: round(float(w), 5) for name, w in zip(FEATURES, factors, strict=True)}
-    weights[BIAS] = round(float(beta[-1] - (factors * mean).sum()), 5)
+    x = [[row.get(name, 0.0) for name in FEATURES] for row in rows]
+    factors, bias = logistic(x, [False] * len(present) + [True] * len(absent))
+    weights = {name: round(w, 5) for name, w in zip(FEATURES, factors, strict=True)}
+    weights[BIAS] = round(bias, 5)
     scores = sorted((refusal_score(row, weights) for row in present), reverse=True)
     threshold = round(scores[int(wrongly * len(scores))], 4)
     refused = sum(refusal_score(row, weights) > threshold for row in absent)

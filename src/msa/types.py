@@ -194,7 +194,7 @@ class RankedDocument:
         score: fused score.
         prior: softmax of the scores over all candidates.
         layers: routing layers among whose candidates it was.
-        lexical: its bm25 score over the best one's; None if it was not found by words.
+        lexical: how well its words fit, in [0, 1]; None if it was not found by words.
         judged: how likely the question is after its text, in [0, 1]; None if it was not tried.
     """
 
@@ -217,12 +217,15 @@ class Round:
         read: documents that the model named and was given, in the order written.
         ranked: documents that some layer attended to or that could be named, best first by fused
             score.
+        end_log_odds: of ending the retrieval here against reading on, as the model gave them; None
+            where it had no choice.
     """
 
     index: int
     routed: Mapping[int, tuple[RoutedDocument, ...]]
     read: tuple[Citation, ...]
     ranked: tuple[RankedDocument, ...] = ()
+    end_log_odds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

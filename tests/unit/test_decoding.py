@@ -262,6 +262,29 @@ def test_what_is_forced_from_beginning_to_end_asks_nothing_of_the_model(
     assert [(w.numbers, w.ended) for w in written] == [((170,), False), ((), True)]
 
 
+@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
+def test_a_shift_says_whether_the_retrieval_ends_and_the_models_own_odds_are_kept(
+    model: Any, memory: Any, shift: float
+) -> None:
+    logits = whole(model, memory, CONTEXTS[0], []).float()
+    row = RoundRow(grammar(5, 17, may_end=True), Sampler(0.0, 1.0, None), 0.0, shift)
+    write_all(decoder_of(model, memory, CONTEXTS[:1]), [row])
+    assert row.written is not None
+    ends = bool(logits[END] + shift > logits[OPEN])
+    assert row.written.ended == ends
+    chosen = float(logits.softmax(0)[END if ends else OPEN])
+    odds = math.log(chosen / (1 - chosen))
+    assert row.end_log_odds == pytest.approx(odds if ends else -odds, abs=1e-3)
+
+
+def test_a_round_that_must_read_has_no_odds_of_ending(model: Any, memory: Any) -> None:
+    row = RoundRow(grammar(5, 17), Sampler(0.0, 1.0, None), 0.0, 1e4)
+    write_all(decoder_of(model, memory, CONTEXTS[:1]), [row])
+    assert row.written is not None
+    assert row.written.numbers
+    assert row.end_log_odds is None
+
+
 # ---- choosing
 
 

@@ -42,6 +42,8 @@ from msa.types import Content, Selection
         ("judged_documents", 0),
         ("judge_weight", -0.5),
         ("judge_margin", float("nan")),
+        ("end_weight", -1.0),
+        ("end_bias", float("inf")),
         ("layer_weights", {}),
         ("layer_weights", {2: 0}),
         ("layer_weights", {2: -1.0}),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.inference.fusion import close_to_best, fuse, rank_judged
+from msa.inference.fusion import NOISE_RANK, close_to_best, fuse, lead, rank_judged
 
 candidates = st.dictionaries(
     st.integers(0, 5),
@@ -17,7 +17,7 @@ candidates = st.dictionaries(
     ),
     max_size=4,
 )
-words = st.dictionaries(st.integers(0, 25), st.floats(0, 30), max_size=5)
+words = st.dictionaries(st.integers(0, 25), st.floats(0, 1), max_size=5)
 
 
 @settings(deadline=None)
@@ -30,7 +30,7 @@ def test_every_candidate_is_ranked_once_and_the_priors_are_a_distribution(
 ) -> None:
     fused = fuse(layers, temperature=temperature, lexical=lexical, lexical_weight=weight)
     everything = {d for found in layers.values() for d, _ in found}
-    if weight > 0 and any(score > 0 for score in lexical.values()):
+    if weight > 0:
         everything |= set(lexical)
     assert set(fused) == everything
     scores = [f.score for f in fused.values()]
@@ -61,9 +61,9 @@ def test_layers_have_their_weights_and_none_without_a_name() -> None:
     assert fused[5].layers == (6,)
 
 
-def test_words_add_candidates_and_their_share_of_the_best_score() -> None:
+def test_words_add_candidates_and_their_score() -> None:
     layers = {2: [(7, 0.5), (8, 0.3)]}
-    fused = fuse(layers, temperature=0.1, lexical={8: 4.0, 9: 16.0}, lexical_weight=0.4)
+    fused = fuse(layers, temperature=0.1, lexical={8: 0.25, 9: 1.0}, lexical_weight=0.4)
     assert {d: f.score for d, f in fused.items()} == pytest.approx(
         {7: 0.5, 8: 0.3 + 0.4 * 0.25, 9: 0.3 + 0.4}
     )
@@ -72,10 +72,17 @@ def test_words_add_candidates_and_their_share_of_the_best_score() -> None:
         (7, (2,), None),
         (8, (2,), 0.25),
     ]
-    off = fuse(layers, temperature=0.1, lexical={9: 16.0}, lexical_weight=0.0)
+    off = fuse(layers, temperature=0.1, lexical={9: 1.0}, lexical_weight=0.0)
     assert list(off) == [7, 8]
-    assert list(fuse({}, temperature=0.1, lexical={9: 2.0}, lexical_weight=1.0)) == [9]
-    assert list(fuse(layers, temperature=0.1, lexical={9: 0.0}, lexical_weight=1.0)) == [7, 8]
+    assert list(fuse({}, temperature=0.1, lexical={9: 0.5}, lexical_weight=1.0)) == [9]
+
+
+def test_the_best_unread_document_leads_by_what_it_has_more_than_the_eighth() -> None:
+    fused = fuse({2: [(d, 1.0 - d / 100) for d in range(20)]}, temperature=0.1)
+    assert lead(fused, ()) == pytest.approx((NOISE_RANK - 1) / 100)
+    assert lead(fused, {0, 1, 5}) == pytest.approx((9 + 1 - 2) / 100)  # 2 3 4 6 7 8 9 10
+    assert lead(fused, set(range(17))) == pytest.approx(0.02)
+    assert lead(fused, set(range(19))) == lead(fused, set(range(20))) == lead({}, ()) == 0
 
 
 def test_equal_scores_are_ordered_by_document() -> None:

@@ -458,6 +458,24 @@ def test_the_trace_ranks_what_can_be_named_and_says_which_layers_found_it(
     assert 0 < sum(d.prior for d in turn.ranked) <= 1 + 1e-9
 
 
+def test_whether_there_is_another_round_is_also_for_the_ranking_to_say(
+    model: Any, encoder: PromptEncoder
+) -> None:
+    options = {"max_rounds": 3, "max_documents_per_round": 1, "max_new_tokens": 2}
+
+    def read(**changes: float) -> list[int]:
+        (answer,), _ = run(model, encoder, ["Q?"], **options, **changes)
+        return [len(turn.read) for turn in answer.rounds]
+
+    assert read(end_bias=1e4) == [1, 0]  # the first round must read all the same
+    assert read(end_bias=-1e4) == [1, 1, 1, 0]
+    assert read(end_weight=1e6) == [1, 1, 1, 0]  # here some document always leads
+    (answer,), _ = run(model, encoder, ["Q?"], end_bias=1e4, **options)
+    (alone,), _ = run(model, encoder, ["Q?"], **options)
+    assert answer.rounds[0].end_log_odds is None
+    assert answer.rounds[1].end_log_odds == pytest.approx(alone.rounds[1].end_log_odds, abs=1e-3)
+
+
 def test_documents_that_stand_close_together_are_tried_before_anything_is_read(
     model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

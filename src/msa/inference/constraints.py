@@ -65,6 +65,9 @@ class RoundGrammar:
 
     Several readings of the same tokens are followed side by side (a number's tokens may be the
     beginning of another's), so no tokenizer is assumed to be kind.
+
+    Attributes:
+        end: first token of what ends the retrieval.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class RoundGrammar:
                 "The tokenizer turns a document number or an end mark of the prompt template into "
                 "no tokens; use the tokenizer that belongs to the model."
             )
+        self.end = end_of_retrieve[0]
         self._end_of_read = tuple(end_of_read)
         self._end_of_retrieve = tuple(end_of_retrieve)
         self._max_documents = max_documents

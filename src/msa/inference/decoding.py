@@ -297,13 +297,11 @@ class Writer(Protocol):
 
     Attributes:
         sampler: chooses its tokens.
-        prior_weight: factor of the log prior of `legal`.
         pending: tokens that are written and not yet fed.
         barred: tokens that may not come next.
     """
 
     sampler: Sampler
-    prior_weight: float
     pending: list[int]
 
     @property
@@ -317,7 +315,7 @@ class Writer(Protocol):
         ...
 
     def legal(self) -> Mapping[int, float] | None:
-        """Tokens that may come next, each with its log prior; None for all."""
+        """Tokens that may come next, each with what is added to its logit; None for all."""
         ...
 
     def take(self, token: int, log_probability: float) -> None:
@@ -330,18 +328,27 @@ class RoundRow:
 
     A token that alone is legal is written without asking the model, and fed together with those
     around it.
+
+    Attributes:
+        end_log_odds: of ending the retrieval here against reading on, as the model gives them; None
+            until it has chosen, and where it had no choice.
     """
 
-    def __init__(self, grammar: RoundGrammar, sampler: Sampler, prior_weight: float) -> None:
+    def __init__(
+        self, grammar: RoundGrammar, sampler: Sampler, prior_weight: float, end_shift: float = 0.0
+    ) -> None:
         """Begin a round.
 
         Args:
             grammar: what may be written.
             sampler: chooses.
-            prior_weight: 0 leaves the model's own probabilities.
+            prior_weight: factor of the grammar's log prior; 0 leaves the model's own probabilities.
+            end_shift: added to the log odds of ending the retrieval.
         """
         self.sampler = sampler
-        self.prior_weight = prior_weight
+        self.end_log_odds: float | None = None
+        self._prior_weight = prior_weight
+        self._end, self._end_shift = grammar.end, end_shift
         self._writer = grammar.begin()
         self.pending = self._writer.push_forced()
 
@@ -362,10 +369,17 @@ class RoundRow:
 
     def legal(self) -> Mapping[int, float]:
         """See `Writer.legal`."""
-        return self._writer.legal()
+        weight = self._prior_weight
+        legal = {token: weight * prior for token, prior in self._writer.legal().items()}
+        if not self._writer.tokens and self._end in legal:
+            legal[self._end] += self._end_shift
+        return legal
 
     def take(self, token: int, log_probability: float) -> None:
         """See `Writer.take`."""
+        if not self._writer.tokens and self._end in self._writer.legal():
+            odds = _log_odds(log_probability)
+            self.end_log_odds = odds if token == self._end else -odds
         self._writer.push(token)
         self.pending = [token, *self._writer.push_forced()]
 
@@ -392,7 +406,6 @@ class TextRow:
     log_probability: float = 0.0
     ended: bool = False
     pending: list[int] = field(default_factory=list)
-    prior_weight: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -432,7 +445,7 @@ def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:
     barred = [w.barred if use else () for w, use in zip(writers, ready, strict=True)]
     scores = None
     if any(barred) or any(tokens is not None for tokens in legal):
-        scores = _constrained(decoder.logits, legal, [w.prior_weight for w in writers], barred)
+        scores = _constrained(decoder.logits, legal, barred)
     chosen = choose(decoder.logits, [w.sampler for w in writers], scores, ready)
     for writer, use, (token, log_probability) in zip(writers, ready, chosen, strict=True):
         if use:
@@ -514,26 +527,30 @@ def _check_peaks(peaks: Sequence[float]) -> None:
 def _constrained(
     logits: Tensor,
     legal: Sequence[Mapping[int, float] | None],
-    weights: Sequence[float],
     barred: Sequence[Sequence[int]],
 ) -> Tensor:
-    """[B, V] float32: logits of legal tokens, shifted by the weighted prior; -inf for all others.
+    """[B, V] float32: logits of legal tokens, with what is added to them; -inf for all others.
 
     A row of which nothing is said stays as it is, but for the tokens that are barred.
     """
     logits = logits.float()
     scores = torch.full_like(logits, -math.inf)
-    for row, (tokens, weight) in enumerate(zip(legal, weights, strict=True)):
+    for row, tokens in enumerate(legal):
         if tokens is None:
             scores[row] = logits[row]
             scores[row, list(barred[row])] = -math.inf
             continue
         index = torch.tensor(list(tokens), device=logits.device)
-        prior = logits.new_tensor(list(tokens.values()))
-        shifted = logits[row, index] + weight * prior
+        shifted = logits[row, index] + logits.new_tensor(list(tokens.values()))
         # What the model holds impossible must still win against what is illegal.
         scores[row, index] = shifted.clamp(min=torch.finfo(logits.dtype).min)
     return scores
+
+
+def _log_odds(log_probability: float) -> float:
+    """Of a probability; as if it were short of 1 and above 0 by a little."""
+    p = min(max(math.exp(log_probability), 1e-12), 1 - 1e-12)
+    return math.log(p / (1 - p))
 
 
 def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+
+NOISE_RANK = 8
+"""Where in a ranking documents stand that are found for any question."""
 
 # Probabilities below this count as this much.
 _LEAST_JUDGED = 1e-6
@@ -18,7 +22,7 @@ class Fused:
         score: weighted sum of its layer scores and of its lexical score.
         prior: softmax of the scores over all documents of the ranking; these sum to 1.
         layers: routing layers whose candidate lists hold it.
-        lexical: its bm25 score over that of the best, in [0, 1]; None if no words found it.
+        lexical: how well its words fit, in [0, 1]; None if no words found it.
         judged: how likely the question is after its text (`judging.judge`), in [0, 1]; None if it
             was not tried.
     """
@@ -49,17 +53,15 @@ def fuse(
         temperature: of the softmax that gives `prior`, above 0.
         layer_weights: routing layer -> factor of its scores; a layer that is not named has 0. By
             default all are equal and sum to 1: the score is the mean.
-        lexical: document -> bm25 score, higher is better; its documents are candidates too. Not
-            used when `lexical_weight` is 0.
-        lexical_weight: factor of the bm25 score, which is divided by the best one first.
+        lexical: document -> how well its words fit, in [0, 1] (`MemoryBank.lexical_ranking`); its
+            documents are candidates too. Not used when `lexical_weight` is 0.
+        lexical_weight: factor of that score.
 
     Returns:
         Document -> its place, best first, equal scores by document; empty without candidates.
     """
     scores = {layer: dict(candidates) for layer, candidates in layers.items() if candidates}
-    words: dict[int, float] = {}
-    if lexical and lexical_weight > 0 and (best := max(lexical.values())) > 0:
-        words = {document: max(score, 0.0) / best for document, score in lexical.items()}
+    words = lexical if lexical and lexical_weight > 0 else {}
     lowest = {layer: min(found.values()) for layer, found in scores.items()}
     if layer_weights is None:
         layer_weights = dict.fromkeys(scores, 1.0 / max(1, len(scores)))
@@ -79,6 +81,22 @@ def fuse(
         for document, score in total.items()
     }
     return _ranked(found, temperature)
+
+
+def lead(fused: Mapping[int, Fused], known: Container[int]) -> float:
+    """How far the best unread document stands above what is found for any question.
+
+    Args:
+        fused: a ranking, best first.
+        known: documents that do not count.
+
+    Returns:
+        The difference of the fused scores of the first and the `NOISE_RANK`th (or the last) of the
+        others; 0 without any.
+    """
+    unread = islice((f.score for d, f in fused.items() if d not in known), NOISE_RANK)
+    scores = list(unread)
+    return scores[0] - scores[-1] if scores else 0.0
 
 
 def close_to_best(fused: Mapping[int, Fused], margin: float, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from msa.errors import QuestionTooLongError
 from msa.inference.answers import AnswerPieces, AnswerText
 from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
-from msa.inference.fusion import Fused, close_to_best
+from msa.inference.fusion import Fused, close_to_best, lead
 from msa.inference.judging import Trial, make_trials
 from msa.inference.options import ANSWER_LOG_PROBABILITY, COVERAGE, REFUSAL_LOGIT, AskOptions
 from msa.inference.refusal import (
@@ -181,7 +181,9 @@ class _Routed:
         """The same, when some documents are no longer there."""
         return replace(self, ids={n: name for n, name in self.ids.items() if n not in gone})
 
-    def round(self, index: int, read: tuple[Citation, ...] = ()) -> Round:
+    def round(
+        self, index: int, read: tuple[Citation, ...] = (), end_log_odds: float | None = None
+    ) -> Round:
         """For the trace."""
         routed = {
             layer: tuple(RoutedDocument(self.ids[n], n, s) for n, s in found if n in self.ids)
@@ -192,7 +194,7 @@ class _Routed:
             for n, f in self.fused.items()
             if n in self.ids
         )
-        return Round(index, routed, read, ranked)
+        return Round(index, routed, read, ranked, end_log_odds)
 
 
 @dataclass(slots=True)
@@ -303,7 +305,10 @@ class Interleave:
             may_end=options.allow_unread or bool(self.citations),
             prior={n: fused.prior for n, fused in found.fused.items()},
         )
-        return RoundRow(grammar, self._sampler, options.prior_weight)
+        shift = 0.0
+        if self.index > 1:
+            shift = options.end_bias - options.end_weight * lead(found.fused, found.known)
+        return RoundRow(grammar, self._sampler, options.prior_weight, shift)
 
     def named(self, row: RoundRow) -> list[Event] | None:
         """Read the documents that were named.
@@ -323,7 +328,7 @@ class Interleave:
         read = self._read(written.numbers, texts)
         if not read and not written.ended:
             self.forced = "max_positions"
-        self.rounds.append(self._found.round(index, read))
+        self.rounds.append(self._found.round(index, read, row.end_log_odds))
         return [Event("reading", index, citation) for citation in read]
 
     def unread_round(self) -> None:

@@ -38,6 +38,16 @@ FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY
 BIAS = "bias"
 
 
+_FROM_ZERO = (
+    "prior_weight",
+    "lexical_weight",
+    "end_weight",
+    "judge_margin",
+    "judge_weight",
+    "temperature",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskOptions:
     """Settings of `MemoryEngine.ask`. A checkpoint's own defaults lie in `ask_options.json`.
@@ -52,11 +62,15 @@ class AskOptions:
             model attends to its own `top_k_documents` only. Below that number, that number.
         layer_weights: routing layer -> factor of its scores in the fused ranking, 0 for layers that
             are not named; None weighs all equally.
-        lexical_weight: factor of the bm25 score in the fused ranking; 0 leaves words alone.
+        lexical_weight: factor in the fused ranking of how well a document's words fit
+            (`MemoryBank.lexical_ranking`); 0 leaves words alone.
         prior_weight: how much the fused ranking weighs in on which of the routed documents is
             named (an extension; 0 is the paper: the model alone decides). 1 treats the ranking as
             a prior that the model has not seen.
         prior_temperature: tau of the softmax over the fused scores.
+        end_bias, end_weight: from the second round on, `end_bias` minus `end_weight` times how far
+            the best unread document leads (`fusion.lead`) is added to the log odds of ending the
+            retrieval (an extension; 0 and 0 are the paper: the model alone decides).
         judged_documents: documents from the top of the first round's fused ranking that the model
             tries, each by itself, where several stand close together: how likely the question is
             after the text joins the fused score. 1 tries none. Each costs a prefill of its text.
@@ -86,6 +100,8 @@ class AskOptions:
     lexical_weight: float = 0.0
     prior_weight: float = 0.0
     prior_temperature: float = 0.1
+    end_bias: float = 0.0
+    end_weight: float = 0.0
     judged_documents: int = 1
     judge_margin: float = 0.1
     judge_weight: float = 0.15
@@ -116,8 +132,9 @@ class AskOptions:
                 f"refusal_threshold is {threshold!r}; give a number from 0 to 1, or None."
             )
         _check_refusal_weights(self.refusal_weights)
-        numbers = ("prior_weight", "lexical_weight", "judge_margin", "judge_weight", "temperature")
-        for name in numbers:
+        if not _is_finite(self.end_bias):
+            raise ConfigError(f"end_bias is {self.end_bias!r}; give a number.")
+        for name in _FROM_ZERO:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0.")

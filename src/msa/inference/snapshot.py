@@ -48,7 +48,7 @@ class QuerySnapshot(Protocol):
         ...
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
-        """Per query, number -> bm25 score of the documents that its words find.
+        """Per query, number -> score in [0, 1] of the documents that its words find.
 
         Raises:
             LexicalIndexError: the bank has no word index; the message says what to type.
@@ -101,7 +101,7 @@ class BankQuerySnapshot:
 
     def lexical(self, queries: Sequence[LexicalQuery], top_k: int) -> list[dict[int, float]]:
         """See `QuerySnapshot.lexical`; documents that came after the view are left out."""
-        found = self._bank.lexical_search(queries, top_k, filter=self._where)
+        found = self._bank.lexical_ranking(queries, top_k, filter=self._where)
         return [{n: s for n, s in some if n < self._next_number} for some in found]
 
     def coverage(self, question: str, texts: Sequence[str]) -> float | None:

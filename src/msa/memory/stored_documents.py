@@ -182,6 +182,30 @@ class StoredDocuments:
         """
         return self._lexical.search(queries, top_k, filter=filter, title_weight=title_weight)
 
+    def lexical_ranking(
+        self,
+        queries: Sequence[str | LexicalQuery],
+        top_k: int,
+        *,
+        filter: Filter | None = None,
+    ) -> list[list[tuple[int, float]]]:
+        """What `lexical_search` finds, ranked by how well it fits word by word (`word_match`).
+
+        A document's score is the mean of its BM25 score over that of the best, of the overlap of
+        its words and pairs of words with the question, and of whether its title stands in the
+        question or in a text that was read. Documents with a text that was read are left out.
+
+        Args:
+            queries, top_k, filter: see `lexical_search`.
+
+        Returns:
+            For each query (document number, score in [0, 1]), best first, equal scores by number.
+
+        Raises:
+            LexicalIndexError, InputError, BankCorruptError: see `lexical_search`.
+        """
+        return self._lexical.rank(queries, top_k, filter=filter)
+
     def lexical_scores(
         self, query: str | LexicalQuery, numbers: Sequence[int], *, title_weight: float = 1.0
     ) -> list[float]:

@@ -103,6 +103,8 @@ class AskChanges(Body):
     lexical_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    end_bias: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    end_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     judged_documents: Annotated[Whole, Field(ge=1, le=16)] | None = None
     judge_margin: Annotated[float, Field(ge=0, le=1000)] | None = None
     judge_weight: Annotated[float, Field(ge=0, le=1000)] | None = None

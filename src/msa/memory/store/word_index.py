@@ -11,16 +11,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.store.database import Database
 from msa.memory.store.filters import Filter, text_test
+from msa.memory.store.word_match import Sought, word_score
 from msa.text.normalization import nfc
-from msa.types import whole_number
+from msa.types import Document, whole_number
 
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 """Runs of letters and digits, lower case, without diacritics, English endings removed."""
@@ -38,6 +40,7 @@ MAX_TERMS = 64
 READ_TERMS = 24
 QUESTION_WEIGHT = 2
 _NUMBERS_PER_QUERY = 500
+_LAST_BRACKETS = re.compile(r"\s*\([^()]*\)\s*$")
 
 _OBJECTS = {
     "words": "CREATE VIRTUAL TABLE words USING fts5(title, text, content='texts', "
@@ -225,27 +228,74 @@ class LexicalIndex:
         top_k = whole_number(top_k, "top_k", 1)
         _check_weight(title_weight)
         passes = None if filter is None else text_test(filter)
-        found: list[list[tuple[int, float]]] = []
         with self._database.reading() as db:
-            for match in self._matches(db, queries):
-                if not match:
-                    found.append([])
-                elif passes is None:
-                    query = (
-                        "SELECT rowid, -bm25(words, ?, 1.0) AS score FROM words "
-                        "WHERE words MATCH ? ORDER BY score DESC, rowid LIMIT ?"
-                    )
-                    found.append(db.execute(query, (title_weight, match, top_k)).fetchall())
-                else:
-                    query = (
-                        "SELECT words.rowid, -bm25(words, ?, 1.0) AS score, documents.metadata "
-                        "FROM words CROSS JOIN documents ON documents.number = words.rowid "
-                        "WHERE words MATCH ? ORDER BY score DESC, words.rowid"
-                    )
-                    rows = db.execute(query, (title_weight, match))
-                    passing = ((n, s) for n, s, text in rows if passes(text))
-                    found.append(list(itertools.islice(passing, top_k)))
-        return found
+            matches = self._matches(db, self._begin(db), queries)
+            return [self._found(db, match, top_k, passes, title_weight) for match in matches]
+
+    def rank(
+        self, queries: Sequence[str | LexicalQuery], top_k: int, *, filter: Filter | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """See `MemoryBank.lexical_ranking`."""
+        top_k = whole_number(top_k, "top_k", 1)
+        passes = None if filter is None else text_test(filter)
+        with self._database.reading() as db:
+            words = self._begin(db)
+            matches = self._matches(db, words, queries)
+            return [
+                self._ranked(db, words, query, self._found(db, match, top_k, passes, 1.0))
+                for query, match in zip(queries, matches, strict=True)
+            ]
+
+    def _found(
+        self,
+        db: sqlite3.Connection,
+        match: str,
+        top_k: int,
+        passes: Callable[[str], bool] | None,
+        title_weight: float,
+    ) -> list[tuple[int, float]]:
+        """The best documents of an FTS5 query, by BM25; none for an empty one."""
+        if not match:
+            return []
+        if passes is None:
+            query = (
+                "SELECT rowid, -bm25(words, ?, 1.0) AS score FROM words "
+                "WHERE words MATCH ? ORDER BY score DESC, rowid LIMIT ?"
+            )
+            return db.execute(query, (title_weight, match, top_k)).fetchall()
+        query = (
+            "SELECT words.rowid, -bm25(words, ?, 1.0) AS score, documents.metadata "
+            "FROM words CROSS JOIN documents ON documents.number = words.rowid "
+            "WHERE words MATCH ? ORDER BY score DESC, words.rowid"
+        )
+        rows = db.execute(query, (title_weight, match))
+        passing = ((n, s) for n, s, text in rows if passes(text))
+        return list(itertools.islice(passing, top_k))
+
+    def _ranked(
+        self,
+        db: sqlite3.Connection,
+        words: _Tokenizer,
+        query: str | LexicalQuery,
+        found: Sequence[tuple[int, float]],
+    ) -> list[tuple[int, float]]:
+        """What was found, ranked by how well it fits word by word; what was read is left out."""
+        query = _as_query(query)
+        read = [nfc(text) for text in query.read]
+        stored = _stored(db, [number for number, _ in found])
+        found = [(n, score) for n, score in found if stored[n].content not in read]
+        if not found:
+            return []
+        question, *texts = words.sequences([nfc(query.question), *read])
+        sought = Sought.of(question, texts, lambda term: self._rarity(self._count(db, term)))
+        titles = words.sequences([_without_brackets(stored[n].title or "") for n, _ in found])
+        places = words.places([stored[n].content for n, _ in found], sought.wanted)
+        best = max(score for _, score in found)
+        scores = []
+        for (number, score), title, at in zip(found, titles, places, strict=True):
+            named = sought.names(title) and not all(self._is_frequent(db, term) for term in title)
+            scores.append((number, word_score(score, best, sought.overlap(at), named)))
+        return sorted(scores, key=lambda one: (-one[1], one[0]))
 
     def scores(
         self, query: str | LexicalQuery, numbers: Sequence[int], *, title_weight: float = 1.0
@@ -255,7 +305,7 @@ class LexicalIndex:
         wanted = [whole_number(n, "document number") for n in numbers]
         found: dict[int, float] = {}
         with self._database.reading() as db:
-            (match,) = self._matches(db, [query])
+            (match,) = self._matches(db, self._begin(db), [query])
             for start in range(0, len(wanted) if match else 0, _NUMBERS_PER_QUERY):
                 some = wanted[start : start + _NUMBERS_PER_QUERY]
                 # The plus keeps SQLite from running the whole query once per number.
@@ -295,10 +345,11 @@ class LexicalIndex:
             )
         return None
 
-    def _matches(self, db: sqlite3.Connection, queries: Sequence[str | LexicalQuery]) -> list[str]:
+    def _matches(
+        self, db: sqlite3.Connection, words: _Tokenizer, queries: Sequence[str | LexicalQuery]
+    ) -> list[str]:
         """An FTS5 query for each; empty when no document has any of the words."""
-        words = self._begin(db)
-        asked = [LexicalQuery(q) if isinstance(q, str) else q for q in queries]
+        asked = [_as_query(query) for query in queries]
         texts = [nfc(text) for q in asked for text in (q.question, *q.read)]
         terms = iter(words.terms(texts))
         matches = []
@@ -348,9 +399,12 @@ class LexicalIndex:
         """Those that some document holds, rarest first; frequent ones if there are no others."""
         counts = sorted((self._count(db, term), term) for term in terms)
         counts = [(count, term) for count, term in counts if count]
-        most = max(self._num_documents // FREQUENT_PART, FREQUENT_DOCUMENTS)
-        rare = [term for count, term in counts if count <= most]
+        rare = [term for _, term in counts if not self._is_frequent(db, term)]
         return rare or [term for _, term in counts]
+
+    def _is_frequent(self, db: sqlite3.Connection, term: str) -> bool:
+        most = max(self._num_documents // FREQUENT_PART, FREQUENT_DOCUMENTS)
+        return self._count(db, term) > most
 
     def _follow(self, db: sqlite3.Connection) -> None:
         """Forget what is known of another generation."""
@@ -390,12 +444,8 @@ class _Tokenizer:
 
         A term cannot be searched for: the stem of a stem is often another one.
         """
-        for table in ("terms", "words"):
-            self._db.execute(f"INSERT INTO {table} ({table}) VALUES ('delete-all')")
-            self._db.executemany(
-                f"INSERT INTO {table} (rowid, text) VALUES (?, ?)",
-                ((i, text.encode(errors="replace").decode()) for i, text in enumerate(texts)),
-            )
+        self._take("terms", texts)
+        self._take("words", texts)
         found: list[dict[str, str]] = [{} for _ in texts]
         words = {
             (doc, offset): word
@@ -404,6 +454,55 @@ class _Tokenizer:
         for doc, offset, term in self._db.execute("SELECT doc, offset, term FROM terms_found"):
             found[doc].setdefault(term, words[doc, offset])
         return found
+
+    def sequences(self, texts: Sequence[str]) -> list[list[str]]:
+        """The terms of each text, in their order."""
+        self._take("terms", texts)
+        found: list[list[str]] = [[] for _ in texts]
+        query = "SELECT doc, term FROM terms_found ORDER BY doc, offset"
+        for doc, term in self._db.execute(query):
+            found[doc].append(term)
+        return found
+
+    def places(self, texts: Sequence[str], wanted: Iterable[str]) -> list[dict[int, str]]:
+        """Position -> term, where one of the wanted terms stands, for each text."""
+        self._take("terms", texts)
+        found: list[dict[int, str]] = [{} for _ in texts]
+        query = "SELECT doc, offset FROM terms_found WHERE term = ?"
+        for term in wanted:
+            for doc, offset in self._db.execute(query, (term,)):
+                found[doc][offset] = term
+        return found
+
+    def _take(self, table: str, texts: Sequence[str]) -> None:
+        """Put these texts in the place of the last ones, numbered from 0."""
+        self._db.execute(f"INSERT INTO {table} ({table}) VALUES ('delete-all')")
+        self._db.executemany(
+            f"INSERT INTO {table} (rowid, text) VALUES (?, ?)",
+            ((i, text.encode(errors="replace").decode()) for i, text in enumerate(texts)),
+        )
+
+
+def _as_query(query: str | LexicalQuery) -> LexicalQuery:
+    return LexicalQuery(query) if isinstance(query, str) else query
+
+
+def _stored(db: sqlite3.Connection, numbers: Sequence[int]) -> dict[int, Document]:
+    """Documents by number, with title and text alone."""
+    found: dict[int, Document] = {}
+    for start in range(0, len(numbers), _NUMBERS_PER_QUERY):
+        some = numbers[start : start + _NUMBERS_PER_QUERY]
+        query = (
+            f"SELECT number, title, text FROM texts WHERE number IN ({','.join('?' * len(some))})"
+        )
+        rows = db.execute(query, some)
+        found |= {number: Document("", text, title) for number, title, text in rows}
+    return found
+
+
+def _without_brackets(title: str) -> str:
+    """A title without what tells it apart from others at its end: "Mercury (planet)"."""
+    return _LAST_BRACKETS.sub("", title) or title
 
 
 def _check_weight(title_weight: float) -> None:

@@ -42,6 +42,8 @@ _OPTIONS = {
     "lexical_weight",
     "prior_weight",
     "prior_temperature",
+    "end_bias",
+    "end_weight",
     "judged_documents",
     "judge_margin",
     "judge_weight",
@@ -134,6 +136,8 @@ class MsaOptions(Strict):
     lexical_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prior_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prior_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    end_bias: float | None = Field(default=None, allow_inf_nan=False)
+    end_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     judged_documents: int | None = Field(default=None, ge=1, le=16)
     judge_margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     judge_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
