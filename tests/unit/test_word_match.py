@@ -103,6 +103,21 @@ def test_a_title_in_what_was_read_leads_the_second_hop(bank):
     assert "film" not in second  # it was read
 
 
+def test_other_parts_of_what_was_read_are_not_named_by_their_common_title(bank):
+    one, two, news = (
+        Document("p1", "The first part of the story.", "Quiet Harbor"),
+        Document("p2", "The second part of the story.", "Quiet Harbor"),
+        Document("news", "They talk of the story of the Quiet Harbor.", "News"),
+    )
+    bank.add([one, two, news])
+    after = {
+        some.id: ranked(bank, LexicalQuery("What is the story?", (some.content,)))
+        for some in (one, news)
+    }
+    assert after["news"]["p2"] > 1 / 3 > after["p1"]["p2"] - 1 / 3
+    assert after["news"]["p2"] - after["p1"]["p2"] > 0.2
+
+
 def test_a_title_of_frequent_words_names_nothing(bank, monkeypatch):
     bank.add([Document(f"d{i}", f"what was done on day {i}", "Notes") for i in range(6)])
     question = "What do the notes say of day 3?"

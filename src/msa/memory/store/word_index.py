@@ -283,6 +283,7 @@ class LexicalIndex:
         query = _as_query(query)
         read = [nfc(text) for text in query.read]
         stored = _stored(db, [number for number, _ in found])
+        known = {document.title for document in stored.values() if document.content in read}
         found = [(n, score) for n, score in found if stored[n].content not in read]
         if not found:
             return []
@@ -293,7 +294,11 @@ class LexicalIndex:
         best = max(score for _, score in found)
         scores = []
         for (number, score), title, at in zip(found, titles, places, strict=True):
-            named = sought.names(title) and not all(self._is_frequent(db, term) for term in title)
+            named = (
+                stored[number].title not in known
+                and sought.names(title)
+                and not all(self._is_frequent(db, term) for term in title)
+            )
             scores.append((number, word_score(score, best, sought.overlap(at), named)))
         return sorted(scores, key=lambda one: (-one[1], one[0]))
 

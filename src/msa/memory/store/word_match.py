@@ -8,6 +8,7 @@ mean of three is taken here, each in [0, 1]:
   unigrams and ordered bigrams of the sequential dependence model, Metzler and Croft 2005), the rare
   ones counting more. After a first hop only what no text read so far holds;
 - whether its title stands in the question or in a text that was read: what a second hop asks for.
+  Not a title that a text which was read has itself: other parts of the same article are no hop.
 """
 
 from __future__ import annotations
