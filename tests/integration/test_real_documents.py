@@ -11,6 +11,7 @@ import pytest
 
 from conftest import make_tiny_model, make_tiny_tokenizer
 from evaluation_tools import write_question_set
+from msa.inference.options import AskOptions
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/real_documents.py"
 
@@ -22,6 +23,7 @@ def places(tmp_path_factory):
     model, tokenizer = make_tiny_model(query_reduction="pooled"), make_tiny_tokenizer()
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
+    AskOptions(lexical_weight=1.0).save(root / "model")
     return str(write_question_set(root / "tiny")), str(root / "model")
 
 
@@ -40,13 +42,14 @@ def command(monkeypatch, capsys):
 def test_retrieval_ranks_by_words_by_every_layer_and_by_all(command, places, tmp_path):
     folder, model = places
     output = tmp_path / "found.json"
-    out = command("retrieval", folder, "--model", model, "--lexical-weight", 1, "--output", output)
+    out = command("retrieval", folder, "--model", model, "--output", output)
     row = json.loads(output.read_text())["tiny"]
-    expected = {"BM25", "MSA, layer 2", "MSA, layer 3", "MSA, fused", "MSA, words x 1"}
+    expected = {"BM25", "MSA, layer 2", "MSA, layer 3", "MSA, fused", "MSA, as asked"}
     assert expected <= set(row["systems"])
     # Of four questions one has no gold document, and one has two, which cannot both be the first.
     assert row["systems"]["BM25"]["R@1"] == 66.67
     assert row["systems"]["BM25"]["share@1"] == 83.33
+    assert row["systems"]["MSA, as asked"]["R@16"] == 100
     assert all(name in out for name in expected)
     reductions = ("--reductions", "pooled", "max", "--documents", 4)
     command("retrieval", folder, "--model", model, *reductions, "--output", output)
