@@ -284,7 +284,8 @@ class LexicalIndex:
         read = [nfc(text) for text in query.read]
         stored = _stored(db, [number for number, _ in found])
         known = {document.title for document in stored.values() if document.content in read}
-        found = [(n, score) for n, score in found if stored[n].content not in read]
+        # a damaged index may name what is not there
+        found = [(n, s) for n, s in found if n in stored and stored[n].content not in read]
         if not found:
             return []
         question, *texts = words.sequences([nfc(query.question), *read])
