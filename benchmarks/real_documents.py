@@ -35,7 +35,6 @@ from msa.model.loading import load as load_checkpoint
 from msa.ops.routing import QUERY_REDUCTIONS
 
 DEPTHS = (1, 5, 16)
-CANDIDATES = 64
 HEAD = """\
 # Real questions over real documents
 
@@ -115,7 +114,9 @@ def rankings(
                 found = layer_scores(checkpoint, bench.states, block)
                 scores |= routings(name, found, scores["BM25"], checkpoint.ask_options, args)
                 if checkpoint.ask_options.lexical_weight > 0:
-                    scores[f"{name}, as asked"] = as_asked(bench, questions, start)
+                    scores[f"{name}, as asked"] = as_asked(
+                        bench, questions, start, checkpoint.ask_options.candidates
+                    )
         rows = gold[start : start + QUESTION_BLOCK]
         yield {system: (found, rows) for system, found in scores.items()}
         asked(start + len(block), len(texts))
@@ -138,12 +139,12 @@ def routings(
     return found
 
 
-def as_asked(bench: Workbench, questions: QuestionSet, start: int) -> Scores:
+def as_asked(bench: Workbench, questions: QuestionSet, start: int, depth: int) -> Scores:
     """The ranking that `MemoryEngine.ask` starts from, words and all: minus the rank, [Q, N]."""
     row = {document.id: i for i, document in enumerate(questions.documents)}
     block = questions.questions[start : start + QUESTION_BLOCK]
     scores = np.full((len(block), len(row)), -np.inf)
-    for i, outcome in enumerate(bench.system("msa").rank(block, CANDIDATES)):
+    for i, outcome in enumerate(bench.system("msa").rank(block, depth)):
         for rank, name in enumerate(outcome.ranked):
             scores[i, row[name]] = -rank
     return scores

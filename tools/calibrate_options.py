@@ -37,7 +37,7 @@ import torch
 
 from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
-from msa.inference.fusion import NOISE_RANK, fuse, judgment
+from msa.inference.fusion import fuse, judgment, lead
 from msa.inference.options import (
     BIAS,
     COVERAGE,
@@ -236,11 +236,12 @@ def endings(sets: Sequence[Drawn], options: AskOptions, count: int) -> tuple[flo
             gold = [{part.number for part in parts(key)} for key in question.gold]
             for found in answer.rounds[1:]:
                 read = {c.number for c in answer.citations if c.round < found.index}
-                unread = [d for d in found.ranked if d.number not in read][:NOISE_RANK]
+                unread = [d.number for d in found.ranked if d.number not in read]
                 if found.end_log_odds is None or not unread:
                     continue
-                features.append([found.end_log_odds, unread[0].score - unread[-1].score])
-                first = {d.number for d in unread[:2]}
+                ranked = {d.number: d for d in found.ranked}
+                features.append([found.end_log_odds, lead(ranked, read)])
+                first = set(unread[:2])
                 go_on.append(any(some & first for some in gold if not some & read))
     (by_model, by_lead), bias = logistic(features, go_on)
     if by_model >= 0:  # the model tells nothing about it

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from msa.errors import ModelError
 from msa.inference.batch import Batch, left_padded
 from msa.inference.constraints import RoundGrammar, Written
+from msa.inference.refusal import logit
 from msa.model.cache import MSACache
 from msa.model.modeling_msa import MSAForCausalLM, MSAOutput
 from msa.types import MemoryReader
@@ -378,7 +379,7 @@ class RoundRow:
     def take(self, token: int, log_probability: float) -> None:
         """See `Writer.take`."""
         if not self._writer.tokens and self._end in self._writer.legal():
-            odds = _log_odds(log_probability)
+            odds = logit(log_probability)
             self.end_log_odds = odds if token == self._end else -odds
         self._writer.push(token)
         self.pending = [token, *self._writer.push_forced()]
@@ -545,12 +546,6 @@ def _constrained(
         # What the model holds impossible must still win against what is illegal.
         scores[row, index] = shifted.clamp(min=torch.finfo(logits.dtype).min)
     return scores
-
-
-def _log_odds(log_probability: float) -> float:
-    """Of a probability; as if it were short of 1 and above 0 by a little."""
-    p = min(max(math.exp(log_probability), 1e-12), 1 - 1e-12)
-    return math.log(p / (1 - p))
 
 
 def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:

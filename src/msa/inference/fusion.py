@@ -7,6 +7,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from msa.types import RankedDocument
+
 NOISE_RANK = 8
 """Where in a ranking documents stand that are found for any question."""
 
@@ -83,7 +85,7 @@ def fuse(
     return _ranked(found, temperature)
 
 
-def lead(fused: Mapping[int, Fused], known: Container[int]) -> float:
+def lead(fused: Mapping[int, Fused | RankedDocument], known: Container[int]) -> float:
     """How far the best unread document stands above what is found for any question.
 
     Args:

@@ -20,7 +20,7 @@ from pathlib import Path
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.store.database import Database
 from msa.memory.store.filters import Filter, text_test
-from msa.memory.store.word_match import Sought, word_score
+from msa.memory.store.word_match import Sought, share, word_score
 from msa.text.normalization import nfc
 from msa.types import Document, whole_number
 
@@ -328,9 +328,7 @@ class LexicalIndex:
             words = self._begin(db)
             asked, *held = words.terms([nfc(text) for text in (question, *texts)])
             weights = {term: self._rarity(self._count(db, term)) for term in asked}
-        whole = sum(weights.values())
-        found = sum(w for term, w in weights.items() if any(term in some for some in held))
-        return found / whole if whole else 1.0
+        return share(weights, {term for some in held for term in some}) if weights else 1.0
 
     def _rarity(self, count: int) -> float:
         return math.log1p((max(0, self._num_documents - count) + 0.5) / (count + 0.5))

@@ -66,8 +66,8 @@ class Sought:
             places: position -> term, at least for the wanted ones.
         """
         shares = (
-            _share(self.terms, set(places.values())),
-            _share(self.pairs, {(term, places.get(at + 1, "")) for at, term in places.items()}),
+            share(self.terms, set(places.values())),
+            share(self.pairs, {(term, places.get(at + 1, "")) for at, term in places.items()}),
         )
         return sum(shares) / len(shares)
 
@@ -81,7 +81,8 @@ def word_score(bm25: float, best: float, overlap: float, named: bool) -> float:
     return (bm25 / best + overlap + named) / 3
 
 
-def _share(weights: Mapping[_Key, float], found: Collection[_Key]) -> float:
+def share(weights: Mapping[_Key, float], found: Collection[_Key]) -> float:
+    """How much of the weights the keys that were found have; 0 without any."""
     whole = sum(weights.values())
     return sum(w for key, w in weights.items() if key in found) / whole if whole else 0.0
 
