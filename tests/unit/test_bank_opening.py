@@ -131,14 +131,57 @@ def test_another_router_tokenizer_or_template_is_refused(bank, path, tiny_model,
 
 def test_fingerprints_follow_the_weights_not_their_dtype_or_file_form(tiny_tokenizer):
     model = make_tiny_model()
-    weights, router = model_fingerprints(model)
-    assert model_fingerprints(model.to(torch.bfloat16)) == (weights, router)
+    first = model_fingerprints(model)
+    assert model_fingerprints(model.to(torch.bfloat16)) == first
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
     changed = model_fingerprints(model)
-    assert changed[0] != weights
-    assert changed[1] == router
+    assert changed.weights != first.weights
+    assert changed.states != first.states
+    assert changed.router == first.router
     assert tokenizer_fingerprint(make_tiny_tokenizer()) == tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_bank_opens_with_a_model_that_was_trained_above_the_last_routing_layer(
+    path, tiny_tokenizer
+):
+    model = make_tiny_model(num_hidden_layers=5, routing_layers=[1, 2])
+    with MemoryBank.create(path, model, tiny_tokenizer) as bank:
+        bank.add(make_documents(2))
+    changes = [
+        (model.model.layers[3].mlp.up_proj.weight, True),
+        (model.model.norm.weight, True),
+        (model.model.layers[2].self_attn.v_proj.weight, False),
+        (model.model.layers[0].mlp.down_proj.weight, False),
+        (model.model.embed_tokens.weight, False),
+        (model.model.layers[1].input_layernorm.weight, False),
+    ]
+    for weight, opens in changes:
+        with torch.no_grad():
+            weight.data.flatten()[0] += 1
+        if opens:
+            with MemoryBank.open(path, model, tiny_tokenizer) as bank:
+                bank.add(make_documents(3)[2:])
+        else:
+            with pytest.raises(BankMismatchError, match="other model weights"):
+                MemoryBank.open(path, model, tiny_tokenizer)
+        with torch.no_grad():
+            weight.data.flatten()[0] -= 1
+
+
+def test_a_bank_without_the_fingerprint_of_its_states_opens_with_the_same_weights_alone(
+    path, tiny_tokenizer
+):
+    model = make_tiny_model()
+    MemoryBank.create(path, model, tiny_tokenizer).close()
+    manifest = json.loads((path / "bank.json").read_text())
+    del manifest["states"]
+    (path / "bank.json").write_text(json.dumps(manifest))
+    MemoryBank.open(path, model, tiny_tokenizer).close()
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    with pytest.raises(BankMismatchError, match="other model weights"):
+        MemoryBank.open(path, model, tiny_tokenizer)
 
 
 def test_without_a_model_everything_works_but_what_encodes(bank, path):

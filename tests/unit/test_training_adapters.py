@@ -86,6 +86,19 @@ def test_new_adapters_change_nothing(folder):
     assert not any(isinstance(update, tuple) for update in adapter_updates(model).values())
 
 
+def test_dropout_leaves_out_part_of_the_adapters_and_not_of_the_base(folder):
+    model = adapted(folder, settings=AdapterSettings(rank=2, alpha=6, dropout=0.5))
+    plain = adapted(folder)
+    assert torch.equal(logits_of(model), logits_of(plain))
+    model.train()
+    torch.manual_seed(3)
+    first, second = logits_of(model), logits_of(model)
+    assert not torch.allclose(first, second)
+    without = MSAForTraining.from_pretrained(folder, dtype=torch.float32)
+    add_adapter(without, AdapterSettings(rank=2, alpha=6, dropout=0.5))  # adds nothing yet
+    assert torch.equal(logits_of(without.train()), logits_of(without.eval()))
+
+
 def test_adapters_and_routers_alone_are_trained(folder):
     model = adapted(folder)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

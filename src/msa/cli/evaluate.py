@@ -275,7 +275,7 @@ def _suite(
     request = Request(count_tokens=count_tokens, split=split, seed=seed, texts=texts, data=data)
     about = provenance(
         seed,
-        model=model_fingerprints(checkpoint.model)[0][:16],
+        model=model_fingerprints(checkpoint.model).weights[:16],
         model_name=checkpoint.name,
         dtype=str(checkpoint.model.dtype).removeprefix("torch."),
     )

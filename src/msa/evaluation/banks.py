@@ -7,6 +7,7 @@ rest. An unfinished bank is continued; an unfinished copy is made again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -50,7 +51,8 @@ class HaystackBanks:
         self._checkpoint = checkpoint
         self._batch_tokens = batch_tokens
         self._progress = progress
-        self._model = model_fingerprints(checkpoint.model)[0][:16]
+        found = model_fingerprints(checkpoint.model)
+        self._model = hashlib.sha256(f"{found.states} {found.router}".encode()).hexdigest()[:16]
 
     def bank(self, documents: Sequence[Document], owned: Sequence[Document] = ()) -> Path:
         """Folder of a bank of these documents.

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,8 +36,25 @@ _CONFIG_FIELDS = (
     "rope_parameters",
     "sliding_window",
 )
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 SAMPLED = 512
 """Values of each weight that are looked at to see whether a model has changed."""
+
+
+class Fingerprints(NamedTuple):
+    """SHA-256 in hexadecimal of a model's weights.
+
+    Attributes:
+        weights: all but the routers'.
+        router: the routers'.
+        states: those that the content of a bank depends on: the embedding and the layers up to
+            the last routing layer, without the routers. Training that leaves these as they are
+            leaves every bank as it is.
+    """
+
+    weights: str
+    router: str
+    states: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,7 @@ class _Origin:
 
 
 _origins: WeakKeyDictionary[Any, _Origin] = WeakKeyDictionary()
-_hashes: WeakKeyDictionary[Any, tuple[_State, tuple[str, str]]] = WeakKeyDictionary()
+_hashes: WeakKeyDictionary[Any, tuple[_State, Fingerprints]] = WeakKeyDictionary()
 
 
 def set_origin(model: MSAForCausalLM, name: str, files: Sequence[Path]) -> None:
@@ -88,16 +106,13 @@ def checkpoint_name(model: MSAForCausalLM) -> str:
     return origin.name if origin is not None else str(name)
 
 
-def model_fingerprints(model: MSAForCausalLM) -> tuple[str, str]:
-    """Hashes of the weights (the router's apart) and of the router.
+def model_fingerprints(model: MSAForCausalLM) -> Fingerprints:
+    """Hashes of the weights, of the router, and of what the states of documents depend on.
 
     Over names, shapes and values rounded to bfloat16, so that a checkpoint has one fingerprint
     whether it is loaded in float32 or in bfloat16. Kept per model until a weight changes: all
     weights are summed up each time, at the speed of memory, since torch does not count what is
     written through `.data`.
-
-    Returns:
-        (weights, router), SHA-256 in hexadecimal.
     """
     state = _state_of(model)
     known = _hashes.get(model)
@@ -113,11 +128,25 @@ def model_fingerprints(model: MSAForCausalLM) -> tuple[str, str]:
     return hashes
 
 
-def _computed(model: MSAForCausalLM) -> tuple[str, str]:
+def _computed(model: MSAForCausalLM) -> Fingerprints:
     parameters = sorted(model.named_parameters())
-    weights = _hash_tensors((n, p) for n, p in parameters if "router" not in n) + _settings(model)
-    router = _hash_tensors((n, p) for n, p in parameters if "router" in n)
-    return hashlib.sha256(weights.encode()).hexdigest(), router
+    settings = _settings(model)
+    others = [(name, weight) for name, weight in parameters if "router" not in name]
+    encoding = [(name, weight) for name, weight in others if _encodes(name, model)]
+    weights, states = (
+        hashlib.sha256((_hash_tensors(part) + settings).encode()).hexdigest()
+        for part in (others, encoding)
+    )
+    router = _hash_tensors((name, weight) for name, weight in parameters if "router" in name)
+    return Fingerprints(weights, router, states)
+
+
+def _encodes(name: str, model: MSAForCausalLM) -> bool:
+    """Whether the states of documents depend on a weight."""
+    layer = _LAYER.search(name)
+    if layer is None:
+        return "embed_tokens" in name
+    return int(layer[1]) <= max(model.config.routing_layers or (-1,))
 
 
 def _settings(model: MSAForCausalLM) -> str:
@@ -157,20 +186,20 @@ def _bit_sum(flat: torch.Tensor) -> torch.Tensor:
     return words.sum() + rest.sum(dtype=torch.int64)
 
 
-def _read(path: Path | None, sample: str) -> tuple[str, str] | None:
+def _read(path: Path | None, sample: str) -> Fingerprints | None:
     if path is None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = (str(values["weights"]), str(values["router"]))
+        found = Fingerprints(*(str(values[name]) for name in Fingerprints._fields))
         return found if values["sample"] == sample else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not kept yet, or damaged: it is computed again
 
 
-def _keep(path: Path, sample: str, hashes: tuple[str, str]) -> None:
+def _keep(path: Path, sample: str, hashes: Fingerprints) -> None:
     """Write the hashes for the next start, which computes them again if that is not possible."""
-    text = json.dumps({"sample": sample, "weights": hashes[0], "router": hashes[1]}) + "\n"
+    text = json.dumps({"sample": sample, **hashes._asdict()}) + "\n"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")

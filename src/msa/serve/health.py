@@ -78,13 +78,13 @@ async def readyz(service: ServiceDep, request: Request, response: Response) -> R
 async def version(service: ServiceDep) -> Version:
     """The version of the library, and the model."""
     checkpoint = service.checkpoint
-    weights, router = service.fingerprints or (None, None)
+    fingerprints = service.fingerprints
     return Version(
         version=msa.__version__,
         commit=service.commit,
         model=shown_model(checkpoint.name) if checkpoint else None,
-        weights=weights,
-        router=router,
+        weights=fingerprints.weights if fingerprints else None,
+        router=fingerprints.router if fingerprints else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 from fastapi import Depends, Request
 
 from msa.build import commit
-from msa.model.identity import model_fingerprints
+from msa.model.identity import Fingerprints, model_fingerprints
 from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry, BankState, ServedBank
 from msa.serve.errors import ServiceError, log_failure
@@ -41,7 +41,7 @@ class Service:
     Attributes:
         settings, keys, metrics, registry, asking, turns, jobs: its parts.
         checkpoint: the model, once it is loaded.
-        fingerprints: of its weights and of its router, once they are known.
+        fingerprints: of its weights, once they are known.
         commit: of this package, see `msa.build.commit`.
         state: "loading", "ready", "draining" or "failed".
         failure: why loading failed.
@@ -68,7 +68,7 @@ class Service:
         self.jobs = Jobs(settings, self.registry, self.turns)
         self.metrics.watch_jobs(self.jobs.counts)
         self.checkpoint: Checkpoint | None = None
-        self.fingerprints: tuple[str, str] | None = None
+        self.fingerprints: Fingerprints | None = None
         self.commit: str | None = None
         self.state: State = "loading"
         self.failure: Exception | None = None

@@ -41,7 +41,10 @@ def add_adapter(model: nn.Module, settings: AdapterSettings) -> None:
     model.requires_grad_(False)
     inject_adapter_in_model(
         LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.targets),
         ),
         model,
     )

@@ -311,6 +311,7 @@ class AdapterSettings(Settings):
     Attributes:
         rank: of the added matrices.
         alpha: they are scaled by alpha / rank.
+        dropout: share of their inputs that is left out at random in every step.
         targets: names of the linear layers that get one.
         base: fields of `msa.model.bases.Base` that take the place of those in the `base.json` of
             `start_from`: where the base may be fetched from (`pypi`, `pypi_size`, `hub`), its
@@ -320,6 +321,7 @@ class AdapterSettings(Settings):
 
     rank: Count = 16
     alpha: Count = 32
+    dropout: Share = 0.0
     targets: Texts = (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),

@@ -343,7 +343,7 @@ def _key(
     config = model.config
     parts: list[Any] = [
         FORMAT_VERSION,
-        model_fingerprints(model)[0],
+        model_fingerprints(model).states,
         tokenizer_fingerprint(prompts.tokenizer),
         [getattr(prompts.template, name) for name in ENCODED],
         [config.chunk_size, config.routing_layers, config.query_reduction],

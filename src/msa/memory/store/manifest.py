@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,8 @@ class Manifest:
         msa_version: version of this package that made the bank.
         model: name or path of the model, to tell people.
         weights, router, tokenizer: fingerprints.
+        states: fingerprint of those weights that the states of documents depend on; None in banks
+            made before it was written.
         template: fields of the prompt template.
         chunk_size, routing_layers, routing_score, top_k_documents: of the model.
         num_key_value_heads, head_dim: shape of a chunk's state.
@@ -95,6 +97,7 @@ class Manifest:
     dtype: str
     content_dtype: str
     max_document_tokens: int
+    states: str | None = None
 
     @property
     def packed(self) -> str | None:
@@ -146,13 +149,14 @@ class Manifest:
                 f"max_document_tokens={limit}: expected {MIN_DOCUMENT_TOKENS} to {positions}, "
                 "the model's positions"
             )
-        weights, router = model_fingerprints(model)
+        fingerprints = model_fingerprints(model)
         return cls(
             created=datetime.now(UTC).isoformat(),  # to the microsecond: it tells banks apart
             msa_version=msa.__version__,
             model=checkpoint_name(model),
-            weights=weights,
-            router=router,
+            weights=fingerprints.weights,
+            router=fingerprints.router,
+            states=fingerprints.states,
             tokenizer=tokenizer_fingerprint(tokenizer),
             template=asdict(template),
             chunk_size=int(config.chunk_size),
@@ -200,7 +204,9 @@ class Manifest:
                 f"({values.get('msa_version')}), or index the documents again"
             )
         names = {f.name for f in fields(cls)}
-        values.setdefault("content_dtype", values.get("dtype"))  # banks made before it was a choice
+        # banks made before these were written
+        values.setdefault("content_dtype", values.get("dtype"))
+        values.setdefault("states", None)
         known = values.get("dtype") in DTYPES and values["content_dtype"] in (
             values["dtype"],
             *PACKED,
@@ -220,6 +226,8 @@ class Manifest:
     ) -> None:
         """Refuse a model, tokenizer or template that the bank was not made with.
 
+        A model that differs above the last routing layer alone makes the same bank, and is taken.
+
         Raises:
             BankMismatchError: the message says what differs and what to do.
         """
@@ -237,6 +245,8 @@ class Manifest:
                 raise BankMismatchError(
                     f"Bank '{folder}' was made with {name}={mine}; this model has {other}. {advice}"
                 )
+        if given.states == self.states:  # the weights above may have been trained further
+            given = replace(given, weights=self.weights)
         for name, words in (
             ("weights", "model weights"),
             ("router", "router weights"),
