@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from msa import MemoryBank
 
@@ -111,3 +113,18 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, tmp_path
     status, line = serve(capsys, "--bank", tmp_path / "bank")
     assert status == 1
     assert "pip install 'msa-memory[serve]'" in line
+
+
+def test_help_tells_the_defaults_of_the_settings():
+    from msa.cli.main import app
+    from msa.serve.settings import ServeSettings
+
+    told = {}
+    for option in get_command(app).commands["serve"].params:
+        found = re.search(r": ([\w.]+) if not given", getattr(option, "help", None) or "")
+        if found:
+            told[option.name] = found[1]
+    defaults = {name: str(field.default) for name, field in ServeSettings.model_fields.items()}
+    wrong = {n: words for n, words in told.items() if defaults[n].removesuffix(".0") != words}
+    assert not wrong
+    assert {"host", "port", "max_waiting", "ask_seconds", "replicas", "shards"} <= told.keys()
