@@ -10,7 +10,6 @@ from fastapi import APIRouter, Path, Request
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     WithJsonSchema,
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from msa.memory.store.filters import MAX_TEXT
+from msa.serve.ask_changes import RetrievalChanges, Whole
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank, shown_model
 from msa.serve.errors import ServiceError, unavailable
@@ -34,12 +34,6 @@ Question = Annotated[str, Field(min_length=1, max_length=32_768, pattern=r"\S")]
 BankPath = Annotated[str, Path(pattern=f"^{BANK_NAME.pattern}$", description="Name of a bank.")]
 
 
-def _whole(value: Any) -> Any:
-    """JSON knows one kind of number: 7.0 is a whole number too."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 MOST_NESTED = 32
 """Objects and lists within each other, in a filter."""
 
@@ -93,25 +87,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class AskChanges(Body):
+class AskChanges(Body, RetrievalChanges):
     """How a question is asked, where it differs from the model's own way; see `AskOptions`."""
 
-    max_rounds: Annotated[Whole, Field(ge=1, le=32)] | None = None
-    max_documents_per_round: Annotated[Whole, Field(ge=1, le=64)] | None = None
     max_new_tokens: Annotated[Whole, Field(ge=1, le=4096)] | None = None
-    candidates: Annotated[Whole, Field(ge=1, le=4096)] | None = None
-    lexical_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
-    prior_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
-    prior_temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    end_bias: Annotated[float, Field(ge=-1000, le=1000)] | None = None
-    end_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
-    judged_documents: Annotated[Whole, Field(ge=1, le=16)] | None = None
-    judge_margin: Annotated[float, Field(ge=0, le=1000)] | None = None
-    judge_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0.001, le=1)] | None = None
     seed: Annotated[Whole, Field(ge=0, lt=2**53)] | None = None
-    refusal_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields that are to differ."""

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from msa.serve.ask_changes import RetrievalChanges
 from msa.serve.asking import Ask
 from msa.serve.banks import ServedBank
 from msa.serve.errors import ServiceError, invalid
@@ -34,22 +35,6 @@ MODEL_PREFIX = "msa/"
 Role = Literal["system", "developer", "user", "assistant"]
 CitationForm = Literal["annotations", "markers", "markdown", "open_webui", "none"]
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-_OPTIONS = {
-    "max_rounds",
-    "max_documents_per_round",
-    "min_documents_per_round",
-    "candidates",
-    "lexical_weight",
-    "prior_weight",
-    "prior_temperature",
-    "end_bias",
-    "end_weight",
-    "judged_documents",
-    "judge_margin",
-    "judge_weight",
-    "refusal_threshold",
-    "allow_unread",
-}
 
 
 def only(*values: JsonValue) -> Any:
@@ -113,7 +98,7 @@ Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[T
 """Text of a message, or a list of parts that are text."""
 
 
-class MsaOptions(Strict):
+class MsaOptions(RetrievalChanges, Strict):
     """The field `msa`: what OpenAI has no words for.
 
     Attributes:
@@ -121,28 +106,12 @@ class MsaOptions(Strict):
         citations: the form of the citations, see `msa.serve.openai.citations`.
         trace: answer with every round of the retrieval too.
         standalone: take the last question as it is, without the turns before it.
-
-    The others are fields of `msa.inference.options.AskOptions`.
     """
 
     filter: FilterBody | None = None
     citations: CitationForm = "annotations"
     trace: bool = False
     standalone: bool = False
-    max_rounds: int | None = Field(default=None, ge=1, le=16)
-    max_documents_per_round: int | None = Field(default=None, ge=1, le=16)
-    min_documents_per_round: int | None = Field(default=None, ge=1, le=16)
-    candidates: int | None = Field(default=None, ge=1, le=4096)
-    lexical_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    prior_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    prior_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    end_bias: float | None = Field(default=None, allow_inf_nan=False)
-    end_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    judged_documents: int | None = Field(default=None, ge=1, le=16)
-    judge_margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    judge_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    refusal_threshold: float | None = Field(default=None, ge=0, le=1)
-    allow_unread: bool | None = None
 
 
 class Sampling(Strict):
@@ -279,6 +248,6 @@ def ask_changes(body: Sampling, max_new_tokens: int | None, **more: JsonValue) -
     asked: list[Mapping[str, Any]] = [
         more,
         sampling,
-        body.msa.model_dump(include=_OPTIONS),
+        body.msa.model_dump(include=set(RetrievalChanges.model_fields)),
     ]  # a later one counts
     return {name: value for some in asked for name, value in some.items() if value is not None}
