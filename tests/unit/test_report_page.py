@@ -17,9 +17,10 @@ from msa.evaluation.judge import _digest
 from msa.evaluation.report_page import write_report
 from msa.evaluation.report_page.blocks import size_name
 from msa.evaluation.report_page.content import sections
-from msa.evaluation.report_page.data import read_findings, verdict
+from msa.evaluation.report_page.data import verdict
 from msa.evaluation.report_page.explorer import explorer_data
 from msa.evaluation.report_page.markdown import code, markdown, plain
+from msa.evaluation.report_page.sources import read_findings
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,8 @@ def test_the_judges_mean_stands_beside_the_score(tmp_path):
     name = next((tmp_path / "runs").glob("*msa.jsonl")).name
     (tmp_path / "judged" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "3.50 of 5" in said(read_findings(tmp_path))
+    page, _ = write_report(tmp_path)
+    assert "3.50 of 5" in said(read_findings(page))
 
 
 class Reader(HTMLParser):
@@ -272,3 +275,47 @@ def test_sizes_are_named_in_short():
     assert [size_name(n) for n in (0, 500, 16_000, 16_384, 1_500_000, 10**8)] == [
         "", "500", "16K", "16K", "1.5M", "100M",
     ]  # fmt: skip
+
+
+def test_a_page_holds_its_runs_and_can_be_gone_on_with(folder, tmp_path):
+    changed = tmp_path / "changed"
+    rows = [row(i, "msa", bool(i % 2), wrong_used=[None, True, False][i % 3]) for i in range(5)]
+    write_run(changed, about("changing/updates", 0, "msa"), rows)
+    for path in (folder, changed):
+        page, beside = write_report(path, tmp_path / "first.html")
+        again, same = write_report(page, tmp_path / "second.html")
+        assert same.read_text() == beside.read_text()
+        assert again.read_text() == page.read_text()
+
+
+def test_runs_of_a_folder_take_the_place_of_those_of_a_page(folder, tmp_path):
+    page, _ = write_report(folder, tmp_path / "old.html")
+    rows = [row(i, "msa", False) for i in range(8)]
+    key = next(key for key in read_findings(folder).runs if key[2] == "msa")
+    write_run(tmp_path / "new", about(key[0], key[1], "msa"), rows)
+    held = read_findings([tmp_path / "new", page])
+    assert held.runs.keys() == read_findings(folder).runs.keys()
+    assert set(held.runs[key].scores.values()) == {0.0}
+    assert set(read_findings([page, tmp_path / "new"]).runs[key].scores.values()) != {0.0}
+    compared = read_findings(tmp_path / "new", page)
+    assert [change.one.place for change in compared.changes] == [key[:2]]
+
+
+def test_pages_that_cannot_be_gone_on_with_are_refused(folder, tmp_path, monkeypatch):
+    page, _ = write_report(folder, tmp_path / "page.html")
+    with pytest.raises(InputError, match=r"is a page; name the new one with --output"):
+        write_report(page)
+    (tmp_path / "other.html").write_text("<p>hello</p>")
+    with pytest.raises(InputError, match=r"no page of msa eval report"):
+        read_findings(tmp_path / "other.html")
+    text = page.read_text()
+    start = text.index('type="application/gzip">') + len('type="application/gzip">')
+    (tmp_path / "torn.html").write_text(text[: start + 40] + text[start + 44 :])
+    with pytest.raises(InputError, match=r"torn\.html: cannot be read as a report"):
+        read_findings(tmp_path / "torn.html")
+    with pytest.raises(InputError, match=r"nowhere\.html: cannot be read"):
+        read_findings(tmp_path / "nowhere.html")
+    monkeypatch.setattr(explorer_data, "__defaults__", (5,))
+    cut, _ = write_report(folder, tmp_path / "cut.html")
+    with pytest.raises(InputError, match=r"questions are left out of this page"):
+        read_findings(cut)

@@ -19,7 +19,14 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of m
 
 
 def report(
-    folder: FolderArgument,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR|PAGE...",
+            help="Folders of msa eval run and HTML files of earlier reports; a run that stands in "
+            "several is taken from the first.",
+        ),
+    ],
     page: Annotated[
         Path | None,
         typer.Option(
@@ -32,9 +39,7 @@ def report(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of earlier runs to compare with.", show_default=False
-        ),
+        typer.Option(metavar="DIR|PAGE", help="Earlier runs to compare with.", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -45,7 +50,7 @@ def report(
     """
     from msa.evaluation.report_page import write_report
 
-    made = write_report(folder, page, compare)
+    made = write_report(sources, page, compare)
     if json:
         output.print_json({"html": str(made[0]), "markdown": str(made[1])})
         return

@@ -7,13 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from msa.errors import InputError
-from msa.evaluation.judge import judged_scores
 from msa.evaluation.metrics import Interval, all_within, bootstrap, mean
-from msa.evaluation.runs import read_run
 from msa.evaluation.significance import (
     Difference,
     degradation,
@@ -22,7 +18,6 @@ from msa.evaluation.significance import (
     paired,
 )
 
-RUNS = "runs"
 DEPTHS = (1, 5, 10)
 FAR = 1 << 30
 LAYER = re.compile(r"routed (\d+)")
@@ -295,15 +290,6 @@ class Findings:
         return found
 
 
-def read_findings(folder: str | Path, compare: str | Path | None = None) -> Findings:
-    """All runs of an output folder, perhaps with those of another to compare with.
-
-    Raises:
-        InputError: there are no runs, or one is damaged or was not made by `msa eval`.
-    """
-    return Findings(_read(Path(folder)), _read(Path(compare)) if compare else {})
-
-
 def verdict(row: Mapping[str, Any]) -> str:
     """Whether an answer is right, or what went wrong first on the way to it."""
     score = float(row["scores"]["score"])
@@ -334,31 +320,6 @@ def _routed(row: Mapping[str, Any]) -> set[str]:
     """Ids of all documents that came into question, in any round and layer."""
     routed = {i for turn in row.get("routed") or () for ids in turn.values() for i in ids}
     return routed | set(row["ranked"]) | set(row["named"])
-
-
-def _read(folder: Path) -> dict[tuple[str, int, str], Measured]:
-    found: dict[tuple[str, int, str], Measured] = {}
-    for path in sorted((folder / RUNS).glob("*.jsonl")):
-        held = read_run(path)
-        missing = [n for n in ("task", "title", "metric", "size", "system") if n not in held.about]
-        if missing:
-            raise InputError(
-                f"{path}: its first line has no {missing[0]!r}; the report reads what "
-                "`msa eval run` has written"
-            )
-        if not held.rows:
-            continue
-        judged = judged_scores(folder, path.stem, held.rows)
-        run = Measured(held.about, held.rows, judged)
-        key = (*run.place, run.system)
-        if key in found:
-            raise InputError(
-                f"{path}: a second run of {run.system} on {run.task}; keep one of them"
-            )
-        found[key] = run
-    if not found:
-        raise InputError(f"{folder}: no answers in {RUNS}/*.jsonl; run `msa eval run` first")
-    return found
 
 
 def _compared(pairs: Sequence[tuple[Measured, Measured]]) -> list[Comparison]:

@@ -1,4 +1,4 @@
-"""Every question with every system's answer, as data for the page's script."""
+"""Every question with every system's answer: data for the page's script, and for later reports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ ROWS = 12_000
 """Answers in the page, at most, so that a browser opens it at once."""
 TEXT = 600
 """Characters of a text that was read, at most."""
-MOST = 32
-"""Documents of a list, at most; how many were read is said."""
 TEXTS = 10
 """Texts of an answer, at most."""
 
@@ -56,6 +54,7 @@ def explorer_data(findings: Findings, rows: int = ROWS) -> dict[str, Any]:
                 "size": place[1],
                 "label": where(first),
                 "metric": first.about["metric"],
+                "about": {str(findings.systems.index(s)): run.about for s, run in runs.items()},
                 "questions": [
                     {
                         "id": i,
@@ -129,15 +128,15 @@ def _answers(
 def _answer(row: Mapping[str, Any], pool: _Pool) -> dict[str, Any]:
     texts = row.get("texts") or {}
     return {
-        "score": round(float(row["scores"]["score"]), 4),
+        "score": float(row["scores"]["score"]),
+        "scores": row["scores"],
         "verdict": VERDICTS.index(verdict(row)),
         "answer": pool(row["answer"]),
         "refused": bool(row["refused"]),
-        "named": [pool(i) for i in row["named"][:MOST]],
-        "count": len(row["named"]),
-        "ranked": [pool(i) for i in row["ranked"][:MOST]],
+        "named": [pool(i) for i in row["named"]],
+        "ranked": [pool(i) for i in row["ranked"]],
         "routed": [
-            {layer: [pool(i) for i in ids[:MOST]] for layer, ids in turn.items()}
+            {layer: [pool(i) for i in ids] for layer, ids in turn.items()}
             for turn in row.get("routed") or ()
         ],
         "texts": [[pool(i), pool(text[:TEXT])] for i, text in list(texts.items())[:TEXTS]],
@@ -148,4 +147,5 @@ def _answer(row: Mapping[str, Any], pool: _Pool) -> dict[str, Any]:
         "written": row["generated_tokens"],
         "bytes": row.get("bytes"),
         "span": row.get("span_right"),
+        "outdated": row.get("wrong_used"),
     }

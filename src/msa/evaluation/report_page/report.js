@@ -55,6 +55,7 @@ async function unpack() {
 }
 
 const text = (number) => data.pool[number];
+const MOST = 32; // documents of a list
 const percent = (score) => (100 * score).toFixed(score === 0 || score === 1 ? 0 : 1);
 
 function option(value, label) {
@@ -134,8 +135,10 @@ function part(title, ...children) {
 
 function ids(numbers, gold) {
   if (!numbers.length) return h("span", { class: "cost" }, "none");
-  return h("ul", { class: "ids" }, ...numbers.map((n) =>
-    h("li", { class: gold.has(n) ? "needed" : false, title: gold.has(n) ? "needed" : false }, text(n))));
+  const more = numbers.length - MOST;
+  return h("ul", { class: "ids" }, ...numbers.slice(0, MOST).map((n) =>
+    h("li", { class: gold.has(n) ? "needed" : false, title: gold.has(n) ? "needed" : false }, text(n))),
+  more > 0 ? h("li", { class: "cost" }, `and ${more} more`) : "");
 }
 
 function opened(place, question, answer, j) {
@@ -150,9 +153,9 @@ function opened(place, question, answer, j) {
       h("div", null, h("p", { class: "layer" }, `layer ${layer}`), ids(numbers, gold)));
     parts.push(part(`Round ${round + 1}: routed to`, h("div", { class: "layers" }, ...layers)));
   });
-  parts.push(part("Ranking", ids(answer.ranked, gold)), part(`Read, in this order (${answer.count})`, ids(answer.named, gold)));
+  parts.push(part("Ranking", ids(answer.ranked, gold)), part(`Read, in this order (${answer.named.length})`, ids(answer.named, gold)));
   if (answer.texts.length) {
-    parts.push(part(answer.texts.length < answer.count ? `Their texts, the first ${answer.texts.length}` : "Their texts", ...answer.texts.map(([id, content]) =>
+    parts.push(part(answer.texts.length < answer.named.length ? `Their texts, the first ${answer.texts.length}` : "Their texts", ...answer.texts.map(([id, content]) =>
       h("div", { class: "read" }, ids([id], gold), h("p", null, text(content))))));
   }
   parts.push(part("Every system", everySystem(place, j)), h("p", { class: "cost" }, cost(question, answer)));
