@@ -15,6 +15,7 @@ NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 REAL = {
     "real_documents.md": "what is found",
     "evaluation.md": "what is answered, in every task, up to 10 million tokens",
+    "what_did_not_help.md": "what did not help",
 }
 OTHERS = {
     "bench.md": "Speed: routing, encoding, asking, and the shapes of a 4B model",
