@@ -138,7 +138,7 @@ function ids(numbers, gold) {
   const more = numbers.length - MOST;
   return h("ul", { class: "ids" }, ...numbers.slice(0, MOST).map((n) =>
     h("li", { class: gold.has(n) ? "needed" : false, title: gold.has(n) ? "needed" : false }, text(n))),
-  more > 0 ? h("li", { class: "cost" }, `and ${more} more`) : "");
+  more > 0 ? h("li", { class: "cost" }, `and ${more} more`) : null);
 }
 
 function opened(place, question, answer, j) {
