@@ -106,6 +106,8 @@ class MsaOptions(RetrievalChanges, Strict):
         citations: the form of the citations, see `msa.serve.openai.citations`.
         trace: answer with every round of the retrieval too.
         standalone: take the last question as it is, without the turns before it.
+
+    The others are those of `RetrievalChanges`.
     """
 
     filter: FilterBody | None = None
