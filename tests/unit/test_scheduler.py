@@ -107,6 +107,23 @@ def test_answers_do_not_depend_on_who_else_asks(
         assert pieces[request] == streamed == (answer.text if request.stream else "")
 
 
+def test_a_long_question_is_begun_while_short_ones_keep_coming(
+    model: Any, requests: list[Request]
+) -> None:
+    """The shortest prompts go first; that must not keep a long one out for ever."""
+    short = next(request for request in requests if request.question == "?")
+    long = next(request for request in requests if len(request.question) > 100)
+    scheduler = Scheduler(model, max_rows=50, prefill_tokens=1)  # one prompt a step
+    scheduler.add(long)
+    asked = 0
+    routed = False
+    while not routed and asked < 100:
+        scheduler.add(again(short))
+        asked += 1
+        routed = any(request is long for request, _ in scheduler.step())
+    assert 1 < asked < 10
+
+
 def test_a_question_that_is_removed_is_asked_no_more_and_the_others_go_on(
     model: Any, requests: list[Request]
 ) -> None:

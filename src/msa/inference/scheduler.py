@@ -35,11 +35,31 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 2048
 # Tokens that a question which may try documents is counted with, before it is known how many.
 TRIAL_TOKENS = 256
+# A prompt that was left waiting so many times is prefilled next, however long it is.
+PATIENCE = 4
 # Rows write together if the longer cache has at most so many times the columns of the shorter.
 SIMILAR_LENGTH = 2.0
 
 
 _Trial = tuple[int, int, Trial]  # row of the question, document's number
+
+
+@dataclass(eq=False, slots=True)
+class _Prompt:
+    """A question that waits for the prefill of its next round.
+
+    Attributes:
+        run: the question.
+        context: what is to be prefilled.
+        left: how many prefills it has been left out of.
+    """
+
+    run: Interleave
+    context: LocalContext
+    left: int = 0
+
+    def __len__(self) -> int:
+        return len(self.context.input_ids)
 
 
 @dataclass(slots=True)
@@ -89,7 +109,7 @@ class Scheduler:
     max_rows: int = 16
     prefill_tokens: int = PREFILL_TOKENS
     _new: deque[Request] = field(default_factory=deque)
-    _waiting: list[tuple[Interleave, LocalContext]] = field(default_factory=list)  # for a prefill
+    _waiting: list[_Prompt] = field(default_factory=list)  # the longest there first
     _cohorts: list[_Cohort] = field(default_factory=list)
     _events: list[tuple[Request, Event | MSAError]] = field(default_factory=list)
 
@@ -114,12 +134,12 @@ class Scheduler:
         """Forget a question, wherever it is; no event of it comes any more."""
         if request in self._new:
             self._new.remove(request)
-        self._waiting = [some for some in self._waiting if some[0].request is not request]
+        self._waiting = [some for some in self._waiting if some.run.request is not request]
         self._leave(lambda run: run.request is request)
 
     def clear(self) -> list[Request]:
         """Forget all questions; those that were forgotten."""
-        runs = [run for run, _ in self._waiting]
+        runs = [some.run for some in self._waiting]
         runs += [run for cohort in self._cohorts for run in cohort.runs]
         forgotten = [*self._new, *(run.request for run in runs)]
         self._new.clear()
@@ -151,26 +171,31 @@ class Scheduler:
 
     def _wait(self, run: Interleave) -> None:
         """Let a question wait for the prefill of its next round."""
-        self._waiting.append((run, run.context()))
+        self._waiting.append(_Prompt(run, run.context()))
 
-    def _next_prompts(self) -> list[tuple[Interleave, LocalContext]]:
-        """Prompts that are prefilled next: the shortest first, as many as the budget allows."""
-        found = sorted(self._waiting, key=lambda some: len(some[1].input_ids))
-        count, tried = 1, TRIAL_TOKENS * found[0][0].tries
-        while count < len(found):
-            run, context = found[count]
-            tried += TRIAL_TOKENS * run.tries
-            if (count + 1) * len(context.input_ids) + tried > self.prefill_tokens:
+    def _next_prompts(self) -> list[_Prompt]:
+        """Prompts that are prefilled next: the shortest first, as many as the budget allows.
+
+        Those that others were often preferred to go before all.
+        """
+        found = sorted(self._waiting, key=lambda some: (some.left < PATIENCE, len(some)))
+        taken: list[_Prompt] = []
+        longest = tried = 0
+        for prompt in found:
+            longest = max(longest, len(prompt))
+            tried += TRIAL_TOKENS * prompt.run.tries
+            if taken and (len(taken) + 1) * longest + tried > self.prefill_tokens:
                 break
-            count += 1
-        taken = {id(run) for run, _ in found[:count]}
-        self._waiting = [some for some in self._waiting if id(some[0]) not in taken]
-        return found[:count]
+            taken.append(prompt)
+        self._waiting = [some for some in self._waiting if some not in taken]
+        for prompt in self._waiting:
+            prompt.left += 1
+        return taken
 
-    def _prefill(self, prompts: Sequence[tuple[Interleave, LocalContext]]) -> None:
+    def _prefill(self, prompts: Sequence[_Prompt]) -> None:
         """Run the model on whole contexts, routing included, and begin the round of each."""
-        runs = [run for run, _ in prompts]
-        contexts = [context for _, context in prompts]
+        runs = [prompt.run for prompt in prompts]
+        contexts = [prompt.context for prompt in prompts]
         form = runs[0].request.format
         groups = _groups(runs)
         readers = [
@@ -205,27 +230,26 @@ class Scheduler:
     def _take_candidates(
         self,
         reader: CandidateReader,
-        prompts: Sequence[tuple[Interleave, LocalContext]],
+        prompts: Sequence[_Prompt],
         rows: Sequence[int],
     ) -> list[int]:
         """Give the questions of one memory what they were routed to; rows that can go on."""
-        first = prompts[0][0].request
+        runs = [prompt.run for prompt in prompts]
+        first = runs[0].request
         reader.check()  # an error of the model, not of this memory
         try:
-            found = candidates(
-                reader, first.snapshot, first.options, [run.query() for run, _ in prompts]
-            )
+            found = candidates(reader, first.snapshot, first.options, [run.query() for run in runs])
             copies = first.snapshot.copies(
-                [(some.fused, run.read) for (run, _), some in zip(prompts, found, strict=True)]
+                [(some.fused, run.read) for run, some in zip(runs, found, strict=True)]
             )
-            found = self._judged([run for run, _ in prompts], found)
+            found = self._judged(runs, found)
         except MSAError as error:
-            self._events += [(run.request, error) for run, _ in prompts]
+            self._events += [(run.request, error) for run in runs]
             return []
         going_on = []
-        for (run, context), some, known, row in zip(prompts, found, copies, rows, strict=True):
-            tokens = len(context.input_ids)
-            if self._tried(run, partial(run.routed, some, known, tokens, reader.seconds)):
+        for prompt, some, known, row in zip(prompts, found, copies, rows, strict=True):
+            take = partial(prompt.run.routed, some, known, len(prompt), reader.seconds)
+            if self._tried(prompt.run, take):
                 going_on.append(row)
         return going_on
 
