@@ -20,6 +20,7 @@ from measuring.timing import Note
 
 UNREACHABLE = (OSError, HTTPException)
 WARM_UP = 2
+REST_SECONDS = 5.0  # of a soak, before memory is read
 LEAST_ACTIONS = 15  # of a client in use, however slow the machine
 _SECRET = re.compile(r"Zq[0-9a-f]{10}")
 
@@ -377,10 +378,29 @@ def multipart(
 
 
 @dataclass(slots=True)
+class _Client:
+    """One client of a soak.
+
+    Attributes:
+        index: which of them.
+        rng: decides what it does.
+        words: id -> the word that tells its text.
+        gone: words that are deleted.
+    """
+
+    index: int
+    rng: random.Random
+    words: dict[str, str] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Soak:
     """What all clients of a soak share.
 
     Attributes:
+        ends: when the clients stop; of the phase that runs.
+        compacted: when the bank was, last.
         dead: words of texts that are deleted -> when that was acknowledged.
         counts: of requests, by what they did.
         failures: what must not happen.
@@ -388,7 +408,8 @@ class _Soak:
 
     service: Service
     workload: Workload
-    ends: float
+    ends: float = 0.0
+    compacted: float = 0.0
     dead: dict[str, float] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -402,6 +423,10 @@ def soak(
     Every text that is added holds a word of its own. Once its deletion is acknowledged, nothing
     that is asked from then on may show the word.
 
+    While questions run, memory goes up and down by a third, with how many run together. So it is
+    the memory at rest that is compared, before and after: with all clients silent and the bank
+    compacted, after a fifth of the time and at the end.
+
     Args:
         service: with the documents of the workload in its bank.
         workload: its questions are asked, beside questions about what was added.
@@ -411,86 +436,90 @@ def soak(
         note: told of the memory.
     """
     found = Finding("soak", {"clients": clients, "minutes": minutes})
-    began = time.monotonic()
-    shared = _Soak(service, workload, began + 60 * minutes)
-    memory: list[tuple[float, int]] = []
-    with ThreadPoolExecutor(clients) as pool:
-        using = [pool.submit(_use, shared, i, random.Random(f"{seed}-{i}")) for i in range(clients)]
-        _watch(shared, using, memory, note)
-        for future in using:
-            future.result()
-    growth = _growth(memory, began + 60 * minutes / 5, shared.ends)
+    shared = _Soak(service, workload)
+    using = [_Client(i, random.Random(f"{seed}-{i}")) for i in range(clients)]
+    _phase(shared, using, 60 * minutes / 5, note)
+    warm = _at_rest(shared)
+    in_use = _phase(shared, using, 60 * minutes * 4 / 5, note)
+    last = _at_rest(shared)
     found.failures += shared.failures
     found.failures += [f"in the log: {line}" for line in service.failures()]
     for what, count in sorted(shared.counts.items()):
         found.add(what, count)
     found.add("errors and texts that came back", len(found.failures), "0")
-    for what, (first, last) in growth.items():
-        found.add(f"MB of memory after the first fifth, {what}", first / 1e6)
-        found.add(f"MB of memory at the end, {what}", last / 1e6)
-        found.add(f"growth, {what}, %", 100 * (last / first - 1), "<= 5")
+    if in_use:
+        half = len(in_use) // 2
+        found.add("MB in use, mean of the first half", mean(in_use[: half or 1]) / 1e6)
+        found.add("MB in use, mean of the second half", mean(in_use[half:]) / 1e6)
+    if warm and last:
+        found.add("MB at rest, after the first fifth", warm / 1e6)
+        found.add("MB at rest, at the end", last / 1e6)
+        found.add("growth at rest, %", 100 * (last / warm - 1), "<= 5")
     return found
 
 
-def _watch(
-    shared: _Soak, using: Sequence[Future[None]], memory: list[tuple[float, int]], note: Note
-) -> None:
-    """Write down the memory every second, and compact the bank every minute."""
-    compacted = told = time.monotonic()
-    while not all(future.done() for future in using):
+def _phase(shared: _Soak, using: Sequence[_Client], seconds: float, note: Note) -> list[int]:
+    """All clients at work for so long; bytes of memory, every second."""
+    shared.ends = time.monotonic() + seconds
+    with ThreadPoolExecutor(len(using)) as pool:
+        working = [pool.submit(_use, shared, client) for client in using]
+        memory = _watch(shared, working, note)
+        for future in working:
+            future.result()
+    return memory
+
+
+def _watch(shared: _Soak, working: Sequence[Future[None]], note: Note) -> list[int]:
+    """Note the memory every second, and compact the bank every minute."""
+    memory: list[int] = []
+    told = time.monotonic()
+    while not all(future.done() for future in working):
         now = time.monotonic()
         if (held := shared.service.rss()) is not None:
-            memory.append((now, held))
-        if now - compacted > 60:
-            _maintained(shared.service, "compact")
-            shared.counts["compacted"] += 1
-            compacted = now
+            memory.append(held)
+        if now - shared.compacted > 60:
+            _compact(shared)
         if memory and now - told > 60:
-            note(f"{sum(shared.counts.values()):,} requests, {memory[-1][1] / 1e6:,.0f} MB")
+            note(f"{sum(shared.counts.values()):,} requests, {memory[-1] / 1e6:,.0f} MB")
             told = now
         time.sleep(min(1.0, max(0.05, (shared.ends - now) / 20)))
+    return memory
 
 
-def _growth(
-    memory: Sequence[tuple[float, int]], warm: float, ends: float
-) -> dict[str, tuple[float, float]]:
-    """Memory in the first and in the last quarter of the time after warming up.
-
-    The mean goes up and down by hundreds of megabytes with the questions that run together. What is
-    held for ever shows in the least, in the moments in which few run.
-    """
-    part = (ends - warm) / 4
-    first = [held for when, held in memory if warm <= when < warm + part]
-    last = [held for when, held in memory if ends - part <= when < ends]
-    if not first or not last:
-        return {}
-    return {"mean": (mean(first), mean(last)), "least": (min(first), min(last))}
+def _compact(shared: _Soak) -> None:
+    _maintained(shared.service, "compact")
+    shared.counts["compacted"] += 1
+    shared.compacted = time.monotonic()
 
 
-def _use(shared: _Soak, client: int, rng: random.Random) -> None:
+def _at_rest(shared: _Soak) -> int | None:
+    """Bytes of memory while nobody asks, with what a first question loads again."""
+    _compact(shared)
+    shared.service.ask(shared.workload.questions[0])
+    time.sleep(REST_SECONDS)
+    return shared.service.rss()
+
+
+def _use(shared: _Soak, client: _Client) -> None:
     """One client's loop."""
-    words: dict[str, str] = {}  # id -> the word that tells its text
-    gone: list[str] = []  # words that are deleted
     for count in itertools.count():
         if time.monotonic() >= shared.ends and count >= LEAST_ACTIONS:
             break
-        action = rng.choices(
-            (_ask, _search, _store, _delete), weights=(50, 15, 25, 10 if words else 0)
+        action = client.rng.choices(
+            (_ask, _search, _store, _delete), weights=(50, 15, 25, 10 if client.words else 0)
         )[0]
         try:
-            action(shared, client, rng, words, gone)
+            action(shared, client)
         except UNREACHABLE as error:
             shared.failures.append(f"{action.__name__}: {type(error).__name__}: {error}")
             shared.service.check_alive()
-        del gone[:-20]
+        del client.gone[:-20]
 
 
-def _ask(
-    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
-) -> None:
+def _ask(shared: _Soak, client: _Client) -> None:
     began = time.monotonic()
-    question = _question(shared, rng, words, gone)
-    if rng.random() < 0.5:
+    question = _question(shared, client)
+    if client.rng.random() < 0.5:
         asked = shared.service.ask(question)
         _check(shared, "asked as a stream", began, asked.status, asked.text)
         if asked.status == 200 and asked.answer is None:
@@ -500,46 +529,41 @@ def _ask(
         _check(shared, "asked", began, reply.status, reply.body.decode())
 
 
-def _search(
-    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
-) -> None:
+def _search(shared: _Soak, client: _Client) -> None:
     began = time.monotonic()
-    body = {"query": _question(shared, rng, words, gone), "top_k": 10}
+    body = {"query": _question(shared, client), "top_k": 10}
     reply = shared.service.request("POST", f"/api/banks/{BANK}/search", body)
     _check(shared, "searched", began, reply.status, reply.body.decode())
 
 
-def _question(shared: _Soak, rng: random.Random, words: dict[str, str], gone: list[str]) -> str:
+def _question(shared: _Soak, client: _Client) -> str:
     """About the world, or what this client has added or deleted; the word itself stays out."""
-    asked = [*words.values(), *gone]
+    rng, asked = client.rng, [*client.words.values(), *client.gone]
     if asked and rng.random() < 0.4:
         return f"When was {rng.choice(asked)[2:]} born?"
     return rng.choice(shared.workload.questions)
 
 
-def _store(
-    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
-) -> None:
-    name, word = f"soak-{client}-{rng.randrange(20)}", f"Zq{rng.getrandbits(40):010x}"
+def _store(shared: _Soak, client: _Client) -> None:
+    rng, words = client.rng, client.words
+    name, word = f"soak-{client.index}-{rng.randrange(20)}", f"Zq{rng.getrandbits(40):010x}"
     before = words.get(name)
     reply = shared.service.put(name, f"{word} was born in {rng.randrange(1800, 2000)}.")
     _check(shared, "updated" if before else "added", 0.0, reply.status, "", (200, 201))
     if reply.status in (200, 201):
         words[name] = word
         if before is not None:
-            gone.append(before)
+            client.gone.append(before)
             shared.dead[before] = time.monotonic()
 
 
-def _delete(
-    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
-) -> None:
-    name = rng.choice(sorted(words))
+def _delete(shared: _Soak, client: _Client) -> None:
+    name = client.rng.choice(sorted(client.words))
     reply = shared.service.request("DELETE", f"/api/banks/{BANK}/documents/{name}")
     _check(shared, "deleted", 0.0, reply.status, "")
     if reply.status == 200:
-        gone.append(words.pop(name))
-        shared.dead[gone[-1]] = time.monotonic()
+        client.gone.append(client.words.pop(name))
+        shared.dead[client.gone[-1]] = time.monotonic()
 
 
 def _check(

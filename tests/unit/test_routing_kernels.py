@@ -249,6 +249,28 @@ def test_a_filter_that_few_documents_pass_saves_the_product(monkeypatch):
     assert sum(rows) == 3 * 2000
 
 
+class Shapes(TorchDispatchMode):
+    """Shapes of the keys that oneDNN multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_linear_pointwise" in str(func):
+            self.met.add(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not routing_cpu._has_onednn(), reason="this torch has no oneDNN")
+def test_a_growing_bank_gives_onednn_few_shapes():
+    """It keeps code for every shape: a service whose bank changes must not fill memory with it."""
+    with Shapes() as shapes:
+        for documents in range(100, 4000, 97):
+            kernels.route_documents(**make([3] * documents, tokens=40, dim=64))
+    assert 0 < len(shapes.met) < 8
+
+
 # ---- bad input
 
 

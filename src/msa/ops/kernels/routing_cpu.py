@@ -154,10 +154,13 @@ class _Product:
         if self.convert or not self.narrow:  # takes memory
             piece = min(piece, room)
         piece = min(max(piece // (4 * width), MIN_BLOCK), self.rows)
+        self.onednn = on_cpu and not self.convert and not self.narrow and _has_onednn()
+        if self.onednn:
+            piece = 1 << (piece.bit_length() - 1)
+            self.rows -= self.rows % piece
         self.piece = piece if self.convert or on_cpu else self.rows
         self.buffer = torch.empty(piece if self.convert else 0, width, device=keys.device)
         self.read = on_cpu and not self.convert and 4 * width < LONG_ROW
-        self.onednn = on_cpu and not self.convert and not self.narrow and _has_onednn()
 
     def __call__(self, chunks: slice | Tensor, size: int) -> Tensor:
         """[R, c] float32 for c keys: a slice of them, or their indices."""
@@ -178,11 +181,12 @@ class _Product:
         """Write the products of a piece into its part of the scores."""
         if not self.narrow:
             # torch.ops.mkldnn is what compiled models call. Of keys as they lie it takes less time
-            # than torch.mm, which copies them into another order.
+            # than torch.mm, which copies them into another order. It keeps code for every shape
+            # that it has met, so it is given few: whole pieces, of powers of two.
             product = torch.ops.mkldnn._linear_pointwise
             scores[part] = (
                 product(keys, self.vectors, None, "none", [], "")
-                if self.onednn
+                if self.onednn and len(keys) == self.piece
                 else torch.mm(keys, self.vectors.T)
             )
         elif self.size == 1:
