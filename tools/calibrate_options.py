@@ -12,7 +12,8 @@ they need and others of the set, DOCUMENTS in all. Chosen are:
   weights that differ by less than half a point, the smallest;
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
-  `--wrongly` of the former are refused;
+  `--wrongly` of the former that are answered rightly (F1 above a half) are refused: a refusal in
+  place of a wrong answer is no loss;
 - `end_bias` and `end_weight`: a logistic regression, over the rounds after the first, that tells
   those in which a gold document that is not read stands first or second among the unread from the
   others, by the model's own log odds of ending and by how far the best unread document leads;
@@ -39,6 +40,7 @@ from msa import MemoryBank, MemoryEngine, load
 from msa.evaluation.metrics import token_f1
 from msa.inference.fusion import fuse, judgment, lead
 from msa.inference.options import (
+    ANSWER_COVERAGE,
     BIAS,
     COVERAGE,
     REFUSAL_LOGIT,
@@ -56,9 +58,9 @@ JUDGE_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
 WORTH_MORE = 1.0  # F1, in percent
-# Known before the answer is written. Not the margin between the best documents: in a larger bank
+# Not the margin between the best documents: in a larger bank
 # than these it is smaller for every question.
-FEATURES = (REFUSAL_LOGIT, COVERAGE)
+FEATURES = (REFUSAL_LOGIT, COVERAGE, ANSWER_COVERAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,12 @@ def refusals(
 
     The gold documents are deleted from the banks on the way.
     """
-    present = [dict(a.scores) for one in sets for a in ask(one, count, options)]
+    answered = [
+        (dict(answer.scores), token_f1(answer.text, list(question.answers)) > 0.5)
+        for one in sets
+        for answer, question in zip(ask(one, count, options), one.questions, strict=False)
+    ]
+    present = [row for row, _ in answered]
     for one in sets:
         one.engine.bank.delete({key for q in one.questions[:count] for key in q.gold})
     absent = [dict(a.scores) for one in sets for a in ask(one, count, options)]
@@ -281,13 +288,15 @@ def refusals(
     factors, bias = logistic(x, [False] * len(present) + [True] * len(absent))
     weights = {name: round(w, 5) for name, w in zip(FEATURES, factors, strict=True)}
     weights[BIAS] = round(bias, 5)
-    scores = sorted((refusal_score(row, weights) for row in present), reverse=True)
+    scores = sorted((refusal_score(row, weights) for row, right in answered if right), reverse=True)
     threshold = round(scores[int(wrongly * len(scores))], 4)
     refused = sum(refusal_score(row, weights) > threshold for row in absent)
     kept = sum(refusal_score(row, weights) > threshold for row in present)
+    lost = sum(score > threshold for score in scores)
     print(
         f"refused {refused} of {len(absent)} without their documents, {kept} of {len(present)} "
-        f"with them; weights {weights}, threshold {threshold}"
+        f"with them, of which {lost} of {len(scores)} are answered rightly; weights {weights}, "
+        f"threshold {threshold}"
     )
     return weights, threshold
 
@@ -306,7 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=600, help="of each set, about")
     parser.add_argument("--keep", action="store_true", help="the ranking and the way to read")
     parser.add_argument("--judged", type=int, default=3, help="documents tried; 1 tries none")
-    parser.add_argument("--wrongly", type=float, default=0.05, help="share wrongly refused")
+    parser.add_argument("--wrongly", type=float, default=0.02, help="share of right answers lost")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", help="folder to write to; by default that of the model")

@@ -505,6 +505,32 @@ def test_documents_that_stand_close_together_are_tried_before_anything_is_read(
     assert len(trials) == 1  # no two are that close
 
 
+@pytest.mark.parametrize(
+    ("answer", "texts", "refused"),
+    [
+        ("Rome", ["Ada was born in Rome."], True),
+        ("Paris", [], False),  # it stands nowhere, and nothing can be told
+    ],
+)
+def test_how_much_of_the_question_stands_beside_the_answer_counts(
+    model: Any,
+    encoder: PromptEncoder,
+    script: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    texts: list[str],
+    refused: bool,
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(FakeSnapshot, "coverage", lambda _, q, some: asked.append(some) or 0.1)
+    script({"Q?": [f"[3]{READ}", END, f" {answer}{STOP}"]})
+    weights = {"answer_coverage": -10.0, "bias": 4.0}
+    (found,), _ = run(model, encoder, ["Q?"], refusal_threshold=0.9, refusal_weights=weights)
+    assert asked[1:] == ([texts] if texts else [])  # the first is what was read
+    assert (found.stopped == "not_found") is refused
+    assert found.scores["answer_coverage"] == (0.1 if texts else UNKNOWN_COVERAGE)
+
+
 def test_what_a_question_asks_for_and_nobody_wrote_speaks_for_a_refusal(
     model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -702,7 +728,7 @@ def test_an_answer_is_refused_when_its_score_is_above_the_threshold(
     assert "".join(e.data for e in events if e.kind == "token") == "Rome" * stream
     assert set(answer.scores) == {
         "refusal", "refusal_logit", "routing_score", "routing_margin", "coverage",
-        "answer_log_probability",
+        "answer_log_probability", "answer_coverage",
     }  # fmt: skip
 
 

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.inference.options import ANSWER_LOG_PROBABILITY, FEATURES, REFUSAL_LOGIT
+from msa.inference.options import (
+    ANSWER_COVERAGE,
+    ANSWER_LOG_PROBABILITY,
+    FEATURES,
+    REFUSAL_LOGIT,
+)
 from msa.inference.refusal import is_refusal, logit, needs_answer, refusal_score, routing_features
 from msa.text.prompts import PromptTemplate
 
@@ -25,7 +30,7 @@ def test_probabilities_of_0_and_1_have_finite_logits() -> None:
 
 
 def test_the_score_is_a_logistic_function_of_the_weighted_features() -> None:
-    features = dict(zip(FEATURES, (2.0, 0.5, 0.25, -1.0, 0.6), strict=True))
+    features = dict(zip(FEATURES, (2.0, 0.5, 0.25, -1.0, 0.6, 0.3), strict=True))
     weights = {"bias": 1.0, "refusal_logit": 0.5, "answer_log_probability": -2.0}
     assert refusal_score(features, weights) == pytest.approx(1 / (1 + math.exp(-4.0)))
     assert refusal_score({}, weights) == pytest.approx(1 / (1 + math.exp(-1.0)))
@@ -37,6 +42,7 @@ def test_a_score_that_weighs_the_answer_needs_it() -> None:
     assert not needs_answer(None)
     assert not needs_answer({REFUSAL_LOGIT: 1.0, ANSWER_LOG_PROBABILITY: 0.0})
     assert needs_answer({ANSWER_LOG_PROBABILITY: -0.5})
+    assert needs_answer({ANSWER_COVERAGE: -2.0})
 
 
 def test_features_of_a_ranking() -> None:

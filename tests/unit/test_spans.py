@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.inference.spans import NEARBY, find_span
+from msa.inference.spans import NEARBY, find_span, sentence_around
 
 TEXT = "Ada was born in Rome. Rome lies on\n the Tiber, 406 km long; Romeo does not."
 
@@ -66,3 +66,20 @@ def test_a_span_is_the_answer_but_for_case_and_white_space(
         assert len(text[slice(*span)].split()) == len(bare)
     if bare and answer.isascii() and answer.isalnum():
         assert span is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ("Rome.", "Ada was born in Rome."),
+        ("J. Doe", 'J. Doe said "No."'),
+        ("said", 'J. Doe said "No."'),
+        ("Rome lies", "Rome lies there"),
+        ('No." Rome', 'J. Doe said "No." Rome lies there'),
+    ],
+)
+def test_a_sentence_around_an_answer(answer, sentence):
+    text = 'Ada was born in Rome. J. Doe said "No." Rome lies there'
+    start = text.index(answer)
+    first, last = sentence_around(text, start, start + len(answer))
+    assert text[first:last] == sentence

@@ -19,6 +19,7 @@ from msa.cli.options import DeviceOption, JsonOption, ModelOption, load_model
 from msa.cli.output import one_line
 from msa.demo.material import Material, Step, load_material
 from msa.errors import InputError, MSAError
+from msa.inference.spans import sentence_around
 from msa.types import Answer, Citation, Document, RankedDocument, Round
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ CHANGES = {
     "update": ("Change it", "~", "yellow"),
     "delete": ("Delete it", "-", "red"),
 }
-
-SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-"""Between two sentences; the point after an initial is none."""
 
 
 def demo(
@@ -210,10 +208,7 @@ def find_evidence(answer: Answer) -> Evidence | None:
 
 def _sentence(citation: Citation, start: int, end: int) -> Evidence:
     text = citation.text
-    begins = [m.end() for m in SENTENCE_END.finditer(text) if m.end() <= start]
-    ends = [m.start() + 1 for m in SENTENCE_END.finditer(text) if m.start() >= end]
-    first = begins[-1] if begins else 0
-    last = ends[0] if ends else len(text)
+    first, last = sentence_around(text, start, end)
     left = one_line("x" + text[first:start] + "x")[1:-1]  # spaces at the cuts are kept
     middle = one_line(text[start:end])
     right = one_line("x" + text[end:last] + "x")[1:-1]

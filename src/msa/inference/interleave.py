@@ -22,7 +22,13 @@ from msa.inference.constraints import RoundGrammar
 from msa.inference.decoding import RoundRow, Sampler, TextRow
 from msa.inference.fusion import Fused, close_to_best, lead
 from msa.inference.judging import Trial, make_trials
-from msa.inference.options import ANSWER_LOG_PROBABILITY, COVERAGE, REFUSAL_LOGIT, AskOptions
+from msa.inference.options import (
+    ANSWER_COVERAGE,
+    ANSWER_LOG_PROBABILITY,
+    COVERAGE,
+    REFUSAL_LOGIT,
+    AskOptions,
+)
 from msa.inference.refusal import (
     is_refusal,
     logit,
@@ -31,7 +37,7 @@ from msa.inference.refusal import (
     routing_features,
 )
 from msa.inference.snapshot import QuerySnapshot
-from msa.inference.spans import find_span
+from msa.inference.spans import find_span, sentence_around
 from msa.inference.trace import Candidates
 from msa.memory.store.word_index import LexicalQuery
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
-# Where a bank has no word index to tell rare words by.
+# Where a bank has no word index to tell rare words by, or the answer stands nowhere.
 UNKNOWN_COVERAGE = 0.5
 # Logit of the refusal below which the model would not write it by itself.
 LIKELY_REFUSAL = -4.0
@@ -386,10 +392,14 @@ class Interleave:
         """Take in how likely the refusal is in place of an answer."""
         self.scores[REFUSAL_LOGIT] = logit(log_probability)
         texts = [part for c in self.citations for part in (c.title or "", c.text)]
-        covered = self.request.snapshot.coverage(self.request.question, texts)
-        self.scores[COVERAGE] = UNKNOWN_COVERAGE if covered is None else covered
+        self.scores[COVERAGE] = self._coverage(texts)
         if not self._refuses_late:
             self._judge()
+
+    def _coverage(self, texts: Sequence[str]) -> float:
+        """Share of the question's words in some texts, rare ones counting more."""
+        covered = self.request.snapshot.coverage(self.request.question, texts) if texts else None
+        return UNKNOWN_COVERAGE if covered is None else covered
 
     def answering(self, position: int) -> TextRow:
         """What writes the answer, from this position on."""
@@ -398,12 +408,12 @@ class Interleave:
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first())
 
     def _not_first(self) -> Sequence[int]:
-        """Tokens that a refusal begins with, where the threshold has decided for an answer.
+        """Tokens that a refusal begins with, where the threshold decides, or has for an answer.
 
         Else the model could refuse by itself what the calibrated score would have answered.
         """
         form, options = self.request.format, self.request.options
-        decided = self.refusal and not self._refuses_late and not self.refused
+        decided = self.refusal and not self.refused
         likely = self.scores.get(REFUSAL_LOGIT, -math.inf) > LIKELY_REFUSAL
         return form.refusal_starts if decided and likely and options.force_answer_prefix else ()
 
@@ -447,11 +457,14 @@ class Interleave:
         text, stopped = form.answers.text(row.tokens), self.forced or "answered"
         if not row.ended:
             stopped = "max_tokens"
+        citations = [replace(c, span=find_span(c.text, text, question)) for c in self.citations]
         if row.tokens:
             self.scores[ANSWER_LOG_PROBABILITY] = row.log_probability / len(row.tokens)
+            if self.request.options.refusal_threshold is not None:
+                spans = [(c.text, sentence_around(c.text, *c.span)) for c in citations if c.span]
+                self.scores[ANSWER_COVERAGE] = self._coverage([t[slice(*at)] for t, at in spans])
             if self._refuses_late:
                 self._judge()
-        citations = [replace(c, span=find_span(c.text, text, question)) for c in self.citations]
         template = form.encoder.template
         if self.refused or is_refusal(text, template):
             text, stopped, citations = template.refusal, "not_found", []

@@ -34,7 +34,17 @@ ROUTING_MARGIN = "routing_margin"
 ANSWER_LOG_PROBABILITY = "answer_log_probability"
 # share of the question's words, rare ones counting more, that stand in what was read
 COVERAGE = "coverage"
-FEATURES = (REFUSAL_LOGIT, ROUTING_SCORE, ROUTING_MARGIN, ANSWER_LOG_PROBABILITY, COVERAGE)
+# the same share, in the sentences of what was read in which the answer stands
+ANSWER_COVERAGE = "answer_coverage"
+FEATURES = (
+    REFUSAL_LOGIT,
+    ROUTING_SCORE,
+    ROUTING_MARGIN,
+    ANSWER_LOG_PROBABILITY,
+    COVERAGE,
+    ANSWER_COVERAGE,
+)
+OF_THE_ANSWER = (ANSWER_LOG_PROBABILITY, ANSWER_COVERAGE)  # known only once it is written
 BIAS = "bias"
 
 

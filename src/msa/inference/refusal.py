@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from msa.inference.options import (
-    ANSWER_LOG_PROBABILITY,
     BIAS,
+    OF_THE_ANSWER,
     REFUSAL_LOGIT,
     ROUTING_MARGIN,
     ROUTING_SCORE,
@@ -51,7 +51,7 @@ def refusal_score(features: Mapping[str, float], weights: Mapping[str, float] | 
 
 def needs_answer(weights: Mapping[str, float] | None) -> bool:
     """Whether the score can only be told once the answer is written."""
-    return bool(weights and weights.get(ANSWER_LOG_PROBABILITY))
+    return any((weights or {}).get(name) for name in OF_THE_ANSWER)
 
 
 def is_refusal(text: str, template: PromptTemplate) -> bool:

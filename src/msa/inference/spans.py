@@ -8,6 +8,8 @@ import re
 NEARBY = 160
 _OCCURRENCES = 1000
 _WORD = re.compile(r"\w+")
+# Between two sentences; the point after an initial is none.
+_SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
@@ -41,6 +43,14 @@ def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
         if count > best_count:
             best, best_count = found.span(), count
     return best
+
+
+def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
+    """Character offsets of the sentence, or the sentences, that a span of a text stands in."""
+    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    first = max(cut for cut in cuts if cut <= start)
+    last = min(cut for cut in cuts if cut >= end)
+    return first, first + len(text[first:last].rstrip())
 
 
 def _has_borders(character: str) -> bool:
