@@ -12,8 +12,7 @@ they need and others of the set, DOCUMENTS in all. Chosen are:
   weights that differ by less than half a point, the smallest;
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
-  `--wrongly` of the former that are answered rightly (F1 above a half) are refused: a refusal in
-  place of a wrong answer is no loss;
+  `--wrongly` of the former are refused;
 - `end_bias` and `end_weight`: a logistic regression, over the rounds after the first, that tells
   those in which a gold document that is not read stands first or second among the unread from the
   others, by the model's own log odds of ending and by how far the best unread document leads;
@@ -288,14 +287,15 @@ def refusals(
     factors, bias = logistic(x, [False] * len(present) + [True] * len(absent))
     weights = {name: round(w, 5) for name, w in zip(FEATURES, factors, strict=True)}
     weights[BIAS] = round(bias, 5)
-    scores = sorted((refusal_score(row, weights) for row, right in answered if right), reverse=True)
+    scores = sorted((refusal_score(row, weights) for row in present), reverse=True)
     threshold = round(scores[int(wrongly * len(scores))], 4)
     refused = sum(refusal_score(row, weights) > threshold for row in absent)
-    kept = sum(refusal_score(row, weights) > threshold for row in present)
-    lost = sum(score > threshold for score in scores)
+    kept = sum(score > threshold for score in scores)
+    right = [refusal_score(row, weights) for row, is_right in answered if is_right]
+    lost = sum(score > threshold for score in right)
     print(
         f"refused {refused} of {len(absent)} without their documents, {kept} of {len(present)} "
-        f"with them, of which {lost} of {len(scores)} are answered rightly; weights {weights}, "
+        f"with them, {lost} of {len(right)} that are answered rightly; weights {weights}, "
         f"threshold {threshold}"
     )
     return weights, threshold
@@ -315,7 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=600, help="of each set, about")
     parser.add_argument("--keep", action="store_true", help="the ranking and the way to read")
     parser.add_argument("--judged", type=int, default=3, help="documents tried; 1 tries none")
-    parser.add_argument("--wrongly", type=float, default=0.02, help="share of right answers lost")
+    parser.add_argument("--wrongly", type=float, default=0.05, help="share wrongly refused")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", help="folder to write to; by default that of the model")
