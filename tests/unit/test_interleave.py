@@ -710,18 +710,32 @@ def test_where_the_threshold_is_for_an_answer_the_model_does_not_refuse_by_itsel
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("weights", [None, {"bias": 5.0, "answer_log_probability": -1.0}])
+@pytest.mark.parametrize(
+    ("weights", "threshold", "written"),
+    [
+        (None, 0.0, False),
+        # written in full only where the score needs it
+        ({"bias": 3.0, "answer_coverage": -4.0}, 0.5, True),
+        ({"bias": 5.0, "answer_log_probability": -1e4}, 0.5, False),
+        ({"bias": 5.0, "answer_coverage": -4.0}, 0.5, False),
+    ],
+)
 def test_an_answer_is_refused_when_its_score_is_above_the_threshold(
-    model: Any, encoder: PromptEncoder, script: Any, stream: bool, weights: Any
+    model: Any,
+    encoder: PromptEncoder,
+    script: Any,
+    stream: bool,
+    weights: Any,
+    threshold: float,
+    written: bool,
 ) -> None:
     script({"Q?": [f"[3]{READ}", END, f" Rome{STOP}"]})
     options = {"stream": stream, "refusal_weights": weights}
-    (answer,), events = run(model, encoder, ["Q?"], refusal_threshold=0.0, **options)
+    (answer,), events = run(model, encoder, ["Q?"], refusal_threshold=threshold, **options)
     assert (answer.text, answer.citations, answer.stopped) == (REFUSAL, (), "not_found")
     assert "".join(e.data for e in events if e.kind == "token") == REFUSAL * stream
-    assert answer.scores["refusal"] > 0
-    # written in full only where the score needs it
-    assert ("answer_log_probability" in answer.scores) == (weights is not None)
+    assert answer.scores["refusal"] > threshold
+    assert ("answer_log_probability" in answer.scores) is written
     (answer,), events = run(model, encoder, ["Q?"], refusal_threshold=1.0, **options)
     assert (answer.text, answer.stopped) == ("Rome", "answered")
     assert len(answer.citations) == 1

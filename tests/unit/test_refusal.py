@@ -14,7 +14,13 @@ from msa.inference.options import (
     FEATURES,
     REFUSAL_LOGIT,
 )
-from msa.inference.refusal import is_refusal, logit, needs_answer, refusal_score, routing_features
+from msa.inference.refusal import (
+    is_refusal,
+    logit,
+    refusal_range,
+    refusal_score,
+    routing_features,
+)
 from msa.text.prompts import PromptTemplate
 
 
@@ -38,11 +44,22 @@ def test_the_score_is_a_logistic_function_of_the_weighted_features() -> None:
     assert refusal_score(features, {"bias": -1e9}) == pytest.approx(0.0)
 
 
-def test_a_score_that_weighs_the_answer_needs_it() -> None:
-    assert not needs_answer(None)
-    assert not needs_answer({REFUSAL_LOGIT: 1.0, ANSWER_LOG_PROBABILITY: 0.0})
-    assert needs_answer({ANSWER_LOG_PROBABILITY: -0.5})
-    assert needs_answer({ANSWER_COVERAGE: -2.0})
+def test_without_weights_of_the_answer_the_score_is_known_before_it() -> None:
+    for weights in (None, {REFUSAL_LOGIT: 1.0, ANSWER_COVERAGE: 0.0}):
+        score = refusal_score({REFUSAL_LOGIT: 0.5}, weights)
+        assert refusal_range({REFUSAL_LOGIT: 0.5}, weights) == (score, score)
+
+
+@settings(deadline=None)
+@given(st.floats(-10, 10), st.floats(-3, 3), st.floats(-3, 3), st.floats(0, 1), st.floats(-20, 0))
+def test_no_answer_takes_the_score_out_of_its_range(
+    known: float, near: float, likely: float, covered: float, log_probability: float
+) -> None:
+    weights = {REFUSAL_LOGIT: 1.0, ANSWER_COVERAGE: near, ANSWER_LOG_PROBABILITY: likely}
+    least, most = refusal_range({REFUSAL_LOGIT: known}, weights)
+    answer = {ANSWER_COVERAGE: covered, ANSWER_LOG_PROBABILITY: log_probability}
+    score = refusal_score({REFUSAL_LOGIT: known, **answer}, weights)
+    assert least - 1e-9 <= score <= most + 1e-9
 
 
 def test_features_of_a_ranking() -> None:

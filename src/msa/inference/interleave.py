@@ -32,7 +32,7 @@ from msa.inference.options import (
 from msa.inference.refusal import (
     is_refusal,
     logit,
-    needs_answer,
+    refusal_range,
     refusal_score,
     routing_features,
 )
@@ -222,6 +222,7 @@ class Interleave:
     forced: str | None = None  # why the engine ended the retrieval, if it did
     scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
     refused: bool = False
+    _undecided: bool = False  # whether only the written answer tells if it is refused
     _sampler: Sampler = field(init=False)
     _found: _Routed = field(init=False)
     _pieces: AnswerPieces = field(init=False)
@@ -393,8 +394,12 @@ class Interleave:
         self.scores[REFUSAL_LOGIT] = logit(log_probability)
         texts = [part for c in self.citations for part in (c.title or "", c.text)]
         self.scores[COVERAGE] = self._coverage(texts)
-        if not self._refuses_late:
-            self._judge()
+        threshold = self.request.options.refusal_threshold
+        assert threshold is not None
+        least, most = refusal_range(self.scores, self.request.options.refusal_weights)
+        self.scores["refusal"] = least
+        self.refused |= least > threshold
+        self._undecided = least <= threshold < most
 
     def _coverage(self, texts: Sequence[str]) -> float:
         """Share of the question's words in some texts, rare ones counting more."""
@@ -419,14 +424,14 @@ class Interleave:
 
     def pieces(self, row: TextRow) -> list[Event]:
         """What of the answer has become certain since the last call."""
-        if not self.request.stream or self.refused or self._refuses_late:
+        if not self.request.stream or self.refused or self._undecided:
             return []
         new, self._given = row.tokens[self._given :], len(row.tokens)
         return self._token("".join(self._pieces.push(token) for token in new))
 
     def finish(self, row: TextRow) -> list[Event]:
         """The rest of the pieces, and the answer."""
-        held = self.refused or self._refuses_late
+        held = self.refused or self._undecided
         rest = self.pieces(row)
         answer = self._finished(row)
         if self.request.stream:
@@ -436,19 +441,13 @@ class Interleave:
     def _token(self, piece: str) -> list[Event]:
         return [Event("token", len(self.rounds), piece)] if piece else []
 
-    @property
-    def _refuses_late(self) -> bool:
-        """Whether an answer must be written in full before it is known to be refused."""
-        options = self.request.options
-        return options.refusal_threshold is not None and needs_answer(options.refusal_weights)
-
     def _judge(self) -> None:
-        threshold = self.request.options.refusal_threshold
-        if threshold is None or not self.refusal:
-            return
-        score = refusal_score(self.scores, self.request.options.refusal_weights)
-        self.scores["refusal"] = score
-        self.refused |= score > threshold
+        """Take in the score with what the answer adds to it."""
+        options = self.request.options
+        self.scores["refusal"] = refusal_score(self.scores, options.refusal_weights)
+        if self._undecided:
+            assert options.refusal_threshold is not None
+            self.refused = self.scores["refusal"] > options.refusal_threshold
 
     def _finished(self, row: TextRow) -> Answer:
         """The answer from what was written for it."""
@@ -460,10 +459,9 @@ class Interleave:
         citations = [replace(c, span=find_span(c.text, text, question)) for c in self.citations]
         if row.tokens:
             self.scores[ANSWER_LOG_PROBABILITY] = row.log_probability / len(row.tokens)
-            if self.request.options.refusal_threshold is not None:
+            if self.refusal:
                 spans = [(c.text, sentence_around(c.text, *c.span)) for c in citations if c.span]
                 self.scores[ANSWER_COVERAGE] = self._coverage([t[slice(*at)] for t, at in spans])
-            if self._refuses_late:
                 self._judge()
         template = form.encoder.template
         if self.refused or is_refusal(text, template):

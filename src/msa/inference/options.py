@@ -44,7 +44,8 @@ FEATURES = (
     COVERAGE,
     ANSWER_COVERAGE,
 )
-OF_THE_ANSWER = (ANSWER_LOG_PROBABILITY, ANSWER_COVERAGE)  # known only once it is written
+# Known only once the answer is written; and what they can be.
+OF_THE_ANSWER = {ANSWER_LOG_PROBABILITY: (-math.inf, 0.0), ANSWER_COVERAGE: (0.0, 1.0)}
 BIAS = "bias"
 
 

@@ -43,15 +43,36 @@ def refusal_score(features: Mapping[str, float], weights: Mapping[str, float] | 
         features: of one question; one that is missing counts as 0.
         weights: factor of every feature, and "bias"; `PLAIN_WEIGHTS` when None.
     """
+    return _probability(_total(features, PLAIN_WEIGHTS if weights is None else weights))
+
+
+def refusal_range(
+    features: Mapping[str, float], weights: Mapping[str, float] | None
+) -> tuple[float, float]:
+    """The least and the greatest score that there can be once the answer is written.
+
+    They are equal where the score weighs nothing of the answer.
+
+    Args:
+        features: what is known of one question before.
+        weights: as of `refusal_score`.
+    """
     weights = PLAIN_WEIGHTS if weights is None else weights
-    total = weights.get(BIAS, 0.0)
-    total += sum(weights.get(name, 0.0) * value for name, value in features.items())
+    low = high = _total(features, weights)
+    for name, ends in OF_THE_ANSWER.items():
+        if weights.get(name) and name not in features:
+            least, most = sorted(weights[name] * end for end in ends)
+            low, high = low + least, high + most
+    return _probability(low), _probability(high)
+
+
+def _total(features: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    known = sum(weights.get(name, 0.0) * value for name, value in features.items())
+    return weights.get(BIAS, 0.0) + known
+
+
+def _probability(total: float) -> float:
     return 1.0 / (1.0 + math.exp(-max(-700.0, min(700.0, total))))
-
-
-def needs_answer(weights: Mapping[str, float] | None) -> bool:
-    """Whether the score can only be told once the answer is written."""
-    return any((weights or {}).get(name) for name in OF_THE_ANSWER)
 
 
 def is_refusal(text: str, template: PromptTemplate) -> bool:
