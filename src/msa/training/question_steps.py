@@ -355,12 +355,8 @@ class _Step:
 
     def _answer(self, sample: Sample, row: int, *, known: bool) -> None:
         question = self._question(row)
-        sample.write(self.encoder.restatement(question.question), 0.0)
-        lead_in = len(self.encoder.tokenize(self.encoder.template.answer))
         text = question.answers[0] if known else self.encoder.template.refusal
-        ids = self.encoder.answer(text)
-        sample.write(ids[:lead_in], 0.0)
-        sample.write(ids[lead_in:], 1.0)
+        sample.write_answer(self.encoder, question.question, text)
 
     def _named(self, row: int) -> Sample | None:
         """Round 1: all gold documents, one or several, and then no further one."""

@@ -46,6 +46,14 @@ class Sample:
         self.labels += ids if weight else [IGNORED] * len(ids)
         self.weights += [weight] * len(ids)
 
+    def write_answer(self, encoder: PromptEncoder, question: str, text: str) -> None:
+        """Append the question, stated once more, the lead-in, and an answer that is predicted."""
+        self.write(encoder.restatement(question), 0.0)
+        lead_in = len(encoder.tokenize(encoder.template.answer))
+        ids = encoder.answer(text)
+        self.write(ids[:lead_in], 0.0)
+        self.write(ids[lead_in:], 1.0)
+
 
 class SampleBuilder:
     """Builds the tensors of one training step from one world."""
