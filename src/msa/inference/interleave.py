@@ -219,6 +219,7 @@ class Interleave:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     routing_seconds: float = 0.0
+    left_out: int = 0  # prefills for which others were preferred, so far
     forced: str | None = None  # why the engine ended the retrieval, if it did
     scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
     refused: bool = False

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 2048
 # Tokens that a question which may try documents is counted with, before it is known how many.
 TRIAL_TOKENS = 256
-# A prompt that was left waiting so many times is prefilled next, however long it is.
+# Prompts are prefilled together if the longest has at most so many times the tokens of the
+# shortest: what is between is padding, which costs as much as what is asked.
+SIMILAR_PROMPTS = 1.5
+# From when a question was left out of so many prefills, its prompts are the next, however long.
 PATIENCE = 4
 # Rows write together if the longer cache has at most so many times the columns of the shorter.
 SIMILAR_LENGTH = 2.0
@@ -51,12 +54,10 @@ class _Prompt:
     Attributes:
         run: the question.
         context: what is to be prefilled.
-        left: how many prefills it has been left out of.
     """
 
     run: Interleave
     context: LocalContext
-    left: int = 0
 
     def __len__(self) -> int:
         return len(self.context.input_ids)
@@ -174,22 +175,24 @@ class Scheduler:
         self._waiting.append(_Prompt(run, run.context()))
 
     def _next_prompts(self) -> list[_Prompt]:
-        """Prompts that are prefilled next: the shortest first, as many as the budget allows.
+        """Prompts that are prefilled next: the shortest first, of like length, up to the budget.
 
         Those that others were often preferred to go before all.
         """
-        found = sorted(self._waiting, key=lambda some: (some.left < PATIENCE, len(some)))
+        found = sorted(self._waiting, key=lambda some: (some.run.left_out < PATIENCE, len(some)))
         taken: list[_Prompt] = []
-        longest = tried = 0
+        shortest = longest = len(found[0])
+        tried = 0
         for prompt in found:
-            longest = max(longest, len(prompt))
+            shortest, longest = min(shortest, len(prompt)), max(longest, len(prompt))
             tried += TRIAL_TOKENS * prompt.run.tries
-            if taken and (len(taken) + 1) * longest + tried > self.prefill_tokens:
+            padded = longest > SIMILAR_PROMPTS * shortest
+            if taken and (padded or (len(taken) + 1) * longest + tried > self.prefill_tokens):
                 break
             taken.append(prompt)
         self._waiting = [some for some in self._waiting if some not in taken]
         for prompt in self._waiting:
-            prompt.left += 1
+            prompt.run.left_out += 1
         return taken
 
     def _prefill(self, prompts: Sequence[_Prompt]) -> None:
