@@ -57,8 +57,8 @@ JUDGE_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
 WORTH_MORE = 1.0  # F1, in percent
-# Not the margin between the best documents: in a larger bank
-# than these it is smaller for every question.
+# Not the margin between the best documents: in a larger bank than these it is smaller for every
+# question.
 FEATURES = (REFUSAL_LOGIT, COVERAGE, ANSWER_COVERAGE)
 
 

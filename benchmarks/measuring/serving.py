@@ -377,29 +377,10 @@ def multipart(
 
 
 @dataclass(slots=True)
-class _Client:
-    """One client of a soak.
-
-    Attributes:
-        index: which of them.
-        rng: decides what it does.
-        words: id -> the word that tells its text.
-        gone: words that are deleted.
-    """
-
-    index: int
-    rng: random.Random
-    words: dict[str, str] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Soak:
     """What all clients of a soak share.
 
     Attributes:
-        ends: when the clients stop; of the phase that runs.
-        compacted: when the bank was, last.
         dead: words of texts that are deleted -> when that was acknowledged.
         counts: of requests, by what they did.
         failures: what must not happen.
@@ -407,8 +388,7 @@ class _Soak:
 
     service: Service
     workload: Workload
-    ends: float = 0.0
-    compacted: float = 0.0
+    ends: float
     dead: dict[str, float] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -422,10 +402,6 @@ def soak(
     Every text that is added holds a word of its own. Once its deletion is acknowledged, nothing
     that is asked from then on may show the word.
 
-    While questions run, memory goes up and down by a third, with how many run together and with a
-    bank that is loaded again. So means are compared, of the two halves of the time after warming
-    up. (Memory at rest tells less: it is what the allocator happened to keep.)
-
     Args:
         service: with the documents of the workload in its bank.
         workload: its questions are asked, beside questions about what was added.
@@ -435,77 +411,85 @@ def soak(
         note: told of the memory.
     """
     found = Finding("soak", {"clients": clients, "minutes": minutes})
-    shared = _Soak(service, workload)
-    using = [_Client(i, random.Random(f"{seed}-{i}")) for i in range(clients)]
-    _phase(shared, using, 60 * minutes / 5, note)
-    in_use = _phase(shared, using, 60 * minutes * 4 / 5, note)
+    began = time.monotonic()
+    shared = _Soak(service, workload, began + 60 * minutes)
+    memory: list[tuple[float, int]] = []
+    with ThreadPoolExecutor(clients) as pool:
+        using = [pool.submit(_use, shared, i, random.Random(f"{seed}-{i}")) for i in range(clients)]
+        _watch(shared, using, memory, note)
+        for future in using:
+            future.result()
+    growth = _growth(memory, began + 60 * minutes / 5, shared.ends)
     found.failures += shared.failures
     found.failures += [f"in the log: {line}" for line in service.failures()]
     for what, count in sorted(shared.counts.items()):
         found.add(what, count)
     found.add("errors and texts that came back", len(found.failures), "0")
-    if half := len(in_use) // 2:
-        first, second = mean(in_use[:half]), mean(in_use[half:])
+    if growth is not None:
+        first, second = growth
         found.add("MB of memory, mean of the first half", first / 1e6)
         found.add("MB of memory, mean of the second half", second / 1e6)
         found.add("growth, %", 100 * (second / first - 1), "<= 5")
     return found
 
 
-def _phase(shared: _Soak, using: Sequence[_Client], seconds: float, note: Note) -> list[int]:
-    """All clients at work for so long; bytes of memory, every second."""
-    shared.ends = time.monotonic() + seconds
-    with ThreadPoolExecutor(len(using)) as pool:
-        working = [pool.submit(_use, shared, client) for client in using]
-        memory = _watch(shared, working, note)
-        for future in working:
-            future.result()
-    return memory
-
-
-def _watch(shared: _Soak, working: Sequence[Future[None]], note: Note) -> list[int]:
-    """Note the memory every second, and compact the bank every minute."""
-    memory: list[int] = []
-    told = time.monotonic()
-    while not all(future.done() for future in working):
+def _watch(
+    shared: _Soak, using: Sequence[Future[None]], memory: list[tuple[float, int]], note: Note
+) -> None:
+    """Write down the memory every second, and compact the bank every minute."""
+    compacted = told = time.monotonic()
+    while not all(future.done() for future in using):
         now = time.monotonic()
         if (held := shared.service.rss()) is not None:
-            memory.append(held)
-        if now - shared.compacted > 60:
-            _compact(shared)
+            memory.append((now, held))
+        if now - compacted > 60:
+            _maintained(shared.service, "compact")
+            shared.counts["compacted"] += 1
+            compacted = now
         if memory and now - told > 60:
-            note(f"{sum(shared.counts.values()):,} requests, {memory[-1] / 1e6:,.0f} MB")
+            note(f"{sum(shared.counts.values()):,} requests, {memory[-1][1] / 1e6:,.0f} MB")
             told = now
         time.sleep(min(1.0, max(0.05, (shared.ends - now) / 20)))
-    return memory
 
 
-def _compact(shared: _Soak) -> None:
-    _maintained(shared.service, "compact")
-    shared.counts["compacted"] += 1
-    shared.compacted = time.monotonic()
+def _growth(
+    memory: Sequence[tuple[float, int]], warm: float, ends: float
+) -> tuple[float, float] | None:
+    """Mean memory of the two halves of the time after warming up; None if there is none of one.
+
+    It goes up and down by a third, with how many questions run together and with a bank that is
+    loaded again. Memory at rest tells less: it is what the allocator happened to keep.
+    """
+    middle = (warm + ends) / 2
+    first = [held for when, held in memory if warm <= when < middle]
+    second = [held for when, held in memory if middle <= when < ends]
+    return (mean(first), mean(second)) if first and second else None
 
 
-def _use(shared: _Soak, client: _Client) -> None:
+def _use(shared: _Soak, client: int, rng: random.Random) -> None:
     """One client's loop."""
+    words: dict[str, str] = {}  # id -> the word that tells its text
+    gone: list[str] = []  # words that are deleted
     for count in itertools.count():
         if time.monotonic() >= shared.ends and count >= LEAST_ACTIONS:
             break
-        action = client.rng.choices(
-            (_ask, _search, _store, _delete), weights=(50, 15, 25, 10 if client.words else 0)
+        action = rng.choices(
+            (_ask, _search, _store, _delete), weights=(50, 15, 25, 10 if words else 0)
         )[0]
         try:
-            action(shared, client)
+            action(shared, client, rng, words, gone)
         except UNREACHABLE as error:
             shared.failures.append(f"{action.__name__}: {type(error).__name__}: {error}")
             shared.service.check_alive()
-        del client.gone[:-20]
+        del gone[:-20]
 
 
-def _ask(shared: _Soak, client: _Client) -> None:
+def _ask(
+    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
+) -> None:
     began = time.monotonic()
-    question = _question(shared, client)
-    if client.rng.random() < 0.5:
+    question = _question(shared, rng, words, gone)
+    if rng.random() < 0.5:
         asked = shared.service.ask(question)
         _check(shared, "asked as a stream", began, asked.status, asked.text)
         if asked.status == 200 and asked.answer is None:
@@ -515,41 +499,46 @@ def _ask(shared: _Soak, client: _Client) -> None:
         _check(shared, "asked", began, reply.status, reply.body.decode())
 
 
-def _search(shared: _Soak, client: _Client) -> None:
+def _search(
+    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
+) -> None:
     began = time.monotonic()
-    body = {"query": _question(shared, client), "top_k": 10}
+    body = {"query": _question(shared, rng, words, gone), "top_k": 10}
     reply = shared.service.request("POST", f"/api/banks/{BANK}/search", body)
     _check(shared, "searched", began, reply.status, reply.body.decode())
 
 
-def _question(shared: _Soak, client: _Client) -> str:
+def _question(shared: _Soak, rng: random.Random, words: dict[str, str], gone: list[str]) -> str:
     """About the world, or what this client has added or deleted; the word itself stays out."""
-    rng, asked = client.rng, [*client.words.values(), *client.gone]
+    asked = [*words.values(), *gone]
     if asked and rng.random() < 0.4:
         return f"When was {rng.choice(asked)[2:]} born?"
     return rng.choice(shared.workload.questions)
 
 
-def _store(shared: _Soak, client: _Client) -> None:
-    rng, words = client.rng, client.words
-    name, word = f"soak-{client.index}-{rng.randrange(20)}", f"Zq{rng.getrandbits(40):010x}"
+def _store(
+    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
+) -> None:
+    name, word = f"soak-{client}-{rng.randrange(20)}", f"Zq{rng.getrandbits(40):010x}"
     before = words.get(name)
     reply = shared.service.put(name, f"{word} was born in {rng.randrange(1800, 2000)}.")
     _check(shared, "updated" if before else "added", 0.0, reply.status, "", (200, 201))
     if reply.status in (200, 201):
         words[name] = word
         if before is not None:
-            client.gone.append(before)
+            gone.append(before)
             shared.dead[before] = time.monotonic()
 
 
-def _delete(shared: _Soak, client: _Client) -> None:
-    name = client.rng.choice(sorted(client.words))
+def _delete(
+    shared: _Soak, client: int, rng: random.Random, words: dict[str, str], gone: list[str]
+) -> None:
+    name = rng.choice(sorted(words))
     reply = shared.service.request("DELETE", f"/api/banks/{BANK}/documents/{name}")
     _check(shared, "deleted", 0.0, reply.status, "")
     if reply.status == 200:
-        client.gone.append(client.words.pop(name))
-        shared.dead[client.gone[-1]] = time.monotonic()
+        gone.append(words.pop(name))
+        shared.dead[gone[-1]] = time.monotonic()
 
 
 def _check(

@@ -110,7 +110,7 @@ class Scheduler:
     max_rows: int = 16
     prefill_tokens: int = PREFILL_TOKENS
     _new: deque[Request] = field(default_factory=deque)
-    _waiting: list[_Prompt] = field(default_factory=list)  # the longest there first
+    _waiting: list[_Prompt] = field(default_factory=list)  # for a prefill
     _cohorts: list[_Cohort] = field(default_factory=list)
     _events: list[tuple[Request, Event | MSAError]] = field(default_factory=list)
 
