@@ -13,14 +13,12 @@ import torch
 from conftest import make_tiny_model
 from msa.errors import ModelError
 from msa.inference.batch import prompt_batch
+from msa.inference.choosing import GUIDED_TOKENS, Sampler, check_logits, choose
 from msa.inference.constraints import RoundGrammar, Written
 from msa.inference.decoding import (
     Decoder,
     RoundRow,
-    Sampler,
     TextRow,
-    check_logits,
-    choose,
     prefill,
     write_all,
 )
@@ -333,6 +331,49 @@ def test_a_seed_decides_what_is_drawn_and_the_global_generator_only_without_one(
     assert free != draws(None)
     torch.manual_seed(0)
     assert draws(None) == free
+
+
+def test_a_guide_chooses_among_the_likeliest_tokens_of_its_row() -> None:
+    logits = torch.arange(20.0).repeat(3, 1).log_softmax(-1)
+    asked: list[int] = []
+
+    def guide(token: int) -> float:
+        asked.append(token)
+        return 5.5 if token == 14 else 0.0 if token > 14 else 1000.0 * (token < 11)
+
+    guides = [None, guide, guide]
+    samplers = [*greedy(2), Sampler(1.0, 1.0, 0)]
+    chosen = choose(logits, samplers, None, [True] * 3, guides)
+    assert [token for token, _ in chosen[:2]] == [19, 14]
+    assert [value for _, value in chosen[:2]] == pytest.approx(logits[0, [19, 14]].tolist())
+    assert sorted(asked) == list(range(20 - GUIDED_TOKENS, 20))  # once; a row that draws has none
+    assert chosen[2] == choose(logits[:1], [Sampler(1.0, 1.0, 0)], None, [True])[0]
+    barred = logits.clone()
+    barred[:, 14] = -math.inf
+    chosen = choose(logits, samplers, barred, [True] * 3, guides)
+    assert [token for token, _ in chosen[:2]] == [19, 19]
+    few = torch.zeros(1, 3)
+    assert choose(few, greedy(1), None, [True], [float])[0][0] == 2
+
+
+def test_a_preference_sees_the_text_with_every_token_that_may_follow(
+    model: Any, memory: Any
+) -> None:
+    seen: list[list[int]] = []
+
+    def prefer(tokens: Sequence[int]) -> float:
+        seen.append(list(tokens))
+        return 1000.0 * (tokens[-1] % 2)
+
+    rows = [TextRow(s, [], 3, (), p) for s, p in zip(greedy(2), (prefer, None), strict=True)]
+    write_all(decoder_of(model, memory, CONTEXTS[:2]), rows)
+    alone = [TextRow(greedy(1)[0], [], 3)]
+    write_all(decoder_of(model, memory, CONTEXTS[1:2]), alone)
+    assert rows[1].tokens == alone[0].tokens  # another row's preference is not its own
+    assert len(seen) == 3 * GUIDED_TOKENS
+    assert seen[-1][:2] == rows[0].tokens[:2]
+    likely = {tokens[0] for tokens in seen if len(tokens) == 1}
+    assert rows[0].tokens[0] % 2 == any(token % 2 for token in likely)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -43,6 +43,7 @@ from msa.types import Content, Selection
         ("judge_weight", -0.5),
         ("judge_margin", float("nan")),
         ("end_weight", -1.0),
+        ("evidence_weight", -1.0),
         ("end_bias", float("inf")),
         ("layer_weights", {}),
         ("layer_weights", {2: 0}),

@@ -18,7 +18,7 @@ from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import InputError, ModelError
 from msa.inference import scheduler
 from msa.inference.decoding import Decoder
-from msa.inference.interleave import UNKNOWN_COVERAGE, AskFormat, Request
+from msa.inference.interleave import UNKNOWN_SHARE, AskFormat, Request
 from msa.inference.options import AskOptions
 from msa.inference.scheduler import Scheduler
 from msa.memory.latent import LatentMemory
@@ -71,7 +71,7 @@ class FakeSnapshot:
             for (numbers, _), some in zip(asked, texts, strict=True)
         ]
 
-    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+    def coverage(self, question: str, texts: Sequence[str]) -> list[float] | None:
         return None
 
     def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
@@ -506,10 +506,11 @@ def test_documents_that_stand_close_together_are_tried_before_anything_is_read(
 
 
 @pytest.mark.parametrize(
-    ("answer", "texts", "refused"),
+    ("answer", "share", "refused"),
     [
-        ("Rome", ["Ada was born in Rome."], True),
-        ("Paris", [], False),  # it stands nowhere, and nothing can be told
+        ("Rome", 0.1, True),
+        ("Ada", 0.7, False),  # it stands in both sentences: the better one counts
+        ("Paris", UNKNOWN_SHARE, False),  # it stands nowhere, and nothing can be told
     ],
 )
 def test_how_much_of_the_question_stands_beside_the_answer_counts(
@@ -518,17 +519,22 @@ def test_how_much_of_the_question_stands_beside_the_answer_counts(
     script: Any,
     monkeypatch: pytest.MonkeyPatch,
     answer: str,
-    texts: list[str],
+    share: float,
     refused: bool,
 ) -> None:
-    asked: list[list[str]] = []
-    monkeypatch.setattr(FakeSnapshot, "coverage", lambda _, q, some: asked.append(some) or 0.1)
+    asked: list[Sequence[str]] = []
+    shares = [0.6, 0.7, 0.1]
+    monkeypatch.setattr(FakeSnapshot, "coverage", lambda _, q, some: asked.append(some) or shares)
+    texts = {**TEXTS, 3: "Ada bakes. Ada was born in Rome."}
     script({"Q?": [f"[3]{READ}", END, f" {answer}{STOP}"]})
     weights = {"answer_coverage": -10.0, "bias": 4.0}
-    (found,), _ = run(model, encoder, ["Q?"], refusal_threshold=0.9, refusal_weights=weights)
-    assert asked[1:] == ([texts] if texts else [])  # the first is what was read
+    options = {"refusal_threshold": 0.9, "refusal_weights": weights}
+    (found,), _ = run(model, encoder, ["Q?"], texts=texts, **options)
+    (given,) = asked  # all that was read, then sentence by sentence
+    assert [text.strip() for text in given] == [texts[3], "Ada bakes.", "Ada was born in Rome."]
     assert (found.stopped == "not_found") is refused
-    assert found.scores["answer_coverage"] == (0.1 if texts else UNKNOWN_COVERAGE)
+    assert found.scores["coverage"] == 0.6
+    assert found.scores["answer_coverage"] == share
 
 
 def test_what_a_question_asks_for_and_nobody_wrote_speaks_for_a_refusal(
@@ -537,20 +543,21 @@ def test_what_a_question_asks_for_and_nobody_wrote_speaks_for_a_refusal(
     asked: list[tuple[str, list[str]]] = []
     covered: list[float | None] = [0.25, None]
 
-    def coverage(_: Any, question: str, texts: Sequence[str]) -> float | None:
+    def coverage(_: Any, question: str, texts: Sequence[str]) -> list[float] | None:
         asked.append((question, list(texts)))
-        return covered[len(asked) - 1]
+        share = covered[len(asked) - 1]
+        return None if share is None else [share] * len(texts)
 
     monkeypatch.setattr(FakeSnapshot, "coverage", coverage)
     options = {"max_rounds": 1, "max_new_tokens": 2, "refusal_threshold": 0.5}
     weights = {"coverage": -10.0, "bias": 4.0}
-    for expected, refused in ((0.25, True), (UNKNOWN_COVERAGE, False)):
+    for expected, refused in ((0.25, True), (UNKNOWN_SHARE, False)):
         (answer,), _ = run(model, encoder, ["Q?"], refusal_weights=weights, **options)
         assert answer.scores["coverage"] == expected
         assert (answer.stopped == "not_found") is refused
     question, texts = asked[1]
     assert question == "Q?"
-    assert texts == [part for c in answer.citations for part in (c.title or "", c.text)]
+    assert texts[0] == "\n".join(p for c in answer.citations for p in (c.title or "", c.text))
     run(model, encoder, ["Q?"], max_rounds=1, max_new_tokens=2)
     assert len(asked) == 2  # only where a threshold asks for it
 

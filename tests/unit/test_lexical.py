@@ -80,7 +80,7 @@ def test_the_scores_of_given_numbers_are_those_of_the_search(planets):
 
 def test_a_question_is_covered_by_the_words_that_stand_in_what_was_read(planets):
     def covered(question, *texts):
-        return planets.lexical_coverage(question, texts)
+        return planets.lexical_coverage(question, ["\n".join(texts)])[0]
 
     assert covered("Which planet has two moons?", "The PLANET which has moon two.") == 1
     assert covered("caf\u00e9", "Cafe Mu\u0308nchen") == 1
@@ -92,6 +92,9 @@ def test_a_question_is_covered_by_the_words_that_stand_in_what_was_read(planets)
     planet, rings, zeppelins = (covered(question, word) for word in words)
     assert 0 < planet < rings < zeppelins < 1
     assert planet + rings + zeppelins == pytest.approx(1)
+    each = planets.lexical_coverage(question, ["ring, zeppelin", "", "planet"])
+    assert each == pytest.approx([rings + zeppelins, 0, planet])
+    assert planets.lexical_coverage(question, []) == []
 
 
 def test_a_title_can_count_more(bank):

@@ -13,6 +13,7 @@ from evaluation_tools import tiny_question_set
 from msa import Document, MemoryBank, MemoryEngine
 from msa.errors import InputError
 from msa.evaluation.backbone import BackboneRetriever
+from msa.evaluation.corpus_words import CorpusWords
 from msa.evaluation.reader import ReadAnswer, TextReader, is_refusal
 from msa.evaluation.retrieval import BM25Retriever, best_rows, z_scores
 from msa.evaluation.routing import bank_states, fuse, layer_scores
@@ -137,19 +138,47 @@ def test_the_reader_answers_as_the_engine_does_with_the_same_documents(
     reader = TextReader(checkpoint, max_new_tokens=12, memory=memory)
     rows = {document.id: i for i, document in enumerate(tiny_set.documents)}
     documents = [
-        [(c.number, tiny_set.documents[rows[c.id]].content) for c in answer.citations]
-        for answer in answers
+        [(c.number, tiny_set.documents[rows[c.id]]) for c in answer.citations] for answer in answers
     ]
     read = reader.answer(texts, documents)
     assert [r.text for r in read] == [a.text for a in answers]
     assert [r.numbers for r in read] == [tuple(c.number for c in a.citations) for a in answers]
 
 
+def test_the_reader_weighs_evidence_as_the_engine_does(checkpoint, tiny_set, states, engine):
+    weight = {"evidence_weight": 40.0}
+    texts = [question.text for question in tiny_set.questions]
+    asked = {"max_rounds": 1, "max_documents_per_round": 2, "min_documents_per_round": 2}
+    answers = engine.ask(texts, **asked, **weight)
+    assert [a.text for a in answers] != [a.text for a in engine.ask(texts, **asked)]
+    memory = LatentMemory(states, checkpoint.model.config.top_k_documents)
+    words = CorpusWords(document.content for document in tiny_set.documents)
+    reader = TextReader(
+        replace(checkpoint, ask_options=AskOptions(**weight)),
+        max_new_tokens=12,
+        memory=memory,
+        coverage=words.coverage,
+    )
+    of_id = {document.id: document for document in tiny_set.documents}
+    documents = [[(c.number, of_id[c.id]) for c in answer.citations] for answer in answers]
+    assert [r.text for r in reader.answer(texts, documents)] == [a.text for a in answers]
+
+
+def test_words_of_a_corpus_weigh_as_in_a_bank_of_it(tiny_set, engine):
+    documents = tiny_set.documents
+    words = CorpusWords(document.content for document in documents)
+    texts = [*(document.text for document in documents), "Nothing", ""]
+    for question in [*(q.text for q in tiny_set.questions), "Which zeppelin?", "?", "cafe\u0301"]:
+        expected = engine.bank.lexical_coverage(question, texts)
+        assert words.coverage(question, texts) == pytest.approx(expected)
+
+
 def test_without_a_memory_only_the_documents_decide(checkpoint):
     reader = TextReader(checkpoint, max_new_tokens=5)
-    (one,), (other,) = (reader.answer(["Where?"], [[(1, text)]]) for text in ("Rome", "Oslo"))
+    rome, oslo = Document("r", "Rome"), Document("o", "Oslo")
+    (one,), (other,) = (reader.answer(["Where?"], [[(1, read)]]) for read in (rome, oslo))
     assert one.text != other.text
-    batch = reader.answer(["Where?"] * 2, [[(1, "Rome")], [(1, "Oslo")]])
+    batch = reader.answer(["Where?"] * 2, [[(1, rome)], [(1, oslo)]])
     assert [r.text for r in batch] == [one.text, other.text]
     assert one.generated_tokens <= 5
 
@@ -159,7 +188,8 @@ def test_documents_without_room_are_left_out_and_a_question_without_room_is_refu
 ):
     model = make_tiny_model(max_position_embeddings=400)
     reader = TextReader(checkpoint_of(model, tiny_tokenizer), max_new_tokens=4)
-    (found,) = reader.answer(["Where?"], [[(7, "Rome"), (9, "x" * 400)]])
+    rome, long = Document("r", "Rome"), Document("x", "x" * 400)
+    (found,) = reader.answer(["Where?"], [[(7, rome), (9, long)]])
     assert found.numbers == (7,)
     with pytest.raises(InputError, match="Ask a shorter question"):
         reader.answer(["Where" * 99], [[]])
@@ -172,9 +202,10 @@ class FakeReader:
     """Answers with the texts that it is handed."""
 
     def answer(self, questions, documents, max_new_tokens=None):
+        texts = [" ".join(document.content for _, document in given) for given in documents]
         return [
-            ReadAnswer(" ".join(t for _, t in given), False, tuple(n for n, _ in given), 3, 2)
-            for given in documents
+            ReadAnswer(text, False, tuple(n for n, _ in given), 3, 2)
+            for text, given in zip(texts, documents, strict=True)
         ]
 
 

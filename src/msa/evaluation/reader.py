@@ -9,18 +9,21 @@ the lead-in of the answer. No memory is attended to unless one is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
 from msa.inference.batch import prompt_batch
-from msa.inference.decoding import Decoder, Sampler, TextRow, write_all
+from msa.inference.choosing import Sampler
+from msa.inference.decoding import Decoder, Preference, TextRow, write_all
+from msa.inference.evidence import Evidence
 from msa.inference.interleave import AskFormat
 from msa.inference.options import AskOptions
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import LocalContext, PromptEncoder, PromptTemplate, Reading
-from msa.types import MemoryReader
+from msa.types import Document, MemoryReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class TextReader:
         memory: attended to beside the documents, routed from as the context says; none by default.
         refusal_threshold: probability of the refusal, as the model gives it, above which the reader
             refuses, in (0, 1]; 1 always answers.
+        coverage: how much of a question each of some texts holds; answers are weighed by it as the
+            checkpoint's `AskOptions.evidence_weight` says. Without it they are not.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class TextReader:
         max_new_tokens: int = 64,
         memory: MemoryReader | None = None,
         refusal_threshold: float = 0.5,
+        coverage: Callable[[str, Sequence[str]], Sequence[float]] | None = None,
     ) -> None:
         self._model = checkpoint.model.eval()
         self._encoder = PromptEncoder(checkpoint.tokenizer, checkpoint.template)
@@ -74,35 +80,49 @@ class TextReader:
         self._lead_in, self._refusal = form.lead_in(options), form.refusal(options)
         self._refusal_starts = form.refusal_starts
         self._answers, self._pad = form.answers, form.pad
+        self._coverage, self._weight = coverage, checkpoint.ask_options.evidence_weight
 
     def answer(
         self,
         questions: Sequence[str],
-        documents: Sequence[Sequence[tuple[int, str]]],
+        documents: Sequence[Sequence[tuple[int, Document]]],
         max_new_tokens: Sequence[int | None] | None = None,
     ) -> list[ReadAnswer]:
         """Answer a batch of questions.
 
         Args:
             questions: as asked.
-            documents: (number, text) of those given to each question, in reading order; the last
+            documents: those given, each with a number, to each question, in reading order; the last
                 ones are left out where the model has no positions for them. None at all is allowed.
             max_new_tokens: of each answer, where it is not the reader's.
 
         Raises:
             InputError: a question leaves no position for an answer.
         """
-        pairs = zip(questions, documents, strict=True)
+        pairs = list(zip(questions, documents, strict=True))
         fitted = [self._fitted(question, given) for question, given in pairs]
-        contexts = [context for context, _ in fitted]
+        preferences = [
+            self._preference(question, given[: len(numbers)])
+            for (question, given), (_, numbers) in zip(pairs, fitted, strict=True)
+        ]
         limits = [n or self._max_new_tokens for n in max_new_tokens or [None] * len(questions)]
+        written = self._write([context for context, _ in fitted], limits, preferences)
         answers = []
-        for (context, numbers), tokens in zip(fitted, self._write(contexts, limits), strict=True):
+        for (context, numbers), tokens in zip(fitted, written, strict=True):
             text = self._answers.text(tokens)
             refused = is_refusal(text, self._encoder.template)
             size = len(context.input_ids)
             answers.append(ReadAnswer(text, refused, numbers, size, len(tokens)))
         return answers
+
+    def _preference(
+        self, question: str, documents: Sequence[tuple[int, Document]]
+    ) -> Preference | None:
+        if self._coverage is None or not self._weight:
+            return None
+        texts = [(document.title or "", document.text) for _, document in documents]
+        evidence = Evidence(texts, partial(self._coverage, question))
+        return evidence.preference(self._weight, self._answers)
 
     def context(self, question: str, documents: Sequence[tuple[int, str]]) -> LocalContext:
         """The whole prompt: what the engine's own context is when it begins to answer."""
@@ -129,11 +149,12 @@ class TextReader:
         return int(config.max_position_embeddings - config.top_k_documents - 1)
 
     def _fitted(
-        self, question: str, documents: Sequence[tuple[int, str]]
+        self, question: str, documents: Sequence[tuple[int, Document]]
     ) -> tuple[LocalContext, tuple[int, ...]]:
         room = self._positions
-        for count in range(len(documents), -1, -1):
-            context = self.context(question, documents[:count])
+        texts = [(number, document.content) for number, document in documents]
+        for count in range(len(texts), -1, -1):
+            context = self.context(question, texts[:count])
             if len(context.input_ids) <= room:
                 return context, tuple(number for number, _ in documents[:count])
         raise InputError(
@@ -141,7 +162,12 @@ class TextReader:
             f"has {room}. Ask a shorter question"
         )
 
-    def _write(self, contexts: Sequence[LocalContext], limits: Sequence[int]) -> list[list[int]]:
+    def _write(
+        self,
+        contexts: Sequence[LocalContext],
+        limits: Sequence[int],
+        preferences: Sequence[Preference | None],
+    ) -> list[list[int]]:
         """Tokens of every answer, end mark included."""
         model, config = self._model, self._model.config
         prompts = prompt_batch(contexts, config.top_k_documents, self._pad, model.device)
@@ -154,8 +180,11 @@ class TextReader:
                 self._answers.ends,
                 0 if no else min(limit, positions - start),
                 self._refusal_starts,
+                prefer,
             )
-            for limit, start, no in zip(limits, decoder.positions, refused, strict=True)
+            for limit, start, no, prefer in zip(
+                limits, decoder.positions, refused, preferences, strict=True
+            )
         ]
         write_all(decoder, rows)
         return [row.tokens for row in rows]

@@ -406,7 +406,7 @@ def _read(
     began: float,
 ) -> list[Outcome]:
     """Let a reader answer from rows of the corpus."""
-    texts = [[(row + 1, documents[row].content) for row in rows] for rows in given]
+    texts = [[(row + 1, documents[row]) for row in rows] for rows in given]
     limits = [question.max_new_tokens for question in questions]
     answers = reader.answer([question.text for question in questions], texts, limits)
     seconds = (time.perf_counter() - began) / len(questions)

@@ -21,6 +21,7 @@ from typing import Any
 from msa.errors import InputError
 from msa.evaluation.backbone import BackboneRetriever
 from msa.evaluation.banks import HaystackBanks
+from msa.evaluation.corpus_words import CorpusWords
 from msa.evaluation.minilm import minilm_folder
 from msa.evaluation.question_sets import QuestionSet
 from msa.evaluation.reader import TextReader
@@ -218,7 +219,12 @@ class Workbench:
         top_k = held.model.config.top_k_documents
         memory = LatentMemory(self.states, top_k) if with_memory else None
         tokens = held.ask_options.max_new_tokens
-        return TextReader(held, max_new_tokens=tokens, memory=memory)
+        return TextReader(held, max_new_tokens=tokens, memory=memory, coverage=self._words.coverage)
+
+    @cached_property
+    def _words(self) -> CorpusWords:
+        """Of the whole corpus."""
+        return CorpusWords(document.content for document in self._documents)
 
     def _progress(self, work: str, unit: str) -> Progress:
         if self._place.progress is None:

@@ -9,8 +9,7 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msa.errors import ModelError
 from msa.inference.batch import Batch, left_padded
+from msa.inference.choosing import Sampler, check_logits, choose, constrained
 from msa.inference.constraints import RoundGrammar, Written
 from msa.inference.refusal import logit
 from msa.model.cache import MSACache
@@ -60,29 +59,6 @@ def prefill(
         routing_only=routing_only,
     )
     return out
-
-
-class Sampler:
-    """Chooses the tokens of one question; what it draws depends on its seed alone."""
-
-    def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
-        """Start drawing.
-
-        Args:
-            temperature: 0 takes the likeliest token.
-            top_p: draw from the smallest set of tokens that has this much probability.
-            seed: of this question's own generator; None takes one from torch's global generator.
-        """
-        self.temperature = temperature
-        self.top_p = top_p
-        self._generator = torch.Generator()
-        if temperature > 0:
-            fresh = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-            self._generator.manual_seed(fresh)
-
-    def draw(self) -> float:
-        """A number in [0, 1)."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
 class Decoder:
@@ -293,6 +269,10 @@ class _Prompts:
         return _Prompts(torch.cat(masks), length, logits, self.ends + other.ends)
 
 
+# What is added to the score of a text, given as its tokens so far.
+Preference = Callable[[Sequence[int]], float]
+
+
 class Writer(Protocol):
     """What one row writes, token by token.
 
@@ -300,6 +280,8 @@ class Writer(Protocol):
         sampler: chooses its tokens.
         pending: tokens that are written and not yet fed.
         barred: tokens that may not come next.
+        guide: what is added to the score of a token that may come next, where the likeliest of a
+            few is taken; None for nothing.
     """
 
     sampler: Sampler
@@ -307,6 +289,11 @@ class Writer(Protocol):
 
     @property
     def barred(self) -> Sequence[int]:
+        """See above."""
+        ...
+
+    @property
+    def guide(self) -> Callable[[int], float] | None:
         """See above."""
         ...
 
@@ -364,6 +351,10 @@ class RoundRow:
         return ()
 
     @property
+    def guide(self) -> None:
+        """See `Writer.guide`."""
+
+    @property
     def done(self) -> bool:
         """See `Writer.done`."""
         return self._writer.complete is not None
@@ -394,6 +385,7 @@ class TextRow:
         ends: token sequences, each of which ends the text.
         budget: tokens that may be written, at most.
         not_first: tokens that the text must not begin with.
+        preference: what is added to the score of the text with a token more; None for nothing.
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
@@ -403,6 +395,7 @@ class TextRow:
     ends: Sequence[Sequence[int]]
     budget: int
     not_first: Sequence[int] = ()
+    preference: Preference | None = None
     tokens: list[int] = field(default_factory=list)
     log_probability: float = 0.0
     ended: bool = False
@@ -420,6 +413,12 @@ class TextRow:
     def barred(self) -> Sequence[int]:
         """See `Writer.barred`."""
         return () if self.tokens else self.not_first
+
+    @property
+    def guide(self) -> Callable[[int], float] | None:
+        """See `Writer.guide`."""
+        preference = self.preference
+        return None if preference is None else lambda token: preference([*self.tokens, token])
 
     def take(self, token: int, log_probability: float) -> None:
         """See `Writer.take`."""
@@ -446,8 +445,9 @@ def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:
     barred = [w.barred if use else () for w, use in zip(writers, ready, strict=True)]
     scores = None
     if any(barred) or any(tokens is not None for tokens in legal):
-        scores = _constrained(decoder.logits, legal, barred)
-    chosen = choose(decoder.logits, [w.sampler for w in writers], scores, ready)
+        scores = constrained(decoder.logits, legal, barred)
+    guides = [w.guide if use else None for w, use in zip(writers, ready, strict=True)]
+    chosen = choose(decoder.logits, [w.sampler for w in writers], scores, ready, guides)
     for writer, use, (token, log_probability) in zip(writers, ready, chosen, strict=True):
         if use:
             writer.take(token, log_probability)
@@ -471,104 +471,3 @@ def write_all(decoder: Decoder, writers: Sequence[Writer]) -> None:
     while not all(writer.done for writer in writers):
         choose_next(decoder, writers)
         feed_pending(decoder, writers)
-
-
-def choose(
-    logits: Tensor, samplers: Sequence[Sampler], scores: Tensor | None, used: Sequence[bool]
-) -> list[tuple[int, float]]:
-    """One token per row and the logarithm of the probability that the model gives it.
-
-    Args:
-        logits: [B, V] of the model.
-        samplers: one per row; rows that are not used draw nothing.
-        scores: [B, V] to choose by in place of the logits.
-        used: [B], rows whose token is wanted; the others' are of no meaning.
-
-    Raises:
-        ModelError: logits of a row that is used are not numbers.
-    """
-    logits = logits.float()
-    scores = logits if scores is None else scores
-    tokens = scores.argmax(dim=-1)
-    drawing = [row for row, s in enumerate(samplers) if used[row] and s.temperature > 0]
-    if drawing:
-        tokens[drawing] = _sampled(scores[drawing], [samplers[row] for row in drawing])
-    log_probabilities = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-    step = torch.stack([tokens.float(), log_probabilities, _peaks(logits)])  # exact below 2^24
-    chosen, log_probability, peaks = step.tolist()  # the one wait for the device
-    _check_peaks([peak for peak, use in zip(peaks, used, strict=True) if use])
-    return [(int(token), value) for token, value in zip(chosen, log_probability, strict=True)]
-
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse logits that are not numbers: any token would do, and the answer would be made up.
-
-    Args:
-        logits: [B, V].
-
-    Raises:
-        ModelError: there is a NaN or +inf, or a row without any finite value.
-    """
-    _check_peaks(_peaks(logits).tolist())
-
-
-def _peaks(logits: Tensor) -> Tensor:
-    """[B], finite if and only if a row has a finite value, and neither NaN nor +inf."""
-    return logits.amax(dim=-1)
-
-
-def _check_peaks(peaks: Sequence[float]) -> None:
-    if not all(math.isfinite(peak) for peak in peaks):
-        raise ModelError(
-            "The model's logits are not finite (NaN or infinity): its weights are damaged, or "
-            "overflow in this dtype. Load the checkpoint again, or in float32."
-        )
-
-
-def _constrained(
-    logits: Tensor,
-    legal: Sequence[Mapping[int, float] | None],
-    barred: Sequence[Sequence[int]],
-) -> Tensor:
-    """[B, V] float32: logits of legal tokens, with what is added to them; -inf for all others.
-
-    A row of which nothing is said stays as it is, but for the tokens that are barred.
-    """
-    logits = logits.float()
-    scores = torch.full_like(logits, -math.inf)
-    for row, tokens in enumerate(legal):
-        if tokens is None:
-            scores[row] = logits[row]
-            scores[row, list(barred[row])] = -math.inf
-            continue
-        index = torch.tensor(list(tokens), device=logits.device)
-        shifted = logits[row, index] + logits.new_tensor(list(tokens.values()))
-        # What the model holds impossible must still win against what is illegal.
-        scores[row, index] = shifted.clamp(min=torch.finfo(logits.dtype).min)
-    return scores
-
-
-def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """[B] int64: from the likeliest tokens that together have probability `top_p`.
-
-    Args:
-        scores: [B, V] float32.
-        samplers: one per row, with temperatures above 0.
-    """
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's have no more
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=scores.device, dtype=wide)[:, None]
-
-    temperature = column([s.temperature for s in samplers]).to(scores.dtype)
-    probabilities, tokens = torch.softmax(scores / temperature, dim=-1).sort(
-        dim=-1, descending=True, stable=True
-    )
-    reached = probabilities.to(wide).cumsum(dim=-1)
-    top_p = column([s.top_p for s in samplers])
-    kept = (reached - probabilities < top_p) & (probabilities > 0)  # the one that crosses, too
-    total = (probabilities * kept).to(wide).sum(dim=-1, keepdim=True)
-    at = column([s.draw() for s in samplers]) * total
-    rank = (reached <= at).sum(dim=-1, keepdim=True)
-    last = kept.sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, rank.minimum(last))[:, 0]

@@ -12,14 +12,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from msa.errors import QuestionTooLongError
 from msa.inference.answers import AnswerPieces, AnswerText
+from msa.inference.choosing import Sampler
 from msa.inference.constraints import RoundGrammar
-from msa.inference.decoding import RoundRow, Sampler, TextRow
+from msa.inference.decoding import RoundRow, TextRow
+from msa.inference.evidence import UNKNOWN_SHARE, Evidence
 from msa.inference.fusion import Fused, close_to_best, lead
 from msa.inference.judging import Trial, make_trials
 from msa.inference.options import (
@@ -37,7 +40,7 @@ from msa.inference.refusal import (
     routing_features,
 )
 from msa.inference.snapshot import QuerySnapshot
-from msa.inference.spans import find_span, sentence_around
+from msa.inference.spans import find_span
 from msa.inference.trace import Candidates
 from msa.memory.store.word_index import LexicalQuery
 from msa.text.prompts import LocalContext, PromptEncoder, Reading
@@ -57,8 +60,6 @@ if TYPE_CHECKING:
 
 # Positions that must be left for an answer when a document is to be read.
 ANSWER_ROOM = 32
-# Where a bank has no word index to tell rare words by, or the answer stands nowhere.
-UNKNOWN_COVERAGE = 0.5
 # Logit of the refusal below which the model would not write it by itself.
 LIKELY_REFUSAL = -4.0
 
@@ -224,6 +225,7 @@ class Interleave:
     scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
     refused: bool = False
     _undecided: bool = False  # whether only the written answer tells if it is refused
+    _evidence: Evidence | None = None  # where an answer is weighed by it
     _sampler: Sampler = field(init=False)
     _found: _Routed = field(init=False)
     _pieces: AnswerPieces = field(init=False)
@@ -380,7 +382,16 @@ class Interleave:
         self.prompt_tokens += len(handed) + (len(end) if self.forced else 0)  # else it was written
         nothing = not self.citations and self.forced is None
         self.refused = nothing and not self.request.options.allow_unread
+        self._gather()
         return end + handed
+
+    def _gather(self) -> None:
+        """Look at what was read, if the answer or its refusal is weighed by it."""
+        options = self.request.options
+        if self.refusal or options.evidence_weight:
+            texts = [(c.title or "", c.text) for c in self.citations]
+            coverage = partial(self.request.snapshot.coverage, self.request.question)
+            self._evidence = Evidence(texts, coverage)
 
     @property
     def refusal(self) -> list[int]:
@@ -393,8 +404,8 @@ class Interleave:
     def judge_refusal(self, log_probability: float) -> None:
         """Take in how likely the refusal is in place of an answer."""
         self.scores[REFUSAL_LOGIT] = logit(log_probability)
-        texts = [part for c in self.citations for part in (c.title or "", c.text)]
-        self.scores[COVERAGE] = self._coverage(texts)
+        assert self._evidence is not None
+        self.scores[COVERAGE] = self._evidence.share
         threshold = self.request.options.refusal_threshold
         assert threshold is not None
         least, most = refusal_range(self.scores, self.request.options.refusal_weights)
@@ -402,16 +413,14 @@ class Interleave:
         self.refused |= least > threshold
         self._undecided = least <= threshold < most
 
-    def _coverage(self, texts: Sequence[str]) -> float:
-        """Share of the question's words in some texts, rare ones counting more."""
-        covered = self.request.snapshot.coverage(self.request.question, texts) if texts else None
-        return UNKNOWN_COVERAGE if covered is None else covered
-
     def answering(self, position: int) -> TextRow:
         """What writes the answer, from this position on."""
         form, options = self.request.format, self.request.options
         budget = 0 if self.refused else min(options.max_new_tokens, form.max_positions - position)
-        return TextRow(self._sampler, form.answers.ends, budget, self._not_first())
+        prefer, weight = None, options.evidence_weight
+        if weight and self._evidence is not None and options.force_answer_prefix:
+            prefer = self._evidence.preference(weight, form.answers)
+        return TextRow(self._sampler, form.answers.ends, budget, self._not_first(), prefer)
 
     def _not_first(self) -> Sequence[int]:
         """Tokens that a refusal begins with, where the threshold decides, or has for an answer.
@@ -461,8 +470,10 @@ class Interleave:
         if row.tokens:
             self.scores[ANSWER_LOG_PROBABILITY] = row.log_probability / len(row.tokens)
             if self.refusal:
-                spans = [(c.text, sentence_around(c.text, *c.span)) for c in citations if c.span]
-                self.scores[ANSWER_COVERAGE] = self._coverage([t[slice(*at)] for t, at in spans])
+                assert self._evidence is not None
+                spans = [(i, c.span) for i, c in enumerate(citations) if c.span]
+                shares = [self._evidence.share_around(i, span) for i, span in spans]
+                self.scores[ANSWER_COVERAGE] = max(shares, default=UNKNOWN_SHARE)
                 self._judge()
         template = form.encoder.template
         if self.refused or is_refusal(text, template):

@@ -34,7 +34,7 @@ ROUTING_MARGIN = "routing_margin"
 ANSWER_LOG_PROBABILITY = "answer_log_probability"
 # share of the question's words, rare ones counting more, that stand in what was read
 COVERAGE = "coverage"
-# the same share, in the sentences of what was read in which the answer stands
+# the same share, of the sentences in which the answer stands, with their titles; of the best one
 ANSWER_COVERAGE = "answer_coverage"
 FEATURES = (
     REFUSAL_LOGIT,
@@ -53,6 +53,7 @@ _FROM_ZERO = (
     "prior_weight",
     "lexical_weight",
     "end_weight",
+    "evidence_weight",
     "judge_margin",
     "judge_weight",
     "temperature",
@@ -87,6 +88,10 @@ class AskOptions:
             after the text joins the fused score. 1 tries none. Each costs a prefill of its text.
         judge_margin: how far below the best fused score a document is still tried.
         judge_weight: factor of the logarithm of that probability in the fused score.
+        evidence_weight: while an answer is written with a `temperature` of 0, and with
+            `force_answer_prefix`: factor of how much less of the question the sentence holds that
+            a token leads into than the best sentence of the same text (`Evidence.behind`), taken
+            off the token's logit (an extension; 0 is the paper). Needs a bank with a word index.
         temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
@@ -116,6 +121,7 @@ class AskOptions:
     judged_documents: int = 1
     judge_margin: float = 0.1
     judge_weight: float = 0.15
+    evidence_weight: float = 0.0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

@@ -55,7 +55,7 @@ class QuerySnapshot(Protocol):
         """
         ...
 
-    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+    def coverage(self, question: str, texts: Sequence[str]) -> list[float] | None:
         """See `MemoryBank.lexical_coverage`; None where the bank has no word index."""
         ...
 
@@ -104,7 +104,7 @@ class BankQuerySnapshot:
         found = self._bank.lexical_ranking(queries, top_k, filter=self._where)
         return [{n: s for n, s in some if n < self._next_number} for some in found]
 
-    def coverage(self, question: str, texts: Sequence[str]) -> float | None:
+    def coverage(self, question: str, texts: Sequence[str]) -> list[float] | None:
         """See `QuerySnapshot.coverage`."""
         try:
             return self._bank.lexical_coverage(question, texts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
+from msa.text.sentences import sentence_spans
+
 # Characters before and after an occurrence that are compared with the question.
 NEARBY = 160
 _OCCURRENCES = 1000
 _WORD = re.compile(r"\w+")
-# Between two sentences; the point after an initial is none.
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
@@ -28,9 +28,9 @@ def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
     if not words:
         return None
     pattern = r"\s+".join(re.escape(word) for word in words)
-    if _has_borders(words[0][0]):
+    if has_borders(words[0][0]):
         pattern = r"(?<!\w)" + pattern
-    if _has_borders(words[-1][-1]):
+    if has_borders(words[-1][-1]):
         pattern += r"(?!\w)"
     wanted = {w.casefold() for w in _WORD.findall(question)} - {w.casefold() for w in words}
     best, best_count = None, -1
@@ -47,12 +47,12 @@ def find_span(text: str, answer: str, question: str) -> tuple[int, int] | None:
 
 def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
     """Character offsets of the sentence, or the sentences, that a span of a text stands in."""
-    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    first = max(cut for cut in cuts if cut <= start)
-    last = min(cut for cut in cuts if cut >= end)
-    return first, first + len(text[first:last].rstrip())
+    touched = [at for at in sentence_spans(text) if at[0] < end and at[1] > start]
+    return min([start, *(first for first, _ in touched)]), max(
+        [end, *(last for _, last in touched)]
+    )
 
 
-def _has_borders(character: str) -> bool:
-    """Whether words of its script stand apart: it has case, or is a digit."""
+def has_borders(character: str) -> bool:
+    """Whether words of a character's script stand apart: it has case, or is a digit."""
     return character.isdigit() or character.lower() != character.upper()

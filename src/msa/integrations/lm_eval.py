@@ -171,7 +171,7 @@ class MSAHarnessModel(TemplateLM):
         options = self._options.with_changes(**_ask_options(settings))
         if not context:
             reader = TextReader(self._checkpoint, max_new_tokens=options.max_new_tokens)
-            nothing: list[list[tuple[int, str]]] = [[] for _ in questions]
+            nothing: list[list[tuple[int, Document]]] = [[] for _ in questions]
             return [answer.text for answer in reader.answer(questions, nothing)]
         with tempfile.TemporaryDirectory(prefix="msa-harness-") as folder:
             path = Path(folder, "bank")

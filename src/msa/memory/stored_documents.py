@@ -219,12 +219,12 @@ class StoredDocuments:
         """
         return self._lexical.scores(query, numbers, title_weight=title_weight)
 
-    def lexical_coverage(self, question: str, texts: Sequence[str]) -> float:
-        """How much of a question stands in some texts: in [0, 1], 1 for a question without words.
+    def lexical_coverage(self, question: str, texts: Sequence[str]) -> list[float]:
+        """How much of a question each of some texts holds: in [0, 1], 1 if it has no words.
 
-        The share of its words that any of the texts holds (endings removed, as the index has
-        them), each weighed by how rare it is in the bank: log(1 + (N - n + 0.5) / (n + 0.5)) for a
-        word of n of N documents, as BM25 does. A word that no document holds counts most.
+        The share of its words that stand in the text (endings removed, as the index has them),
+        each weighed by how rare it is in the bank: log(1 + (N - n + 0.5) / (n + 0.5)) for a word
+        of n of N documents, as BM25 does. A word that no document holds counts most.
 
         Raises:
             LexicalIndexError, BankCorruptError: see `lexical_search`.

@@ -31,5 +31,6 @@ class RetrievalChanges(BaseModel):
     judged_documents: Annotated[Whole, Field(ge=1, le=16)] | None = None
     judge_margin: _Weight | None = None
     judge_weight: _Weight | None = None
+    evidence_weight: _Weight | None = None
     refusal_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     allow_unread: bool | None = None

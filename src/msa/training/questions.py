@@ -10,13 +10,8 @@ from __future__ import annotations
 import random
 import re
 
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])|(?<=[。！？])|\n(?![a-z])|\n\s*\n"
-)
-_ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Gen|Col|Capt|Lt|Rev|Sen|Gov|Jr|Sr|vs|etc|cf|approx|No|Vol|Fig|"
-    r"Inc|Ltd|Co|Corp|U\.S|U\.K|e\.g|i\.e|a\.m|p\.m)|\b[A-Z])\.$"
-)
+from msa.text.sentences import sentence_spans
+
 _AUXILIARY = r"is|are|was|were|has|have|had|can|could|will|would|may|might|must|should"
 _CLAUSE = re.compile(
     rf"^(?P<subject>[^,;:()\"“”]{{2,80}}?) (?P<verb>{_AUXILIARY}) (?P<rest>.{{8,}})$"
@@ -64,23 +59,8 @@ MAX_SUBJECT_WORDS = 8
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text in order, as they stand.
-
-    A line's end ends one, unless the next line goes on in lower case.
-    """
-    found: list[str] = []
-    start = 0
-    for match in [*_SENTENCE_END.finditer(text), None]:
-        end = match.start() if match else len(text)
-        piece = text[start:end].strip()
-        if match and "\n" not in match[0] and _ABBREVIATION.search(piece):
-            continue
-        if match:  # a closing quotation mark belongs to its sentence
-            piece = (piece + match[0].rstrip()).strip()
-            start = match.end()
-        if piece:
-            found.append(piece)
-    return found
+    """Sentences of a text in order, as they stand."""
+    return [text[start:end] for start, end in sentence_spans(text)]
 
 
 def question_from(sentence: str, rng: random.Random) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from msa.errors import InputError, LexicalIndexError, StorageError
 from msa.memory.store.database import Database
 from msa.memory.store.filters import Filter, text_test
-from msa.memory.store.word_match import Sought, share, word_score
+from msa.memory.store.word_match import Sought, rarity, shares, word_score
 from msa.text.normalization import nfc
 from msa.types import Document, whole_number
 
@@ -202,7 +202,7 @@ class LexicalIndex:
 
     def __init__(self, path: Path) -> None:
         self._database = Database(path, read_only=True)
-        self._words: _Tokenizer | None = None
+        self._words: Tokenizer | None = None
         self._generation = -1
         self._num_documents = 0
         self._counts: dict[str, int] = {}
@@ -275,7 +275,7 @@ class LexicalIndex:
     def _ranked(
         self,
         db: sqlite3.Connection,
-        words: _Tokenizer,
+        words: Tokenizer,
         query: str | LexicalQuery,
         found: Sequence[tuple[int, float]],
     ) -> list[tuple[int, float]]:
@@ -289,7 +289,7 @@ class LexicalIndex:
         if not found:
             return []
         question, *texts = words.sequences([nfc(query.question), *read])
-        sought = Sought.of(question, texts, lambda term: self._rarity(self._count(db, term)))
+        sought = Sought.of(question, texts, lambda term: self._rarity(db, term))
         titles = words.sequences([_without_brackets(stored[n].title or "") for n, _ in found])
         places = words.places([stored[n].content for n, _ in found], sought.wanted)
         best = max(score for _, score in found)
@@ -322,16 +322,16 @@ class LexicalIndex:
                 found.update(db.execute(query_text, (title_weight, match, *some)))
         return [found.get(n, 0.0) for n in wanted]
 
-    def coverage(self, question: str, texts: Sequence[str]) -> float:
+    def coverage(self, question: str, texts: Sequence[str]) -> list[float]:
         """See `MemoryBank.lexical_coverage`."""
         with self._database.reading() as db:
             words = self._begin(db)
             asked, *held = words.terms([nfc(text) for text in (question, *texts)])
-            weights = {term: self._rarity(self._count(db, term)) for term in asked}
-        return share(weights, {term for some in held for term in some}) if weights else 1.0
+            weights = {term: self._rarity(db, term) for term in asked}
+        return shares(weights, held)
 
-    def _rarity(self, count: int) -> float:
-        return math.log1p((max(0, self._num_documents - count) + 0.5) / (count + 0.5))
+    def _rarity(self, db: sqlite3.Connection, term: str) -> float:
+        return rarity(self._count(db, term), self._num_documents)
 
     # ---- from words to an FTS5 query
 
@@ -350,7 +350,7 @@ class LexicalIndex:
         return None
 
     def _matches(
-        self, db: sqlite3.Connection, words: _Tokenizer, queries: Sequence[str | LexicalQuery]
+        self, db: sqlite3.Connection, words: Tokenizer, queries: Sequence[str | LexicalQuery]
     ) -> list[str]:
         """An FTS5 query for each; empty when no document has any of the words."""
         asked = [_as_query(query) for query in queries]
@@ -364,7 +364,7 @@ class LexicalIndex:
             matches.append(" OR ".join(f'"{word}"' for word in chosen))
         return matches
 
-    def _begin(self, db: sqlite3.Connection) -> _Tokenizer:
+    def _begin(self, db: sqlite3.Connection) -> Tokenizer:
         """Make ready to count terms in this transaction; what cuts texts into them."""
         reason = self._missing(db)
         if reason is not None:
@@ -373,7 +373,7 @@ class LexicalIndex:
         db.execute("CREATE VIRTUAL TABLE temp.term_counts USING fts5vocab('main', 'words', 'row')")
         self._follow(db)
         if self._words is None:
-            self._words = _Tokenizer()
+            self._words = Tokenizer()
         return self._words
 
     def _chosen(
@@ -430,7 +430,7 @@ class LexicalIndex:
         return count
 
 
-class _Tokenizer:
+class Tokenizer:
     """Cuts texts into the terms of the index, by FTS5's own tokenizers."""
 
     def __init__(self) -> None:

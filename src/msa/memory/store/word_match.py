@@ -13,6 +13,7 @@ mean of three is taken here, each in [0, 1]:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,6 +80,16 @@ class Sought:
 def word_score(bm25: float, best: float, overlap: float, named: bool) -> float:
     """The mean of the three, in [0, 1]; `best` is the highest BM25 score, above 0."""
     return (bm25 / best + overlap + named) / 3
+
+
+def rarity(count: int, documents: int) -> float:
+    """How much a term counts that so many of the documents hold: BM25's weight, above 0."""
+    return math.log1p((max(0, documents - count) + 0.5) / (count + 0.5))
+
+
+def shares(weights: Mapping[str, float], texts: Sequence[Collection[str]]) -> list[float]:
+    """How much of a question each text holds, given as terms; 1 where it has no words."""
+    return [share(weights, terms) if weights else 1.0 for terms in texts]
 
 
 def share(weights: Mapping[_Key, float], found: Collection[_Key]) -> float:
