@@ -10,17 +10,19 @@ they need and others of the set, DOCUMENTS in all. Chosen are:
 - `lexical_weight`, for the mean over the sets of recall at 1, 5 and 16;
 - `judge_weight`, with `--judged` documents, for the share of questions with a right one first; of
   weights that differ by less than half a point, the smallest;
+- `evidence_weight`, for the mean F1 over the sets: of weights that differ by less than half a point
+  the smallest;
 - `refusal_weights` and `refusal_threshold`: a logistic regression that tells questions whose gold
   documents are there from the same questions when these are taken out, and the threshold at which
-  `--wrongly` of the former are refused;
+  `--wrongly` of the former are refused; others are printed with what they refuse;
 - `end_bias` and `end_weight`: a logistic regression, over the rounds after the first, that tells
   those in which a gold document that is not read stands first or second among the unread from the
   others, by the model's own log odds of ending and by how far the best unread document leads;
 - `max_rounds` and the documents of a round, for the mean F1 over the sets: of ways that differ by
   less than a point, the one that reads less.
 
-With `--keep` the ranking and the way to read stay as the checkpoint has them, and the rest is
-chosen. Nothing is chosen on dev or test questions.
+With `--keep` the ranking, the way to read and evidence stay as the checkpoint has them, and the
+rest is chosen. Nothing is chosen on dev or test questions.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ from msa.types import Answer
 
 DEPTHS = (1, 5, 16)
 LEXICAL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
+EVIDENCE_WEIGHTS = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
+WRONGLY = (0.05, 0.07, 0.1, 0.15)
 JUDGE_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Rounds, and the least and most documents of one: from little to much reading.
 READING = ((1, 1, 1), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 4))
@@ -100,6 +104,7 @@ def main() -> None:
             options = options.with_changes(
                 max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
             )
+            options = options.with_changes(evidence_weight=evidence(sets, options, args.readings))
         weights, threshold = refusals(sets, options, args.refusals, args.wrongly)
     chosen = options.with_changes(refusal_weights=weights, refusal_threshold=threshold)
     chosen.save(args.output or args.model)
@@ -147,18 +152,36 @@ def best_way(sets: Sequence[Drawn], options: AskOptions, count: int) -> tuple[in
         changed = options.with_changes(
             max_rounds=rounds, min_documents_per_round=least, max_documents_per_round=most
         )
-        by_set = []
-        for one in sets:
-            pairs = zip(ask(one, count, changed), one.questions, strict=False)
-            by_set.append([token_f1(answer.text, list(q.answers)) for answer, q in pairs])
-        shares = [100 * sum(scores) / len(scores) for scores in by_set]
-        means.append(sum(shares) / len(shares))
+        mean, shares = mean_f1(sets, changed, count)
+        means.append(mean)
         print(
-            f"rounds, least and most documents {rounds, least, most}: F1 {means[-1]:.1f} "
+            f"rounds, least and most documents {rounds, least, most}: F1 {mean:.1f} "
             f"({', '.join(f'{share:.0f}' for share in shares)})",
             flush=True,
         )
     return next(w for w, m in zip(READING, means, strict=True) if m > max(means) - WORTH_MORE)
+
+
+def evidence(sets: Sequence[Drawn], options: AskOptions, count: int) -> float:
+    """`evidence_weight`."""
+    means = {}
+    for weight in EVIDENCE_WEIGHTS:
+        changed = options.with_changes(evidence_weight=weight)
+        means[weight] = mean_f1(sets, changed, count)[0]
+        print(f"evidence_weight {weight}: F1 {means[weight]:.1f}", flush=True)
+    return next(w for w, mean in means.items() if mean > max(means.values()) - 0.5)
+
+
+def mean_f1(
+    sets: Sequence[Drawn], options: AskOptions, count: int
+) -> tuple[float, Sequence[float]]:
+    """Mean over the sets in percent, and that of each."""
+    shares = []
+    for one in sets:
+        pairs = zip(ask(one, count, options), one.questions, strict=False)
+        scores = [token_f1(answer.text, list(q.answers)) for answer, q in pairs]
+        shares.append(100 * sum(scores) / len(scores))
+    return sum(shares) / len(shares), shares
 
 
 def quality(asked: Sequence[Sequence[Asked]], lexical: float, layers: dict[int, float]) -> float:
@@ -287,18 +310,19 @@ def refusals(
     factors, bias = logistic(x, [False] * len(present) + [True] * len(absent))
     weights = {name: round(w, 5) for name, w in zip(FEATURES, factors, strict=True)}
     weights[BIAS] = round(bias, 5)
+    print(f"refusals: weights {weights}", flush=True)
     scores = sorted((refusal_score(row, weights) for row in present), reverse=True)
-    threshold = round(scores[int(wrongly * len(scores))], 4)
-    refused = sum(refusal_score(row, weights) > threshold for row in absent)
-    kept = sum(score > threshold for score in scores)
     right = [refusal_score(row, weights) for row, is_right in answered if is_right]
-    lost = sum(score > threshold for score in right)
-    print(
-        f"refused {refused} of {len(absent)} without their documents, {kept} of {len(present)} "
-        f"with them, {lost} of {len(right)} that are answered rightly; weights {weights}, "
-        f"threshold {threshold}"
-    )
-    return weights, threshold
+    for share in sorted({*WRONGLY, wrongly}):
+        threshold = round(scores[int(share * len(scores))], 4)
+        refused = sum(refusal_score(row, weights) > threshold for row in absent)
+        kept = sum(score > threshold for score in scores)
+        lost = sum(score > threshold for score in right)
+        print(
+            f"threshold {threshold}: refused {refused} of {len(absent)} without their documents, "
+            f"{kept} of {len(present)} with them, {lost} of {len(right)} that are answered rightly"
+        )
+    return weights, round(scores[int(wrongly * len(scores))], 4)
 
 
 def arguments() -> argparse.Namespace:

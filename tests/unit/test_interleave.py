@@ -1,13 +1,8 @@
-"""Rounds, driven by scripted logits: a random tiny model would write nonsense.
-
-The script only raises the logits of the tokens that a plan wants next; constraints still apply, so
-a plan that is not legal does not come to pass.
-"""
+"""Rounds, driven by scripted logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,106 +12,20 @@ import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
 from msa.errors import InputError, ModelError
 from msa.inference import scheduler
-from msa.inference.decoding import Decoder
-from msa.inference.interleave import UNKNOWN_SHARE, AskFormat, Request
 from msa.inference.options import AskOptions
-from msa.inference.scheduler import Scheduler
-from msa.memory.latent import LatentMemory
-from msa.memory.store.reports import StoredDocument
 from msa.text.prompts import PromptEncoder, PromptTemplate
-from msa.types import Answer, Document, Event
-
-READ, END, STOP = "<|object_ref_end|>", "<End-of-Retrieve>", "<|im_end|>"
-LEAD_IN = "The answer to the question is:"
-TEXTS = {
-    3: "Ada was born in Rome.",
-    17: "Bob is Ada's son, a baker.",
-    170: "Rome lies on the Tiber.",
-    24: "Cid paints.",
-    5: "The Tiber is 406 km long, says Dee.",
-}
-
-
-class FakeSnapshot:
-    """Documents encoded by the model itself; a row of the memory is an index of `texts`."""
-
-    def __init__(
-        self, model: Any, encoder: PromptEncoder, texts: Mapping[int, str], top_k: int = 4
-    ) -> None:
-        ids = [encoder.document(n, t) for n, t in texts.items()]
-        lengths = torch.tensor([len(i) for i in ids])
-        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
-        for row, tokens in zip(padded, ids, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        with torch.no_grad():
-            states = model.encode_documents(padded, lengths)
-        self.reader = LatentMemory(states, top_k)
-        self.of_row = list(texts)
-        self.stored = {
-            n: StoredDocument(Document(f"doc-{n}", t), n, len(t), 1) for n, t in texts.items()
-        }
-        self.read: list[int] = []  # numbers whose texts were asked for
-
-    def numbers(self, rows: Sequence[int]) -> list[int]:
-        return [self.of_row[row] for row in rows]
-
-    def ids(self, numbers: Iterable[int]) -> Mapping[int, str]:
-        return {n: self.stored[n].document.id for n in numbers if n in self.stored}
-
-    def copies(self, asked: Sequence[tuple[Iterable[int], Iterable[int]]]) -> list[set[int]]:
-        text_of = {n: s.document.text for n, s in self.stored.items()}
-        texts = [{text_of[n] for n in of if n in text_of} for _, of in asked]
-        return [
-            {n for n in numbers if text_of.get(n) in some}
-            for (numbers, _), some in zip(asked, texts, strict=True)
-        ]
-
-    def coverage(self, question: str, texts: Sequence[str]) -> list[float] | None:
-        return None
-
-    def texts(self, numbers: Iterable[int]) -> Mapping[int, StoredDocument]:
-        numbers = list(numbers)
-        self.read += numbers
-        return {n: self.stored[n] for n in numbers if n in self.stored}
-
-
-class Script:
-    """Wants what a question's plan says next: its rounds, then its answer."""
-
-    def __init__(self, tokenizer: Any, plans: Mapping[str, Sequence[str]]) -> None:
-        self.tokenizer = tokenizer
-        # One character per token (byte), so that half a letter compares too.
-        self.plans = {self.raw(q): [self.raw(p) for p in plan] for q, plan in plans.items()}
-        self.lead_in, self.tail = self.raw(LEAD_IN), self.raw("<|im_end|>\n<|im_start|>")
-
-    def raw(self, text: str) -> str:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return "".join(self.tokenizer.convert_ids_to_tokens(ids))
-
-    def wish(self, text: str) -> str:
-        newline = self.raw("\n")
-        asked = (p for q, p in self.plans.items() if f"{newline * 2}{q}{newline}" in text)
-        plan = next(asked, [])
-        rest = text.split(self.tail, 1)[1]
-        for i, part in enumerate(plan):
-            if not rest.startswith(part):
-                return part.removeprefix(rest) if part.startswith(rest) else ""
-            rest = rest[len(part) :]
-            if part.endswith(READ):  # a text follows
-                rest = rest.partition(READ)[2]
-            elif part.endswith(END):  # the question, again
-                rest = rest.partition(READ)[2]
-                if not plan[i + 1 :][:1] or not plan[i + 1].startswith(self.lead_in):
-                    rest = rest.removeprefix(self.lead_in)
-        return ""
-
-    def token(self, ids: Sequence[int]) -> int | None:
-        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
-        text = "".join(t or "?" for t in tokens)  # the model has more ids than the tokenizer
-        if not (wish := self.wish(text)):
-            return None
-        special = next((m for m in (READ, END, STOP) if wish.startswith(m)), wish[0])
-        return int(self.tokenizer.convert_tokens_to_ids(special))
+from scripted_asking import (
+    END,
+    LEAD_IN,
+    READ,
+    STOP,
+    TEXTS,
+    FakeSnapshot,
+    asked,
+    read,
+    run,
+    scripted,
+)
 
 
 @pytest.fixture
@@ -131,102 +40,7 @@ def encoder() -> PromptEncoder:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
-    """`script(plans)`: from then on what is decoded follows the plans.
-
-    Returns the token ids, row by row, of every prefill, and of every prompt with what the engine
-    put behind it for the answer.
-    """
-
-    def start(plans: Mapping[str, Sequence[str]]) -> list[list[list[int]]]:
-        plan = Script(encoder.tokenizer, plans)
-        calls: list[list[list[int]]] = []
-
-        class Scripted(Decoder):
-            def __init__(self, model: Any, prompts: Any, *rest: Any) -> None:
-                super().__init__(model, prompts, *rest)
-                mask = prompts.attention_mask
-                keep = torch.ones_like(prompts.input_ids) if mask is None else mask
-                self.prompts = [
-                    ids[kept.bool()].tolist()
-                    for ids, kept in zip(prompts.input_ids, keep, strict=True)
-                ]
-                self.note(self.prompts)
-                calls.append(self.prompts)
-
-            def note(self, rows: list[list[int]]) -> None:
-                self.rows = rows
-                wanted = [plan.token(row) for row in rows]
-                self.logits = self.logits.clone()
-                for logits, token in zip(self.logits, wanted, strict=True):
-                    if token is not None:
-                        logits[token] += 1000
-
-            def rewind(self, rows: Sequence[int] | None = None) -> None:
-                super().rewind(rows)
-                again = range(len(self.rows)) if rows is None else rows
-                self.note([self.prompts[i] if i in again else r for i, r in enumerate(self.rows)])
-
-            def select(self, rows: Sequence[int]) -> Any:
-                part = super().select(rows)
-                part.prompts = [self.prompts[i] for i in rows]
-                part.rows = [self.rows[i] for i in rows]
-                return part
-
-            def join(self, other: Any) -> None:
-                super().join(other)
-                self.prompts = self.prompts + other.prompts
-                self.rows = self.rows + other.rows
-
-            def feed(self, tokens: Sequence[Sequence[int]]) -> None:
-                super().feed(tokens)
-                self.note([[*r, *t] for r, t in zip(self.rows, tokens, strict=True)])
-                if any(len(some) > 10 for some in tokens):  # the question, again
-                    calls.append(self.rows)
-
-        monkeypatch.setattr(scheduler, "Decoder", Scripted)
-        return calls
-
-    return start
-
-
-def run(
-    model: Any,
-    encoder: PromptEncoder,
-    questions: Sequence[str],
-    *,
-    texts: Mapping[int, str] = TEXTS,
-    snapshot: Any = None,
-    stream: bool = False,
-    **options: Any,
-) -> tuple[list[Answer], list[Event]]:
-    top_k = model.config.top_k_documents
-    snapshot = snapshot or FakeSnapshot(model, encoder, texts, top_k=max(top_k, len(texts)))
-    found = list(asked(model, encoder, questions, snapshot, AskOptions(**options), stream=stream))
-    answers = {text: e.data for text, e in found if e.kind == "answer"}
-    return [answers[text] for text in questions], [e for _, e in found]
-
-
-def asked(
-    model: Any,
-    encoder: PromptEncoder,
-    questions: Sequence[str],
-    snapshot: Any,
-    options: AskOptions,
-    *,
-    stream: bool = False,
-) -> Iterator[tuple[str, Any]]:
-    form = AskFormat(model, encoder)
-    running = Scheduler(model)
-    for text in questions:
-        form.check_length(text, options)
-        running.add(Request(text, snapshot, options, form, stream))
-    while not running.idle:
-        for request, event in running.step():
-            yield request.question, event
-
-
-def read(answer: Answer) -> list[list[int]]:
-    return [[c.number for c in r.read] for r in answer.rounds]
+    return scripted(monkeypatch, encoder)
 
 
 def test_one_hop(model: Any, encoder: PromptEncoder, script: Any) -> None:
@@ -430,7 +244,11 @@ def test_a_document_deleted_between_naming_and_reading_is_named_no_more(
     for number in [n for n in TEXTS if n != 17]:
         del snapshot.stored[number]
     (answer,), _ = run(model, encoder, ["Q?"], snapshot=snapshot, max_rounds=1, max_new_tokens=2)
-    assert (answer.text, answer.citations, answer.stopped) == (REFUSAL, (), "not_found")
+    assert (answer.text, answer.citations, answer.stopped) == (
+        "not in this memory",
+        (),
+        "not_found",
+    )
 
 
 def test_only_texts_of_named_documents_are_read(
@@ -503,63 +321,6 @@ def test_documents_that_stand_close_together_are_tried_before_anything_is_read(
     assert all(text.endswith("\nQuestion: Q?") for text in trials[0])
     run(model, encoder, ["Q?"], judged_documents=5, judge_margin=0.0, **options)
     assert len(trials) == 1  # no two are that close
-
-
-@pytest.mark.parametrize(
-    ("answer", "share", "refused"),
-    [
-        ("Rome", 0.1, True),
-        ("Ada", 0.7, False),  # it stands in both sentences: the better one counts
-        ("Paris", UNKNOWN_SHARE, False),  # it stands nowhere, and nothing can be told
-    ],
-)
-def test_how_much_of_the_question_stands_beside_the_answer_counts(
-    model: Any,
-    encoder: PromptEncoder,
-    script: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: str,
-    share: float,
-    refused: bool,
-) -> None:
-    asked: list[Sequence[str]] = []
-    shares = [0.6, 0.7, 0.1]
-    monkeypatch.setattr(FakeSnapshot, "coverage", lambda _, q, some: asked.append(some) or shares)
-    texts = {**TEXTS, 3: "Ada bakes. Ada was born in Rome."}
-    script({"Q?": [f"[3]{READ}", END, f" {answer}{STOP}"]})
-    weights = {"answer_coverage": -10.0, "bias": 4.0}
-    options = {"refusal_threshold": 0.9, "refusal_weights": weights}
-    (found,), _ = run(model, encoder, ["Q?"], texts=texts, **options)
-    (given,) = asked  # all that was read, then sentence by sentence
-    assert [text.strip() for text in given] == [texts[3], "Ada bakes.", "Ada was born in Rome."]
-    assert (found.stopped == "not_found") is refused
-    assert found.scores["coverage"] == 0.6
-    assert found.scores["answer_coverage"] == share
-
-
-def test_what_a_question_asks_for_and_nobody_wrote_speaks_for_a_refusal(
-    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, list[str]]] = []
-    covered: list[float | None] = [0.25, None]
-
-    def coverage(_: Any, question: str, texts: Sequence[str]) -> list[float] | None:
-        asked.append((question, list(texts)))
-        share = covered[len(asked) - 1]
-        return None if share is None else [share] * len(texts)
-
-    monkeypatch.setattr(FakeSnapshot, "coverage", coverage)
-    options = {"max_rounds": 1, "max_new_tokens": 2, "refusal_threshold": 0.5}
-    weights = {"coverage": -10.0, "bias": 4.0}
-    for expected, refused in ((0.25, True), (UNKNOWN_SHARE, False)):
-        (answer,), _ = run(model, encoder, ["Q?"], refusal_weights=weights, **options)
-        assert answer.scores["coverage"] == expected
-        assert (answer.stopped == "not_found") is refused
-    question, texts = asked[1]
-    assert question == "Q?"
-    assert texts[0] == "\n".join(p for c in answer.citations for p in (c.title or "", c.text))
-    run(model, encoder, ["Q?"], max_rounds=1, max_new_tokens=2)
-    assert len(asked) == 2  # only where a threshold asks for it
 
 
 def test_a_round_reads_at_least_as_many_documents_as_it_must(
@@ -683,123 +444,6 @@ def test_a_seed_repeats_the_answer_among_other_callers(
         assert list(pool.map(ask, range(8))) == [alone] * 8
     batch, _ = run(model, encoder, ["Another?", "Q?"], snapshot=snapshot, **options)
     assert batch[1].text == alone
-
-
-REFUSAL = "not in this memory"
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_refusal_that_the_model_writes_cites_nothing(
-    model: Any, encoder: PromptEncoder, script: Any, stream: bool
-) -> None:
-    script({"Q?": [f"[3]{READ}", END, f" {REFUSAL}{STOP}"]})
-    (answer,), events = run(model, encoder, ["Q?"], stream=stream)
-    assert (answer.text, answer.citations, answer.stopped) == (REFUSAL, (), "not_found")
-    assert read(answer) == [[3], []]  # the trace still says what was read
-    assert "".join(e.data for e in events if e.kind == "token") == REFUSAL * stream
-    assert set(answer.scores) == {"routing_score", "routing_margin", "answer_log_probability"}
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("refusal", [REFUSAL, REFUSAL.capitalize(), REFUSAL.upper()])
-def test_where_the_threshold_is_for_an_answer_the_model_does_not_refuse_by_itself(
-    model: Any, encoder: PromptEncoder, script: Any, stream: bool, refusal: str, monkeypatch: Any
-) -> None:
-    script({"Q?": [f"[3]{READ}", END, f" {refusal}{STOP}"]})
-    # the script does not know of the question how likely the refusal is
-    monkeypatch.setattr("msa.inference.interleave.LIKELY_REFUSAL", -math.inf)
-    options = {"refusal_threshold": 1.0, "max_new_tokens": 6, "stream": stream}
-    (answer,), events = run(model, encoder, ["Q?"], **options)
-    assert answer.stopped in ("answered", "max_tokens")
-    assert len(answer.citations) == 1
-    assert not answer.text.lower().startswith("not")
-    assert "".join(e.data for e in events if e.kind == "token") == answer.text * stream
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(
-    ("weights", "threshold", "written"),
-    [
-        (None, 0.0, False),
-        # written in full only where the score needs it
-        ({"bias": 3.0, "answer_coverage": -4.0}, 0.5, True),
-        ({"bias": 5.0, "answer_log_probability": -1e4}, 0.5, False),
-        ({"bias": 5.0, "answer_coverage": -4.0}, 0.5, False),
-    ],
-)
-def test_an_answer_is_refused_when_its_score_is_above_the_threshold(
-    model: Any,
-    encoder: PromptEncoder,
-    script: Any,
-    stream: bool,
-    weights: Any,
-    threshold: float,
-    written: bool,
-) -> None:
-    script({"Q?": [f"[3]{READ}", END, f" Rome{STOP}"]})
-    options = {"stream": stream, "refusal_weights": weights}
-    (answer,), events = run(model, encoder, ["Q?"], refusal_threshold=threshold, **options)
-    assert (answer.text, answer.citations, answer.stopped) == (REFUSAL, (), "not_found")
-    assert "".join(e.data for e in events if e.kind == "token") == REFUSAL * stream
-    assert answer.scores["refusal"] > threshold
-    assert ("answer_log_probability" in answer.scores) is written
-    (answer,), events = run(model, encoder, ["Q?"], refusal_threshold=1.0, **options)
-    assert (answer.text, answer.stopped) == ("Rome", "answered")
-    assert len(answer.citations) == 1
-    assert "".join(e.data for e in events if e.kind == "token") == "Rome" * stream
-    assert set(answer.scores) == {
-        "refusal", "refusal_logit", "routing_score", "routing_margin", "coverage",
-        "answer_log_probability", "answer_coverage",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("forced", [True, False])
-def test_the_probability_of_the_refusal_is_that_of_all_its_tokens(
-    model: Any, encoder: PromptEncoder, script: Any, forced: bool
-) -> None:
-    calls = script({"Q?": [f"[3]{READ}", END]})
-    (answer,), _ = run(
-        model, encoder, ["Q?"], refusal_threshold=1.0, force_answer_prefix=forced, max_new_tokens=2
-    )
-    ids = calls[-1][0]
-    tokens = encoder.answer(REFUSAL)[len(encoder.tokenize(LEAD_IN)) * forced :]
-    batch = torch.tensor([ids + tokens])
-    context = encoder.context("Q?", [])
-    positions = [i + 8 * (i >= context.prefix_length) for i in range(batch.shape[1])]
-    text = encoder.tokenizer.decode(ids)
-    routes = torch.zeros_like(batch, dtype=torch.bool)
-    question = text.index("related to the question\n") + len("related to the question")
-    routes[0, context.prefix_length : len(encoder.tokenize(text[:question]))] = True
-    start, stop = text.index("[3]. "), text.index(READ, text.index("[3]. "))
-    routes[0, len(encoder.tokenize(text[:start])) : len(encoder.tokenize(text[:stop]))] = True
-    sees = torch.arange(batch.shape[1])[None] >= context.prefix_length
-    snapshot = FakeSnapshot(model, encoder, TEXTS, top_k=len(TEXTS))
-    with torch.no_grad():
-        logits = model(
-            batch, position_ids=torch.tensor([positions]), memory=snapshot.reader,
-            routing_mask=routes, memory_mask=sees,
-        ).logits[0, len(ids) - 1 : -1]  # fmt: skip
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum()
-    p = answer.scores["refusal"]
-    assert math.log(max(p, 1e-12)) == pytest.approx(max(float(expected), math.log(1e-12)), abs=1e-2)
-
-
-def test_rows_that_are_refused_leave_the_others_their_answers(
-    encoder: PromptEncoder, script: Any
-) -> None:
-    model = make_tiny_model(top_k_documents=8, query_reduction="pooled")
-    plans = {"Q?": [f"[3]{READ}", END, f" Rome{STOP}"], "R?": [f"[5]{READ}", END, f" 406{STOP}"]}
-    script(plans)
-    options = {"refusal_threshold": 0.5, "refusal_weights": {"routing_score": 1e4, "bias": 0.0}}
-    alone = {q: run(model, encoder, [q], **{**options, "refusal_threshold": 1.0}) for q in plans}
-    scores = {q: answers[0].scores["routing_score"] for q, (answers, _) in alone.items()}
-    between = sum(scores.values()) / 2
-    options["refusal_weights"]["bias"] = -1e4 * between
-    answers, _ = run(model, encoder, list(plans), **options)
-    for answer, right in zip(answers, ("Rome", "406"), strict=True):
-        refused = scores[answer.question] > between
-        assert answer.text == (REFUSAL if refused else right)
-    assert sorted(a.stopped for a in answers) == ["answered", "not_found"]
 
 
 def test_a_citation_points_to_the_answer_in_the_documents_in_which_it_stands(
