@@ -86,6 +86,15 @@ def packed(data: Mapping[str, Any]) -> str:
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
+def unpacked(text: str) -> Any:
+    """Data of `packed`.
+
+    Raises:
+        ValueError, OSError, EOFError, zlib.error: it is none.
+    """
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
 def _chosen(runs: Mapping[str, Measured], limit: int) -> tuple[dict[str, Any], int]:
     """Id -> row of the questions that are shown, and how many are not."""
     rows = {str(row["id"]): row for run in runs.values() for row in run.rows}

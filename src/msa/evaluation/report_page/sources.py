@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +11,7 @@ from typing import Any
 from msa.errors import InputError
 from msa.evaluation.judge import judged_scores
 from msa.evaluation.report_page.data import Findings, Measured
+from msa.evaluation.report_page.explorer import unpacked
 from msa.evaluation.runs import read_run
 
 RUNS = "runs"
@@ -78,8 +76,8 @@ def _folder(folder: Path) -> Iterator[tuple[Path, Measured]]:
 def _page(path: Path) -> Iterator[tuple[Path, Measured]]:
     """The runs that a page holds; texts that were read are cut as they are there."""
     try:
-        packed = _DATA.search(path.read_text(encoding="utf-8"))
-        data = json.loads(gzip.decompress(base64.b64decode(packed[1]))) if packed else None
+        found = _DATA.search(path.read_text(encoding="utf-8"))
+        data = unpacked(found[1]) if found else None
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as a report ({error})") from error
     if not isinstance(data, dict) or not all("about" in place for place in data["places"]):
