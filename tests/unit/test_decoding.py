@@ -339,21 +339,21 @@ def test_a_guide_chooses_among_the_likeliest_tokens_of_its_row() -> None:
 
     def guide(token: int) -> float:
         asked.append(token)
-        return 5.5 if token == 14 else 0.0 if token > 14 else 1000.0 * (token < 11)
+        return -5.5 if token > 14 else 0.0
 
     guides = [None, guide, guide]
     samplers = [*greedy(2), Sampler(1.0, 1.0, 0)]
     chosen = choose(logits, samplers, None, [True] * 3, guides)
     assert [token for token, _ in chosen[:2]] == [19, 14]
     assert [value for _, value in chosen[:2]] == pytest.approx(logits[0, [19, 14]].tolist())
-    assert sorted(asked) == list(range(20 - GUIDED_TOKENS, 20))  # once; a row that draws has none
+    assert asked == [19, 18, 17, 16, 15, 14]  # none that cannot win; a row that draws has no guide
     assert chosen[2] == choose(logits[:1], [Sampler(1.0, 1.0, 0)], None, [True])[0]
     barred = logits.clone()
     barred[:, 14] = -math.inf
     chosen = choose(logits, samplers, barred, [True] * 3, guides)
     assert [token for token, _ in chosen[:2]] == [19, 19]
     few = torch.zeros(1, 3)
-    assert choose(few, greedy(1), None, [True], [float])[0][0] == 2
+    assert choose(few, greedy(1), None, [True], [lambda token: -abs(token - 2)])[0][0] == 2
 
 
 def test_a_preference_sees_the_text_with_every_token_that_may_follow(
@@ -363,14 +363,14 @@ def test_a_preference_sees_the_text_with_every_token_that_may_follow(
 
     def prefer(tokens: Sequence[int]) -> float:
         seen.append(list(tokens))
-        return 1000.0 * (tokens[-1] % 2)
+        return 1000.0 * (tokens[-1] % 2 - 1)
 
     rows = [TextRow(s, [], 3, (), p) for s, p in zip(greedy(2), (prefer, None), strict=True)]
     write_all(decoder_of(model, memory, CONTEXTS[:2]), rows)
     alone = [TextRow(greedy(1)[0], [], 3)]
     write_all(decoder_of(model, memory, CONTEXTS[1:2]), alone)
     assert rows[1].tokens == alone[0].tokens  # another row's preference is not its own
-    assert len(seen) == 3 * GUIDED_TOKENS
+    assert 3 <= len(seen) <= 3 * GUIDED_TOKENS
     assert seen[-1][:2] == rows[0].tokens[:2]
     likely = {tokens[0] for tokens in seen if len(tokens) == 1}
     assert rows[0].tokens[0] % 2 == any(token % 2 for token in likely)

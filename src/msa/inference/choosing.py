@@ -79,10 +79,21 @@ def choose(
     for i, row in enumerate(step):
         at, guide = 0, guides[i] if guides else None
         if guide is not None and samplers[i].temperature == 0:
-            by_score = {j: row[2 * width + j] + guide(int(row[j])) for j in range(1, width)}
-            at = max(by_score, key=by_score.__getitem__)
+            at = 1 + _guided(row[1:width], row[2 * width + 1 : 3 * width], guide)
         chosen.append((int(row[at]), row[width + at]))
     return chosen
+
+
+def _guided(tokens: Sequence[float], scores: Sequence[float], guide: Callable[[int], float]) -> int:
+    """Which of some tokens, likeliest first, has the best score with what the guide adds to it."""
+    at, best = 0, -math.inf
+    for i, (token, score) in enumerate(zip(tokens, scores, strict=True)):
+        if score <= best:  # a guide only takes away
+            break
+        total = score + guide(int(token))
+        if total > best:
+            at, best = i, total
+    return at
 
 
 def check_logits(logits: Tensor) -> None:

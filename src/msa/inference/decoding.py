@@ -269,7 +269,7 @@ class _Prompts:
         return _Prompts(torch.cat(masks), length, logits, self.ends + other.ends)
 
 
-# What is added to the score of a text, given as its tokens so far.
+# What is added to the score of a text, given as its tokens so far; at most 0.
 Preference = Callable[[Sequence[int]], float]
 
 
@@ -281,7 +281,7 @@ class Writer(Protocol):
         pending: tokens that are written and not yet fed.
         barred: tokens that may not come next.
         guide: what is added to the score of a token that may come next, where the likeliest of a
-            few is taken; None for nothing.
+            few is taken, at most 0; None for nothing.
     """
 
     sampler: Sampler
