@@ -28,6 +28,7 @@ rest is chosen. Nothing is chosen on dev or test questions.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import tempfile
@@ -314,7 +315,7 @@ def refusals(
     scores = sorted((refusal_score(row, weights) for row in present), reverse=True)
     right = [refusal_score(row, weights) for row, is_right in answered if is_right]
     for share in sorted({*WRONGLY, wrongly}):
-        threshold = round(scores[int(share * len(scores))], 4)
+        threshold = just_above(scores, share)
         refused = sum(refusal_score(row, weights) > threshold for row in absent)
         kept = sum(score > threshold for score in scores)
         lost = sum(score > threshold for score in right)
@@ -322,7 +323,12 @@ def refusals(
             f"threshold {threshold}: refused {refused} of {len(absent)} without their documents, "
             f"{kept} of {len(present)} with them, {lost} of {len(right)} that are answered rightly"
         )
-    return weights, round(scores[int(wrongly * len(scores))], 4)
+    return weights, just_above(scores, wrongly)
+
+
+def just_above(scores: Sequence[float], share: float) -> float:
+    """The least threshold, of four digits, that so many of the scores, best first, are above."""
+    return math.ceil(1e4 * scores[int(share * len(scores))]) / 1e4
 
 
 def arguments() -> argparse.Namespace:
