@@ -71,7 +71,7 @@ def choose(
         likely = scores.topk(min(GUIDED_TOKENS, scores.shape[-1])).indices
         tokens = torch.cat([tokens, likely], dim=1)
     log_probabilities = logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
-    parts = [tokens, log_probabilities, scores.gather(1, tokens), _peaks(logits)[:, None]]
+    parts = [tokens.float(), log_probabilities, scores.gather(1, tokens), _peaks(logits)[:, None]]
     step = torch.cat(parts, dim=1).tolist()  # the one wait for the device; exact below 2^24
     _check_peaks([row[-1] for row, use in zip(step, used, strict=True) if use])
     width = tokens.shape[1]
