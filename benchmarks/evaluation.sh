@@ -18,8 +18,9 @@ run() {
 }
 
 run qa/squad --systems msa gold bm25-1 minilm-1 --count 100
-run qa/squad --systems msa:lexical_weight=0 msa:max_documents_per_round=1,max_rounds=1 \
-    msa:max_documents_per_round=2 closed closed+memory --count 100
+run qa/squad --systems msa:evidence_weight=0 msa:lexical_weight=0 msa:refusal_threshold=0.756 \
+    msa:max_documents_per_round=1,max_rounds=1 msa:max_documents_per_round=2 closed \
+    closed+memory --count 100
 run qa/nq_litm qa/policyqa --systems msa gold bm25-1 minilm-1 --count 60
 run qa/covidqa --systems msa gold bm25-1 minilm-1 --count 40
 run qa/hotpotqa qa/2wikimultihopqa --systems msa gold msa:max_rounds=1 bm25-4 minilm-4 --count 60
