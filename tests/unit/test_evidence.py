@@ -36,8 +36,10 @@ def evidence() -> Evidence:
         ("Genoa", 0.25),
         ("enoa", OUTSIDE),  # no word begins so
         ("910", OUTSIDE),
-        ("Rome, in 1911", OUTSIDE),
-        ("in 1910. The", OUTSIDE),  # no sentence goes on so
+        ("Rome, in 1911", 0.0),  # it leaves the text, which is no reason to end before
+        ("in 1910. The", 0.0),
+        ("Genoa, Rome", 0.25),
+        ("Paris, Rome", OUTSIDE),
         ("马", 0.25),  # words are not told apart there
         ("Rome\ufffd", 0.0),  # half a character
         ("", 0.0),

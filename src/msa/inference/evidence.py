@@ -21,6 +21,7 @@ UNKNOWN_SHARE = 0.5
 """Where a bank has no word index to tell rare words by, or the answer stands nowhere."""
 OUTSIDE = 0.5
 """How far words that stand in no text are taken to be behind the best sentence."""
+_BETWEEN_VALUES = " ,;:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +100,22 @@ class Evidence:
     def behind(self, beginning: str) -> float:
         """How far an answer that begins so is behind the best one, in shares of the question.
 
-        That of the best sentence in which it stands, at the beginning of a word and in any case;
-        `OUTSIDE` where it stands in none. 0 where nothing is known or written.
+        That of the best sentence in which it stands, at the beginning of a word and in any case.
+        Where it stands in none, as of several values in a row, that of its first words that do
+        stand in one; `OUTSIDE` without any. 0 where nothing is known or written.
 
         Args:
             beginning: of an answer; its last word may not be complete.
         """
-        wanted = _plain(beginning.rstrip("\ufffd"))
-        if not wanted or not self._sentences:
+        words = _plain(beginning.rstrip("\ufffd"))
+        if not words or not self._sentences:
             return 0.0
-        holding = (one.behind for one in self._sentences if _holds(one.words, wanted))
-        return min(next(holding, OUTSIDE), OUTSIDE)
+        while words:
+            for one in self._sentences:
+                if _holds(one.words, words):
+                    return min(one.behind, OUTSIDE)
+            words = words.rpartition(" ")[0].rstrip(_BETWEEN_VALUES)
+        return OUTSIDE
 
     def preference(self, weight: float, answers: AnswerText) -> Preference:
         """What is added to the score of an answer as it is written: `-weight * behind`."""
