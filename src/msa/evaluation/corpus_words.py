@@ -33,5 +33,4 @@ class CorpusWords:
     def coverage(self, question: str, texts: Sequence[str]) -> list[float]:
         """See `MemoryBank.lexical_coverage`."""
         asked, *held = self._tokenizer.sequences([nfc(text) for text in (question, *texts)])
-        weights = {term: rarity(self._counts[term], self._documents) for term in asked}
-        return shares(weights, [set(terms) for terms in held])
+        return shares(asked, held, lambda term: rarity(self._counts[term], self._documents))

@@ -219,7 +219,11 @@ class Workbench:
         top_k = held.model.config.top_k_documents
         memory = LatentMemory(self.states, top_k) if with_memory else None
         tokens = held.ask_options.max_new_tokens
-        return TextReader(held, max_new_tokens=tokens, memory=memory, coverage=self._words.coverage)
+
+        def coverage(question: str, texts: Sequence[str]) -> list[float]:
+            return self._words.coverage(question, texts)  # counted only where a reader asks
+
+        return TextReader(held, max_new_tokens=tokens, memory=memory, coverage=coverage)
 
     @cached_property
     def _words(self) -> CorpusWords:

@@ -326,9 +326,8 @@ class LexicalIndex:
         """See `MemoryBank.lexical_coverage`."""
         with self._database.reading() as db:
             words = self._begin(db)
-            asked, *held = words.terms([nfc(text) for text in (question, *texts)])
-            weights = {term: self._rarity(db, term) for term in asked}
-        return shares(weights, held)
+            asked, *held = words.sequences([nfc(text) for text in (question, *texts)])
+            return shares(asked, held, lambda term: self._rarity(db, term))
 
     def _rarity(self, db: sqlite3.Connection, term: str) -> float:
         return rarity(self._count(db, term), self._num_documents)

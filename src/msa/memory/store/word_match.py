@@ -87,9 +87,12 @@ def rarity(count: int, documents: int) -> float:
     return math.log1p((max(0, documents - count) + 0.5) / (count + 0.5))
 
 
-def shares(weights: Mapping[str, float], texts: Sequence[Collection[str]]) -> list[float]:
-    """How much of a question each text holds, given as terms; 1 where it has no words."""
-    return [share(weights, terms) if weights else 1.0 for terms in texts]
+def shares(
+    question: Sequence[str], texts: Sequence[Sequence[str]], rarity: Callable[[str], float]
+) -> list[float]:
+    """How much of a question each text holds, all given as terms; 1 where it has no words."""
+    weights = {term: rarity(term) for term in question}
+    return [share(weights, set(terms)) if weights else 1.0 for terms in texts]
 
 
 def share(weights: Mapping[_Key, float], found: Collection[_Key]) -> float:
