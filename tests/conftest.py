@@ -120,6 +120,22 @@ def tiny_tokenizer():
     return make_tiny_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def encoder(tiny_tokenizer):
+    """Makes prompts in the released format."""
+    from msa.text.prompts import PromptEncoder
+
+    return PromptEncoder(tiny_tokenizer)
+
+
+@pytest.fixture
+def script(monkeypatch, encoder):
+    """See `scripted_asking.scripted`."""
+    from scripted_asking import scripted
+
+    return scripted(monkeypatch, encoder)
+
+
 @pytest.fixture
 def path(tmp_path):
     """Where a bank may be made."""

@@ -24,23 +24,12 @@ from scripted_asking import (
     asked,
     read,
     run,
-    scripted,
 )
 
 
 @pytest.fixture
 def model() -> Any:
     return make_tiny_model(top_k_documents=8)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> PromptEncoder:
-    return PromptEncoder(make_tiny_tokenizer())
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
-    return scripted(monkeypatch, encoder)
 
 
 def test_one_hop(model: Any, encoder: PromptEncoder, script: Any) -> None:

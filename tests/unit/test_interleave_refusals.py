@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tiny_model, make_tiny_tokenizer
+from conftest import make_tiny_model
 from msa.inference.evidence import UNKNOWN_SHARE
 from msa.text.prompts import PromptEncoder
 from scripted_asking import (
@@ -21,7 +21,6 @@ from scripted_asking import (
     FakeSnapshot,
     read,
     run,
-    scripted,
 )
 
 REFUSAL = "not in this memory"
@@ -30,16 +29,6 @@ REFUSAL = "not in this memory"
 @pytest.fixture
 def model() -> Any:
     return make_tiny_model(top_k_documents=8)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> PromptEncoder:
-    return PromptEncoder(make_tiny_tokenizer())
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
-    return scripted(monkeypatch, encoder)
 
 
 @pytest.mark.parametrize(
