@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tiny_model, make_tiny_tokenizer
+from conftest import make_tiny_model
 from msa.inference.judging import MAX_TEXT_TOKENS, judge, make_trials
 from msa.text.prompts import PromptEncoder
 
@@ -15,11 +15,6 @@ from msa.text.prompts import PromptEncoder
 @pytest.fixture(scope="module")
 def model() -> Any:
     return make_tiny_model(top_k_documents=4)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> PromptEncoder:
-    return PromptEncoder(make_tiny_tokenizer())
 
 
 def test_a_trial_says_what_one_forward_would_say_whatever_stands_beside_it(

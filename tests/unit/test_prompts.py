@@ -25,11 +25,6 @@ FIRST = Reading(((12, "Ada lives."), (7, "Bob too.")))
 SECOND = Reading(((304, "Cid."),))
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return PromptEncoder(tiny_tokenizer)
-
-
 def runs(encoder, context):
     """Text of every stretch of equal marks: (routes, sees memory, text)."""
     out = []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa.synthetic_worlds import World, WorldDocument, WorldQuestion, generate_world
-from msa.text.prompts import PromptEncoder, Reading
+from msa.text.prompts import Reading
 from msa.training.config import LossSettings, SampleSettings, WorldSettings
 from msa.training.samples import (
     BLANK_DIGIT,
@@ -37,11 +37,6 @@ UNREAD = WorldQuestion("Where was Cid's baker born?", "Rome", (), ("cid", "ada")
 WORLD = World(DOCUMENTS, (ONE, TWO))
 LOSSES = LossSettings(context=0.25)
 WORLD_SETTINGS = WorldSettings(documents=3, min_digits=2, max_digits=4)
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return PromptEncoder(tiny_tokenizer)
 
 
 def none(**counts):

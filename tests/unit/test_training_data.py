@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from msa.errors import TrainingError
-from msa.text.prompts import PromptEncoder
 from msa.training.config import (
     RealData,
     SampleSettings,
@@ -65,11 +64,6 @@ def dataset(encoder, worlds=None, seed=3, name="stage", steps=6, **world):
         samples=SampleSettings(name=3, read=2, hop=2, answer=1),
     )
     return StepDataset(stage, SampleBuilder(encoder, 4), worlds or RealWorlds([]), seed)
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return PromptEncoder(tiny_tokenizer)
 
 
 def flat(step):
