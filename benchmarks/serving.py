@@ -13,9 +13,10 @@ kill -9 while documents are sent; what was acknowledged has to be there. `soak`:
 search, add, update and delete; memory has to stay, and no deleted text may come back. `hostile`:
 broken requests, path tricks, floods, other tenants' ids, bombs. `start`: until the first answer.
 
-By default the small model over generated worlds, so that all of it runs anywhere. With --bank the
-service has a copy of that bank, and --questions says what to ask. The exit code is 1 if something
-happened that must not; figures beside a bar are for people to compare.
+By default the small model over a generated world, so that all of it runs anywhere. --set FOLDER
+takes documents of a question set in its place, and its dev questions (`msa eval` describes such
+folders). The exit code is 1 if something happened that must not; figures beside a bar are for
+people to compare.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 import signal
 import sys
 import tempfile
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from measuring import hostile as attacks
 from measuring import serving as loads
-from measuring.service import BANK, Service, Workload, questions_of, world
+from measuring.service import BANK, Service, Workload, real_questions, world
 from measuring.serving import Finding
 from measuring.serving_page import section, write
 from msa.errors import InputError, MSAError
@@ -92,12 +92,8 @@ def hostile(args: argparse.Namespace, folder: Path) -> Finding:
 
 
 def start(args: argparse.Namespace, folder: Path) -> Finding:
-    if args.bank is None:
-        with filled(args, folder, 1) as (service, workload):
-            pass
-    else:
-        workload = Workload(questions=asked(args, 1))
-        service = copied(args, folder)
+    with filled(args, folder, 1) as (service, workload):
+        pass
     return loads.start(service, workload.questions[0], args.repeats, note)
 
 
@@ -116,38 +112,23 @@ def filled(
         questions: how many.
         environment: settings of the service.
     """
-    if args.bank is None:
-        workload, service = world(args.seed, args.documents, questions), empty(args, folder)
+    if args.set is None:
+        workload = world(args.seed, args.documents, questions)
     else:
-        workload, service = Workload(questions=asked(args, questions)), copied(args, folder)
+        workload = real_questions(args.set, args.documents, questions, args.seed)
+    service = empty(args, folder)
     service.environment = environment or {}
     with service:
-        if workload.documents:
-            note(f"a bank of {len(workload.documents)} documents")
-            job = service.finished(service.index(workload.documents))
-            if job["status"] != "done" or job["failed"]:
-                raise InputError(f"the bank cannot be filled: {job['message']} {job['failed']}")
+        note(f"a bank of {len(workload.documents)} documents")
+        job = service.finished(service.index(workload.documents))
+        if job["status"] != "done" or job["failed"]:
+            raise InputError(f"the bank cannot be filled: {job['message']} {job['failed']}")
         yield service, workload
 
 
 def empty(args: argparse.Namespace, folder: Path) -> Service:
     """A service, not started, with a bank that is not there yet."""
     return Service(folder, {BANK: folder / "bank"}, args.model)
-
-
-def copied(args: argparse.Namespace, folder: Path) -> Service:
-    """A service, not started, with a copy of the bank that was given."""
-    if not args.bank.is_dir():
-        raise InputError(f"{args.bank} is no bank; make one with msa index")
-    shutil.copytree(args.bank, folder / "bank", ignore=shutil.ignore_patterns("*.lock"))
-    return empty(args, folder)
-
-
-def asked(args: argparse.Namespace, count: int) -> list[str]:
-    """Questions about the bank that was given."""
-    if args.questions is None:
-        raise InputError("--bank needs --questions FILE, JSONL with a 'question' on each line")
-    return questions_of(args.questions, count)
 
 
 def note(text: str) -> None:
@@ -182,9 +163,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         one.add_argument("--json", action="store_true", help="print one line of JSON")
         if measure not in (kills, hostile):
             size = 12_000 if measure is start else 1_000
-            one.add_argument("--documents", type=positive, default=size, help="of the world")
-            one.add_argument("--bank", type=Path, metavar="DIR", help="in place of a world")
-            one.add_argument("--questions", type=Path, metavar="FILE", help="about the bank")
+            one.add_argument("--documents", type=positive, default=size, help="in the bank")
+            one.add_argument("--set", type=Path, metavar="FOLDER", help="in place of a world")
         if measure in (concurrency, indexing, soak):
             clients = {concurrency: 64, indexing: 1, soak: 16}[measure]
             one.add_argument("--clients", type=positive, default=clients, help="at once")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import http.client
-import itertools
 import json
 import os
 import re
@@ -115,20 +113,20 @@ def world(seed: int, documents: int, questions: int) -> Workload:
     return Workload(rows, random.Random(seed).sample(asked, questions))
 
 
-def questions_of(path: Path, count: int) -> list[str]:
-    """The first questions of a JSONL file (or .gz) with a `question` on each line.
+def real_questions(folder: Path, documents: int, questions: int, seed: int) -> Workload:
+    """Dev questions of a set, the passages that they need, and others of it.
 
     Raises:
-        InputError: there are not as many.
+        InputError: the folder is no question set, or has fewer questions.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is no file; give JSONL with a 'question' on each line")
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt") as lines:
-        found = [str(json.loads(line)["question"]) for line in itertools.islice(lines, count)]
-    if len(found) < count:
-        raise InputError(f"{path} holds {len(found)} questions, not {count}")
-    return found
+    from msa.evaluation.question_sets import read_question_set, with_fewer_documents
+
+    drawn = read_question_set(folder, count=questions, seed=seed)
+    if len(drawn.questions) < questions:
+        raise InputError(f"{folder} holds {len(drawn.questions)} questions, not {questions}")
+    kept = with_fewer_documents(drawn, documents, seed).documents
+    rows = [{"id": d.id, "title": d.title or "", "text": d.text} for d in kept]
+    return Workload(rows, [q.text for q in drawn.questions])
 
 
 @dataclass

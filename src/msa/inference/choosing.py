@@ -54,8 +54,7 @@ def choose(
         samplers: one per row; rows that are not used draw nothing.
         scores: [B, V] to choose by in place of the logits.
         used: [B], rows whose token is wanted; the others' are of no meaning.
-        guides: of every row (`Writer.guide`), or none at all. A row that draws has no use for it:
-            it draws from the probabilities that the model gives.
+        guides: of every row (`Writer.guide`), or none at all; None for rows that draw.
 
     Raises:
         ModelError: logits of a row that is used are not numbers.
@@ -78,7 +77,7 @@ def choose(
     chosen = []
     for i, row in enumerate(step):
         at, guide = 0, guides[i] if guides else None
-        if guide is not None and samplers[i].temperature == 0:
+        if guide is not None:
             at = 1 + _guided(row[1:width], row[2 * width + 1 : 3 * width], guide)
         chosen.append((int(row[at]), row[width + at]))
     return chosen

@@ -387,11 +387,17 @@ class Interleave:
 
     def _gather(self) -> None:
         """Look at what was read, if the answer or its refusal is weighed by it."""
-        options = self.request.options
-        if self.refusal or options.evidence_weight:
+        if self.refusal or self._weighs_evidence:
             texts = [(c.title or "", c.text) for c in self.citations]
             coverage = partial(self.request.snapshot.coverage, self.request.question)
             self._evidence = Evidence(texts, coverage)
+
+    @property
+    def _weighs_evidence(self) -> bool:
+        """Whether the answer is; one that is drawn keeps the probabilities that the model gives."""
+        options = self.request.options
+        greedy = options.temperature == 0 and options.force_answer_prefix
+        return greedy and options.evidence_weight > 0
 
     @property
     def refusal(self) -> list[int]:
@@ -417,9 +423,9 @@ class Interleave:
         """What writes the answer, from this position on."""
         form, options = self.request.format, self.request.options
         budget = 0 if self.refused else min(options.max_new_tokens, form.max_positions - position)
-        prefer, weight = None, options.evidence_weight
-        if weight and self._evidence is not None and options.force_answer_prefix:
-            prefer = self._evidence.preference(weight, form.answers)
+        prefer = None
+        if self._weighs_evidence and self._evidence is not None:
+            prefer = self._evidence.preference(options.evidence_weight, form.answers)
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first(), prefer)
 
     def _not_first(self) -> Sequence[int]:
