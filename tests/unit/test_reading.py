@@ -164,6 +164,14 @@ def test_the_reader_weighs_evidence_as_the_engine_does(checkpoint, tiny_set, sta
     assert [r.text for r in reader.answer(texts, documents)] == [a.text for a in answers]
 
 
+def test_an_answer_that_is_drawn_keeps_the_probabilities_of_the_model(tiny_set, engine):
+    texts = [question.text for question in tiny_set.questions]
+    drawn, plain = (
+        engine.ask(texts, temperature=1.0, seed=3, evidence_weight=w) for w in (40.0, 0.0)
+    )
+    assert [a.text for a in drawn] == [a.text for a in plain]
+
+
 def test_words_of_a_corpus_weigh_as_in_a_bank_of_it(tiny_set, engine):
     documents = tiny_set.documents
     words = CorpusWords(document.content for document in documents)
