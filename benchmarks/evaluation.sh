@@ -21,13 +21,14 @@ run qa/squad --systems msa gold bm25-1 minilm-1 --count 100
 run qa/squad --systems msa:evidence_weight=0 msa:lexical_weight=0 msa:refusal_threshold=0.756 \
     msa:max_documents_per_round=1,max_rounds=1 msa:max_documents_per_round=2 closed \
     closed+memory --count 100
-run qa/nq_litm qa/policyqa --systems msa gold bm25-1 minilm-1 --count 60
-run qa/covidqa --systems msa gold bm25-1 minilm-1 --count 40
-run qa/hotpotqa qa/2wikimultihopqa --systems msa gold msa:max_rounds=1 bm25-4 minilm-4 --count 60
+run qa/nq_litm qa/policyqa --systems msa msa:lexical_weight=0 gold bm25-1 minilm-1 --count 60
+run qa/covidqa --systems msa msa:lexical_weight=0 gold bm25-1 minilm-1 --count 40
+run qa/hotpotqa qa/2wikimultihopqa --systems msa msa:max_rounds=1 msa:lexical_weight=0 gold bm25-4 \
+    minilm-4 --count 60
 run 'ruler/niah_*' --sizes 32K --systems msa bm25-5 --count 20
 run changing --sizes 16K --systems msa --count 16
 run 'ruler/niah_*' --sizes 1M --systems msa --count 10
-run curve/squad --sizes 16K --systems full --count 40
+run curve/squad --sizes 16K --systems full --count 100
 run curve/squad --sizes 16K,128K,1M,10M --systems msa bm25-1 --count 100
 run curve/squad --sizes 16K,128K,1M --systems minilm-1 --count 100
 run beyond --sizes 16K --systems msa bm25-5 gold --count 10
