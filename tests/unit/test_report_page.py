@@ -232,6 +232,13 @@ def test_of_too_many_questions_the_wrong_ones_are_shown_and_the_rest_is_counted(
     assert data["left"] == 20
 
 
+def test_no_question_is_left_out_while_all_answers_fit(tmp_path):
+    two(tmp_path, [1] * 2, [1] * 2, size=32_000)
+    findings = two(tmp_path, [1] * 30, [0] * 30)
+    assert explorer_data(findings, rows=64)["left"] == 0  # an equal share of these is 16
+    assert explorer_data(findings, rows=63)["left"] == 15
+
+
 def test_the_same_runs_make_the_same_files(folder, tmp_path):
     first, second = (write_report(folder, tmp_path / f"{n}.html") for n in "ab")
     for one, other in zip(first, second, strict=True):

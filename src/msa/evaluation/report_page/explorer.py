@@ -37,11 +37,12 @@ def explorer_data(findings: Findings, rows: int = ROWS) -> dict[str, Any]:
 
     Args:
         findings: all runs.
-        rows: answers, at most; of a task and size with more questions those that the main system
-            answers wrong come first.
+        rows: answers, at most; where there are more, every task and size has its share, and those
+            that the main system answers wrong come first.
     """
     pool = _Pool()
-    limit = max(5, rows // len(findings.runs))
+    answers = sum(len(run.rows) for run in findings.runs.values())
+    limit = answers if answers <= rows else max(5, rows // len(findings.runs))
     places, left = [], 0
     for place in findings.places:
         runs = {s: run for s in findings.systems if (run := findings.at(place, s))}
