@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 import serving
+from evaluation_tools import QUESTIONS, write_question_set
 from measuring.serving import Finding, percentile
 from measuring.serving_page import section, write
-from msa import Document, MemoryBank, load
 
 for name in ("fastapi", "uvicorn", "mcp", "pydantic_settings", "prometheus_client"):
     pytest.importorskip(name)
@@ -101,26 +101,18 @@ def test_strangers_get_nothing_and_break_nothing(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_bank_of_ones_own_is_served_again_after_a_start(run, tmp_path):
-    with MemoryBank.create(tmp_path / "bank", load("worlds")) as bank:
-        bank.add([Document("watts", "Erik Watts was born in 1912.")])
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"question": "When was Erik Watts born?"}\n')
-    where = ("--bank", tmp_path / "bank", "--questions", questions)
-    result = run("start", *where, "--repeats", 1)
+def test_documents_of_a_set_are_served_again_after_a_start(run, tmp_path):
+    folder = write_question_set(tmp_path / "tiny")
+    result = run("start", "--set", folder, "--documents", 2, "--repeats", 1)
     assert result.found["failures"] == []
-    assert result.found["settings"]["passages"] == 1
+    assert result.found["settings"]["passages"] == 2
 
 
-def test_a_bank_of_ones_own_needs_questions(run, tmp_path):
-    result = run("start", "--bank", tmp_path)
-    assert result.code == (
-        "error: --bank needs --questions FILE, JSONL with a 'question' on each line"
-    )
-    few = tmp_path / "few.jsonl"
-    few.write_text('{"question": "Who?"}\n')
-    result = run("concurrency", "--bank", tmp_path, "--questions", few, "--clients", 2)
-    assert result.code == f"error: {few} holds 1 questions, not 2"
+def test_a_set_has_to_be_there_with_as_many_questions(run, tmp_path):
+    folder = write_question_set(tmp_path / "tiny")
+    result = run("concurrency", "--set", folder, "--clients", 9)
+    assert result.code == f"error: {folder} holds {len(QUESTIONS)} questions, not 9"
+    assert "corpus.jsonl" in run("start", "--set", tmp_path / "nowhere").code
 
 
 def test_percentiles_are_values_that_were_measured():
