@@ -88,8 +88,8 @@ class Asked:
 class Workload:
     """Documents, as lines of JSONL hold them, and questions about them."""
 
-    documents: Sequence[dict[str, Any]] = ()
-    questions: Sequence[str] = ()
+    documents: Sequence[dict[str, Any]]
+    questions: Sequence[str]
 
 
 def world(seed: int, documents: int, questions: int) -> Workload:

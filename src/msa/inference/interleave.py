@@ -225,7 +225,7 @@ class Interleave:
     scores: dict[str, float] = field(default_factory=dict)  # see `Answer.scores`
     refused: bool = False
     _undecided: bool = False  # whether only the written answer tells if it is refused
-    _evidence: Evidence | None = None  # where an answer is weighed by it
+    _evidence: Evidence | None = None  # where an answer or its refusal is weighed by it
     _sampler: Sampler = field(init=False)
     _found: _Routed = field(init=False)
     _pieces: AnswerPieces = field(init=False)
@@ -424,7 +424,8 @@ class Interleave:
         form, options = self.request.format, self.request.options
         budget = 0 if self.refused else min(options.max_new_tokens, form.max_positions - position)
         prefer = None
-        if self._weighs_evidence and self._evidence is not None:
+        if self._weighs_evidence:
+            assert self._evidence is not None
             prefer = self._evidence.preference(options.evidence_weight, form.answers)
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first(), prefer)
 
