@@ -162,11 +162,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch, encoder: PromptEncoder) -> Any:
                 self.prompts = self.prompts + other.prompts
                 self.rows = self.rows + other.rows
 
-            def feed(self, tokens: Sequence[Sequence[int]]) -> None:
-                super().feed(tokens)
+            def feed(
+                self, tokens: Sequence[Sequence[int]], then: Sequence[int] = ()
+            ) -> list[float]:
+                likely = super().feed(tokens, then)
                 self.note([[*r, *t] for r, t in zip(self.rows, tokens, strict=True)])
                 if any(len(some) > 10 for some in tokens):  # the question, again
                     calls.append(self.rows)
+                return likely
 
         monkeypatch.setattr(scheduler, "Decoder", Scripted)
         return calls

@@ -147,20 +147,25 @@ def test_rows_leave_join_and_begin_again_as_if_they_were_alone(model: Any, memor
 
 @pytest.mark.parametrize("rows", [[0], [0, 1]], ids=["one", "padded"])
 @pytest.mark.parametrize("tokens", [[7], [7, 30, 9]])
+@pytest.mark.parametrize("fed", [True, False], ids=["as it is fed", "later"])
 def test_the_probability_of_going_on_is_told_without_going_on(
-    model: Any, memory: Any, rows: list[int], tokens: list[int]
+    model: Any, memory: Any, rows: list[int], tokens: list[int], fed: bool
 ) -> None:
     contexts = [CONTEXTS[row] for row in rows]
     batch = prompt_batch(contexts, model.config.top_k_documents, PAD, CPU)
     decoder = Decoder(model, batch, memory, PAD)
-    decoder.feed([[5, 6], [8]][: len(rows)])
-    likely = decoder.log_probability(tokens)
+    likely = decoder.feed([[5, 6], [8]][: len(rows)], tokens if fed else ())
+    if not fed:
+        assert likely == []
+        likely = decoder.log_probability(tokens)
     for made, start, value in zip(contexts, ([5, 6], [8]), likely, strict=False):
         expected = sum(
             float(whole(model, memory, made, start + tokens[:i]).log_softmax(-1)[token])
             for i, token in enumerate(tokens)
         )
         assert value == pytest.approx(expected, abs=1e-3)
+    for made, start, logits in zip(contexts, ([5, 6], [8]), decoder.logits, strict=False):
+        torch.testing.assert_close(logits, whole(model, memory, made, start), atol=1e-4, rtol=1e-4)
     decoder.feed([[50]] * len(rows))  # as if nothing had been asked
     for made, start, logits in zip(contexts, ([5, 6], [8]), decoder.logits, strict=False):
         expected_logits = whole(model, memory, made, [*start, 50])

@@ -167,13 +167,20 @@ class Decoder:
             self._mask = self._mask[:, unused:]
             self._prompts = self._prompts.without_first(unused)
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+    def feed(self, tokens: Sequence[Sequence[int]], then: Sequence[int] = ()) -> list[float]:
         """Run the model on further tokens, and get the logits after them.
 
         Args:
             tokens: per row any number of token ids; rows without any get logits of no meaning.
+            then: tokens of which it is asked how likely they come next; they are not written.
+
+        Returns:
+            The logarithm of the probability of `then` for every row; nothing without any.
         """
-        self.logits = self._run(tokens, 1)[:, -1]
+        logits = self._run([[*row, *then[:-1]] for row in tokens], max(1, len(then)))
+        self.logits = logits[:, 0]
+        self._forget(len(then[:-1]))
+        return _log_probabilities(logits, then) if then else []
 
     def log_probability(self, tokens: Sequence[int]) -> list[float]:
         """Of every row going on with these tokens, logarithms; nothing is written thereby.
@@ -181,18 +188,18 @@ class Decoder:
         Args:
             tokens: at least one.
         """
-        rows = len(self.positions)
-        logits, mask, positions = self.logits, self._mask, list(self.positions)
-        length = self.cache.get_seq_length()
-        following = [logits[:, None]]
-        if len(tokens) > 1:
-            following.append(self._run([tokens[:-1]] * rows, len(tokens) - 1))
-            self.cache.truncate(length)
-            self._mask, self.positions = mask, positions
-        by_token = torch.cat(following, dim=1).float().log_softmax(dim=-1)  # [B, len(tokens), V]
-        wanted = torch.tensor(list(tokens), device=self._device).expand(rows, -1)
-        total: list[float] = by_token.gather(2, wanted[..., None]).sum(dim=(1, 2)).tolist()
-        return total
+        logits = self.logits[:, None]
+        if tried := tokens[:-1]:
+            logits = torch.cat([logits, self._run([tried] * len(self), len(tried))], dim=1)
+            self._forget(len(tried))
+        return _log_probabilities(logits, tokens)
+
+    def _forget(self, tokens: int) -> None:
+        """The last tokens of every row; the logits are not touched."""
+        if tokens:
+            self.cache.truncate(self.length - tokens)
+            self._mask = None if self._mask is None else self._mask[:, :-tokens]
+            self.positions = [end - tokens for end in self.positions]
 
     @torch.no_grad()
     def _run(self, tokens: Sequence[Sequence[int]], logits_to_keep: int) -> Tensor:
@@ -222,6 +229,19 @@ class Decoder:
         logits: Tensor | None = out.logits
         assert logits is not None
         return logits
+
+
+def _log_probabilities(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Of tokens in a row, for every row of the batch.
+
+    Args:
+        logits: [B, n, V], those that each of them is chosen by.
+        tokens: n of them.
+    """
+    wanted = torch.tensor(list(tokens), device=logits.device).expand(len(logits), -1)
+    by_token = logits.float().log_softmax(dim=-1)
+    total: list[float] = by_token.gather(2, wanted[..., None]).sum(dim=(1, 2)).tolist()
+    return total
 
 
 @dataclass(frozen=True, slots=True)

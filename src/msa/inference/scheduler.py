@@ -372,12 +372,17 @@ class Scheduler:
 
     def _begin_answers(self, decoder: Decoder, runs: list[Interleave]) -> None:
         """State questions again after their prompts, and let the model answer."""
-        decoder.feed([run.begin_answer() for run in runs])
-        for refusal in {tuple(run.refusal) for run in runs if run.refusal}:
-            likely = decoder.log_probability(refusal)
-            for run, log_probability in zip(runs, likely, strict=True):
-                if tuple(run.refusal) == refusal:
-                    run.judge_refusal(log_probability)
+        by_refusal: dict[tuple[int, ...], list[int]] = {}
+        for row, run in enumerate(runs):
+            by_refusal.setdefault(tuple(run.refusal), []).append(row)
+        for refusal, some in by_refusal.items():
+            self._answer(decoder.select(some), [runs[row] for row in some], refusal)
+
+    def _answer(self, decoder: Decoder, runs: list[Interleave], refusal: Sequence[int]) -> None:
+        """The same of questions that are refused with the same tokens, or not at all."""
+        likely = decoder.feed([run.begin_answer() for run in runs], refusal)
+        for run, log_probability in zip(runs, likely, strict=bool(refusal)):
+            run.judge_refusal(log_probability)
         rows: list[RoundRow | TextRow] = [
             run.answering(position) for run, position in zip(runs, decoder.positions, strict=True)
         ]

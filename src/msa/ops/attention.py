@@ -124,9 +124,9 @@ def _attend_once(
     """
     batch, _, heads, dim = queries.shape
     groups = keys.shape[2]
-    grouped = queries.reshape(batch, groups, heads // groups, dim)
-    scores = (grouped @ keys.permute(0, 2, 3, 1)).float() * scaling  # [B, G, H/G, S]
+    grouped = queries.reshape(batch, groups, heads // groups, dim).float()
+    scores = (grouped @ keys.permute(0, 2, 3, 1).float()) * scaling  # [B, G, H/G, S]
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = scores.softmax(dim=-1).to(values.dtype)
-    return (weights @ values.transpose(1, 2)).reshape(batch, 1, heads, dim)
+    weights = scores.softmax(dim=-1)
+    return (weights @ values.transpose(1, 2).float()).to(values.dtype).reshape(batch, 1, heads, dim)
