@@ -111,6 +111,11 @@ class Content:
     values: Tensor
     mask: Tensor
 
+    def row(self, index: int) -> Content:
+        """One row of the batch, without padding."""
+        part, used = slice(index, index + 1), self.mask[index]
+        return Content(self.keys[part, used], self.values[part, used], self.mask[part, used])
+
 
 @runtime_checkable
 class MemoryReader(Protocol):

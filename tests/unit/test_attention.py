@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa.ops.attention import attend, gather_content, local_mask, memory_mask_of
+from msa.ops.attention import (
+    attend,
+    gather_content,
+    local_mask,
+    memory_mask_of,
+    rows_alone,
+)
 from msa.types import Content
 
 few = settings(max_examples=30, deadline=None)
@@ -131,3 +137,37 @@ def test_memory_stands_in_front_and_is_seen_by_those_that_may():
     assert torch.equal(some[0, 1, :3], content_mask[0])
     assert torch.equal(some[1, 0, :3], content_mask[1])
     assert torch.equal(some[:, :, 3:], everyone[:, :, 3:])
+
+
+def test_rows_of_a_padded_batch_see_by_themselves_what_they_see_together():
+    used = torch.tensor(
+        [
+            [1, 1, 1, 1, 1, 1],  # nothing is padded
+            [0, 0, 1, 1, 1, 1],  # in front
+            [0, 1, 1, 0, 0, 1],  # a gap, and padding among what is fed
+            [1, 1, 1, 0, 0, 0],  # nothing is fed
+            [0, 0, 0, 0, 1, 1],  # nothing stood before
+        ]
+    )
+    rows = rows_alone(used, 3)
+    assert [row.tokens for row in rows] == [3, 3, 1, 0, 2]
+    together = local_mask(3, used, 6, used.device)
+    for i, row in enumerate(rows):
+        keys = torch.arange(6)[row.keys]
+        assert keys.tolist() == used[i].nonzero()[:, 0].tolist()
+        if row.tokens:
+            own = together[i, 3 - row.tokens :, keys]
+            mask = row.mask
+            if mask is None:
+                mask = local_mask(row.tokens, None, len(keys), used.device)
+            assert torch.equal(mask[0], own)
+    assert rows_alone(torch.tensor([[1, 1, 0]]), 2) is None  # padded behind
+
+
+def test_a_row_of_content_has_no_padding():
+    keys = torch.arange(12.0).view(2, 3, 1, 2)
+    content = Content(keys, -keys, torch.tensor([[True, True, False], [True, False, True]]))
+    row = content.row(1)
+    assert torch.equal(row.keys, keys[1:, [0, 2]])
+    assert torch.equal(row.values, -keys[1:, [0, 2]])
+    assert row.mask.tolist() == [[True, True]]

@@ -23,10 +23,17 @@ from msa.inference.decoding import (
     write_all,
 )
 from msa.memory.latent import LatentMemory
+from msa.model import modeling_msa
 from msa.text.prompts import LocalContext
 
 PAD, OPEN, CLOSE, READ, END = 0, 10, 11, 12, 13
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["together", "alone"])
+def rows_attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch attend together, or each by itself, as in bfloat16 on a CPU."""
+    monkeypatch.setattr(modeling_msa, "_is_exact", lambda hidden: request.param)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 A step prefills some of the prompts that wait, and lets every row that is writing write a token.
 Rows are prefilled together, whatever bank, filter or options their questions have; while they write
 they share the model's forward passes with the rows that came before them. What a question is
-answered does not depend on who else is asking (but for rounding: the products of a larger batch
-are summed in another order).
+answered does not depend on who else is asking (in float32 but for rounding: the products of a
+larger batch are summed in another order).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ D head dim, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, cast
@@ -31,7 +31,7 @@ from msa.errors import ConfigError, InputError
 from msa.model.backbones import Backbone, get_backbone
 from msa.model.cache import MSACache
 from msa.model.configuration_msa import MSAConfig
-from msa.ops.attention import attend, local_mask, memory_mask_of
+from msa.ops.attention import BatchRow, attend, local_mask, memory_mask_of, rows_alone
 from msa.ops.pooling import chunk_counts, pool_chunks
 from msa.ops.routing import normalize, reduce_queries, token_weights
 from msa.types import Content, LatentStates, LayerStates, MemoryReader, Selection
@@ -63,6 +63,8 @@ class Step:
         cache: local keys and values so far; None in training and in stage 1.
         memory, routing_mask, memory_mask: arguments of `MSAForCausalLM.forward`.
         lengths: [N] int64 in stage 1, when the batch holds documents; else None.
+        rows: of the batch, each of which attends by itself; None where they do so together.
+        twice: the batch is one token, which goes through the products of the layers twice.
         states: stage 1 fills this.
         selections: routing fills this.
     """
@@ -75,8 +77,10 @@ class Step:
         routing_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        rows: Sequence[BatchRow] | None = None,
+        twice: bool = False,
     ) -> None:
-        self.mask, self.cache = mask, cache
+        self.mask, self.cache, self.rows, self.twice = mask, cache, rows, twice
         self.memory, self.routing_mask, self.memory_mask = memory, routing_mask, memory_mask
         self.lengths = lengths
         self.states: dict[int, LayerStates] = {}
@@ -201,6 +205,27 @@ class MSAAttention(nn.Module):
             cache.remember(layer, selection, content)
         return content
 
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        content: Content | None,
+        memory_mask: Tensor | None,
+    ) -> Tensor:
+        """[B, T, H, D]: attention to the documents that were selected and to local tokens.
+
+        Source: MSA 3.2.1, Eq. 3 and 4.
+        """
+        if content is not None:
+            if mask is None:
+                mask = local_mask(queries.shape[1], None, keys.shape[1], keys.device)
+            mask = memory_mask_of(mask, content, memory_mask)
+            keys = torch.cat([content.keys.to(keys.dtype), keys], dim=1)
+            values = torch.cat([content.values.to(values.dtype), values], dim=1)
+        return attend(queries, keys, values, mask, self.scaling)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -210,6 +235,9 @@ class MSAAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Attention output [B, T, E] for hidden states [B, T, E]."""
         queries, keys, values = self.project(hidden_states, position_embeddings)
+        if step.twice:
+            hidden_states, queries = hidden_states[:1], queries[:1]
+            keys, values = keys[:1], values[:1]
         content = None
         if self.routes and step.lengths is not None:
             states = self.compress(hidden_states, keys, values, step.lengths)
@@ -223,15 +251,29 @@ class MSAAttention(nn.Module):
                     keys.transpose(1, 2), values.transpose(1, 2), self.layer_index
                 )
             )
-        mask = step.mask
-        if content is not None:
-            if mask is None:
-                mask = local_mask(queries.shape[1], None, keys.shape[1], keys.device)
-            mask = memory_mask_of(mask, content, step.memory_mask)
-            keys = torch.cat([content.keys.to(keys.dtype), keys], dim=1)
-            values = torch.cat([content.values.to(values.dtype), values], dim=1)
-        out = attend(queries, keys, values, mask, self.scaling)
-        return cast(nn.Module, self.o_proj)(out.flatten(2)), None
+        if step.rows is None:
+            out = self.attend(queries, keys, values, step.mask, content, step.memory_mask)
+        else:
+            out = torch.zeros_like(queries)
+            if queries.shape[1] == 1:  # as `attend` takes them, once for all rows
+                keys, values = keys.float(), values.float()
+            for i, row in enumerate(step.rows):
+                if not row.tokens:
+                    continue
+                part, last = slice(i, i + 1), slice(-row.tokens, None)
+                sees = None if step.memory_mask is None else step.memory_mask[part, last]
+                out[part, last] = self.attend(
+                    queries[part, last],
+                    keys[part][:, row.keys],
+                    values[part][:, row.keys],
+                    row.mask,
+                    None if content is None else content.row(i),
+                    sees,
+                )
+        out = out.flatten(2)
+        if step.twice:
+            out = out.expand(2, -1, -1)
+        return cast(nn.Module, self.o_proj)(out), None
 
 
 class MSAPreTrainedModel(PreTrainedModel):
@@ -456,8 +498,11 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
         # Whether there is padding is looked at while prefilling only: it makes the CPU wait.
         if attention_mask is not None and not past and bool(attention_mask.all()):
             attention_mask = None
+        exact = _is_exact(hidden)
+        rows = _rows_alone(hidden, attention_mask, past) if exact else None
+        twice = exact and hidden.shape[:2] == (1, 1)
         mask = None
-        if attention_mask is not None or (past and tokens > 1):
+        if rows is None and (attention_mask is not None or (past and tokens > 1)):
             mask = local_mask(tokens, attention_mask, past + tokens, hidden.device)
         if memory is not None and routing_mask is None:
             routing_mask = (
@@ -465,11 +510,15 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
                 if attention_mask is not None
                 else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             )
-        step = Step(mask, cache, memory, routing_mask, memory_mask)
+        step = Step(mask, cache, memory, routing_mask, memory_mask, rows=rows, twice=twice)
+        if twice:
+            hidden = hidden.expand(2, -1, -1)
         hidden = self.model(hidden, position_ids, step, routing_only=routing_only)
         if routing_only:
             return MSAOutput(selections=step.selections)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if twice:
+            logits = logits[:1]
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
@@ -503,6 +552,27 @@ class MSAForCausalLM(MSAPreTrainedModel, GenerationMixin):
             for name, mask in masks.items():
                 inputs[name] = None if mask is None else _extended(mask, tokens, name)
         return inputs
+
+
+def _is_exact(hidden: Tensor) -> bool:
+    """Whether a row is answered to the last bit as it is alone, whoever shares the batch.
+
+    On a CPU in bfloat16 a row of a matrix product is summed in one order whatever the other rows
+    are, if there are two at least; attention over padded keys is not. So rows attend by themselves
+    there, and a single token has company. In float32 the order depends on the number of rows.
+    """
+    low = hidden.dtype != torch.float32
+    return low and hidden.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _rows_alone(hidden: Tensor, attention_mask: Tensor | None, past: int) -> list[BatchRow] | None:
+    """What each row of a batch attends with; None where nothing is padded and nobody else there."""
+    batch, tokens = hidden.shape[:2]
+    if attention_mask is None:
+        if batch == 1:
+            return None
+        attention_mask = torch.ones(batch, past + tokens, dtype=torch.long)
+    return rows_alone(attention_mask, tokens)
 
 
 def _extended(mask: Tensor, tokens: int, name: str) -> Tensor:

@@ -6,6 +6,8 @@ D head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +68,47 @@ def local_mask(
     return causal & attention_mask[:, None, :].bool() | (key == query)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A row of a batch as it would be alone, without the padding that others bring.
+
+    Attributes:
+        tokens: query tokens of its own, the last ones; 0 for none.
+        keys: local keys of its own.
+        mask: [1, tokens, number of keys] bool, or None; see `attend`.
+    """
+
+    tokens: int
+    keys: slice | Tensor
+    mask: Tensor | None
+
+
+def rows_alone(attention_mask: Tensor, num_queries: int) -> list[BatchRow] | None:
+    """Every row of a batch by itself.
+
+    Args:
+        attention_mask: [B, S], 0 for padding, wherever it is.
+        num_queries: T, the last T of the S keys.
+
+    Returns:
+        None if the queries are padded elsewhere than in front.
+    """
+    used = attention_mask.bool()
+    counts = used[:, -num_queries:].sum(dim=1).tolist()
+    rows = []
+    for row, tokens in zip(used, counts, strict=True):
+        if not bool(row[len(row) - tokens :].all()):
+            return None
+        keys = row.nonzero()[:, 0]
+        total, first = len(keys), int(keys[0]) if len(keys) else 0
+        mask = None
+        if 1 < tokens < total:
+            mask = local_mask(tokens, None, total, row.device)
+        ends_together = first + total == len(row)
+        rows.append(BatchRow(tokens, slice(first, None) if ends_together else keys, mask))
+    return rows
+
+
 def memory_mask_of(mask: Tensor, content: Content, memory_mask: Tensor | None) -> Tensor:
     """Put the memory rows in front of a local mask.
 
@@ -118,15 +161,16 @@ def attend(
 def _attend_once(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """`attend` for a single token, T = 1, in two products, with the softmax in float32.
+    """`attend` for a single token, T = 1, in two products of float32.
 
-    On a CPU in bfloat16 torch's fused kernel takes six times as long for one token.
+    On a CPU in bfloat16 torch's fused kernel takes six times as long for one token, and products
+    in bfloat16 are compiled anew for every number of keys.
     """
     batch, _, heads, dim = queries.shape
     groups = keys.shape[2]
     grouped = queries.reshape(batch, groups, heads // groups, dim).float()
-    scores = (grouped @ keys.permute(0, 2, 3, 1).float()) * scaling  # [B, G, H/G, S]
+    scores = grouped @ keys.float().permute(0, 2, 3, 1) * scaling  # [B, G, H/G, S]
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = scores.softmax(dim=-1)
-    return (weights @ values.transpose(1, 2).float()).to(values.dtype).reshape(batch, 1, heads, dim)
+    out = scores.softmax(dim=-1) @ values.float().transpose(1, 2)
+    return out.to(queries.dtype).reshape(batch, 1, heads, dim)
