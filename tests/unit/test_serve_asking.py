@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from msa.errors import EmptyBankError, InputError, ModelError
 from msa.serve import asking
 from msa.serve.asking import AskService, while_connected
 from msa.serve.errors import ServiceError
-from msa.serve.fairness import Turns
+from msa.serve.fairness import Turns, aside
 from msa.serve.keys import ANONYMOUS, Principal
 from msa.serve.metrics import Metrics
 from msa.serve.settings import ServeSettings
@@ -412,3 +413,17 @@ def test_a_stream_ends_when_its_client_goes():
     stream = EventStream(frames("a", seconds=30), on_end=lambda: ended.append(True))
     asyncio.run(asyncio.wait_for(sent(stream, gone_after=0.05), 10))
     assert ended == [True]
+
+
+def test_what_is_done_aside_leaves_no_thread_behind() -> None:
+    worked = []
+
+    def work() -> int:
+        worked.append(threading.current_thread())
+        return 7
+
+    assert aside(work) == 7
+    assert worked[0] is not threading.current_thread()
+    assert not worked[0].is_alive()
+    with pytest.raises(KeyError, match="gone"):
+        aside(lambda: {}["gone"])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LONGEST_WAIT = 10.0
 """Seconds that a piece of index work waits at most, however long the one before took."""
@@ -52,3 +56,24 @@ class Turns:
             self._quiet.wait_for(lambda: not self._running, timeout=longest)
             self._began = time.monotonic()
             return self._began - started
+
+
+def aside(work: Callable[[], T]) -> T:
+    """Run the model beside its own thread: in a thread that ends with the work, waited for.
+
+    Each thread that multiplies matrices keeps helpers of OpenMP's, one a core but one, for as long
+    as it lives. While there are more of them than cores, all go to sleep between two products
+    instead of waiting awake, and a question takes a third longer.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="msa-aside", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 
 from msa.serve.banks import BankRegistry, ServedBank
 from msa.serve.errors import ServiceError, log_failure, service_error, unavailable
-from msa.serve.fairness import Turns
+from msa.serve.fairness import Turns, aside
 from msa.serve.file_reader import FileReader
 from msa.serve.indexing import Desk, IndexRun
 from msa.serve.job_store import (
@@ -204,7 +205,7 @@ class Jobs:
 
         self._writes += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._writers, at_desk)
+            return await asyncio.get_running_loop().run_in_executor(self._writers, aside, at_desk)
         finally:
             self._writes -= 1
 
@@ -393,7 +394,7 @@ class Jobs:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
-                self._do(job)
+                aside(partial(self._do, job))
             except Exception as error:  # not even its end could be noted: is the disk full?
                 log_failure(error)
                 with self._changed:

@@ -16,7 +16,7 @@ from msa.model.identity import Fingerprints, model_fingerprints
 from msa.serve.asking import AskService
 from msa.serve.banks import BankRegistry, BankState, ServedBank
 from msa.serve.errors import ServiceError, log_failure
-from msa.serve.fairness import Turns
+from msa.serve.fairness import Turns, aside
 from msa.serve.jobs import Jobs
 from msa.serve.keys import ADMIN, ANONYMOUS, Keys, Principal, principal
 from msa.serve.metrics import Metrics
@@ -103,7 +103,7 @@ class Service:
     async def load(self) -> None:
         """Load the model and the banks; afterwards the state is "ready", or "failed"."""
         try:
-            self.checkpoint = await asyncio.to_thread(self._load)
+            self.checkpoint = await asyncio.to_thread(aside, self._load)
             self.asking.open(self.checkpoint.model)
             if not self._read_only:
                 await self.jobs.start()
