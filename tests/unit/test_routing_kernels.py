@@ -68,6 +68,32 @@ def test_it_is_one_whether_keys_are_multiplied_as_rows_or_as_columns(name, wide,
     check(kernels.route_documents, CASES[name])
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("screens", [False, True])
+@pytest.mark.parametrize("name", [n for n in CASES if "bfloat16" in n])
+def test_it_is_one_with_a_screen_and_without(name, screens, monkeypatch):
+    monkeypatch.setattr(routing_cpu, "_multiplies_bfloat16", lambda: screens)
+    monkeypatch.setattr(routing_cpu, "WIDE", 1000)
+    check(kernels.route_documents, CASES[name])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_a_screen_lets_every_key_pass_that_may_be_above(scale):
+    """Keys as close together as bfloat16 can have them, thresholds in between."""
+    torch.manual_seed(0)
+    keys = (torch.randn(1, 192) + 0.01 * torch.randn(3000, 192)).bfloat16()
+    vectors = scale * torch.randn(3, 192)
+    scores = vectors.double() @ keys.double().T
+    order = scores.sort(dim=1).values
+    thresholds = (order[:, -20] + order[:, -21]).float() / 2
+    passed = routing_cpu._Screen(vectors)(keys, thresholds)
+    wanted = (scores > thresholds[:, None]).any(0).nonzero()[:, 0]
+    assert set(wanted.tolist()) <= set(passed.tolist())
+    assert len(passed) < 3000
+    none = routing_cpu._Screen(vectors)(keys, 2 * order[:, -1].abs().float())
+    assert len(none) == 0
+
+
 @given(
     counts=st.lists(st.integers(0, 6), max_size=30),
     top_k=st.integers(1, 9),

@@ -226,6 +226,33 @@ class MSAAttention(nn.Module):
             values = torch.cat([content.values.to(values.dtype), values], dim=1)
         return attend(queries, keys, values, mask, self.scaling)
 
+    def attend_alone(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Sequence[BatchRow],
+        content: Content | None,
+        memory_mask: Tensor | None,
+    ) -> Tensor:
+        """[B, T, H, D]: the same, to the last bit as if every row of the batch were alone."""
+        out = torch.zeros_like(queries)
+        if queries.shape[1] == 1:  # as `ops.attention.attend` takes them, once for all rows
+            keys, values = keys.float(), values.float()
+        for i, row in enumerate(rows):
+            if not row.tokens:
+                continue
+            part, last = slice(i, i + 1), slice(-row.tokens, None)
+            out[part, last] = self.attend(
+                queries[part, last],
+                keys[part][:, row.keys],
+                values[part][:, row.keys],
+                row.mask,
+                None if content is None else content.row(i),
+                None if memory_mask is None else memory_mask[part, last],
+            )
+        return out
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -251,25 +278,11 @@ class MSAAttention(nn.Module):
                     keys.transpose(1, 2), values.transpose(1, 2), self.layer_index
                 )
             )
-        if step.rows is None:
-            out = self.attend(queries, keys, values, step.mask, content, step.memory_mask)
-        else:
-            out = torch.zeros_like(queries)
-            if queries.shape[1] == 1:  # as `attend` takes them, once for all rows
-                keys, values = keys.float(), values.float()
-            for i, row in enumerate(step.rows):
-                if not row.tokens:
-                    continue
-                part, last = slice(i, i + 1), slice(-row.tokens, None)
-                sees = None if step.memory_mask is None else step.memory_mask[part, last]
-                out[part, last] = self.attend(
-                    queries[part, last],
-                    keys[part][:, row.keys],
-                    values[part][:, row.keys],
-                    row.mask,
-                    None if content is None else content.row(i),
-                    sees,
-                )
+        out = (
+            self.attend(queries, keys, values, step.mask, content, step.memory_mask)
+            if step.rows is None
+            else self.attend_alone(queries, keys, values, step.rows, content, step.memory_mask)
+        )
         out = out.flatten(2)
         if step.twice:
             out = out.expand(2, -1, -1)

@@ -17,6 +17,7 @@ all questions, K selected documents.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ PIECE_BYTES = 1 << 20
 LONG_ROW = 1 << 11
 # From so many routing tokens on, keys are multiplied as rows, and before as columns.
 WIDE = 16
+# Keys that a screen leaves are gathered if they are at most one of so many.
+FEW = 8
 # Blocks have at least so many keys, and the first one no more: there everything is a candidate.
 MIN_BLOCK = 160
 
@@ -88,29 +91,41 @@ class _Walk:
     def run(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
         """Offer what may belong to the top-k; `routing` is [R, G*D], `owner` [R] its questions."""
         product = _Product(routing, self.keys)
+        screen = _Screen(routing) if _can_screen(self.keys, len(routing)) else None
         total = len(self.keys) if self.chosen is None else len(self.chosen)
         thresholds = best.thresholds.to(routing.device)
         for start, end in _blocks(total, product.rows):
             chunks: slice | Tensor = slice(start, end)
             if self.chosen is not None:
                 chunks = self.chosen[start:end]
-            scores = product(chunks, end - start)
+            if screen is not None:
+                near = screen(self.keys[chunks], thresholds[owner])
+                if not len(near):
+                    continue
+                if len(near) <= (end - start) // FEW:
+                    chunks = start + near if isinstance(chunks, slice) else chunks[near]
+            scores = product(chunks, end - start if isinstance(chunks, slice) else len(chunks))
             if self.scales is not None:
                 scores *= self.scales[chunks]
             above = ~(scores.amax(1) <= thresholds[owner])  # so for NaN, too
             if not bool(above.any()):
                 continue
-            self._offer(scores, start, above.nonzero()[:, 0], owner, best)
+            self._offer(scores, chunks, above.nonzero()[:, 0], owner, best)
             thresholds = best.thresholds.to(routing.device)
 
     def _offer(
-        self, scores: Tensor, start: int, tokens: Tensor, owner: Tensor, best: TopDocuments
+        self,
+        scores: Tensor,
+        chunks: slice | Tensor,
+        tokens: Tensor,
+        owner: Tensor,
+        best: TopDocuments,
     ) -> None:
         """Offer what is above a question's threshold in a block.
 
         Args:
             scores: [R, c] of the block.
-            start: its first place among the chunks that are scored.
+            chunks: its c chunks.
             tokens: those with a score above the threshold somewhere, or NaN.
         """
         questions, sizes = torch.unique_consecutive(owner[tokens], return_counts=True)
@@ -120,13 +135,42 @@ class _Walk:
             some = torch.stack([part.amax(0) for part in torch.split(some, sizes.tolist())])
         thresholds = best.thresholds.to(some.device)[questions]
         row, place = (some > thresholds[:, None]).nonzero(as_tuple=True)
-        chunks = start + place if self.chosen is None else self.chosen[start + place]
-        documents = torch.searchsorted(self.ends, chunks, right=True)
-        found, rows = some[row, place], questions[row]
+        found = chunks.start + place if isinstance(chunks, slice) else chunks[place]
+        documents = torch.searchsorted(self.ends, found, right=True)
+        values, rows = some[row, place], questions[row]
         if self.mask is not None:
             allowed = self.mask[rows if len(self.mask) > 1 else 0, documents]
-            rows, documents, found = rows[allowed], documents[allowed], found[allowed]
-        best.offer(rows, documents, found)
+            rows, documents, values = rows[allowed], documents[allowed], values[allowed]
+        best.offer(rows, documents, values)
+
+
+class _Screen:
+    """Which bfloat16 keys can be above a threshold, by products in bfloat16.
+
+    These are read at once, without a copy in float32, but their results have 8 bits. A routing
+    token is two vectors here, so that only the rounding of results is in doubt.
+    """
+
+    def __init__(self, routing: Tensor) -> None:
+        self.size = len(routing)
+        high = routing.bfloat16()
+        self.vectors = torch.cat([high, (routing.float() - high.float()).bfloat16()])
+
+    def __call__(self, keys: Tensor, thresholds: Tensor) -> Tensor:
+        """Indices of keys [c, G*D] whose score may be above the threshold [R] of some token."""
+        products = F.linear(self.vectors, keys)
+        rows = (~(self._most(products.amax(1)[:, None]) <= thresholds[:, None])).nonzero()[:, 0]
+        if not len(rows):
+            return rows
+        most = self._most(products[torch.cat([rows, rows + self.size])])
+        return (~(most <= thresholds[rows, None])).any(0).nonzero()[:, 0]
+
+    @staticmethod
+    def _most(products: Tensor) -> Tensor:
+        """[r, c] float32, what scores are at most, from both of their parts [2 r, c]."""
+        parts = products.float()
+        parts = parts + parts.abs() * 2**-8
+        return parts[: len(parts) // 2] + parts[len(parts) // 2 :]
 
 
 class _Product:
@@ -206,3 +250,15 @@ def _blocks(total: int, rows: int) -> Iterator[tuple[int, int]]:
 def _has_onednn() -> bool:
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _can_screen(keys: Tensor, tokens: int) -> bool:
+    on_cpu = keys.device.type == "cpu" and keys.dtype == torch.bfloat16
+    return on_cpu and tokens < WIDE and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without them it takes longer than float32."""
+    known = torch.cpu.get_capabilities()
+    return _has_onednn() and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
