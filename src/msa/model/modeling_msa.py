@@ -574,7 +574,7 @@ def _is_exact(hidden: Tensor) -> bool:
     are, if there are two at least; attention over padded keys is not. So rows attend by themselves
     there, and a single token has company. In float32 the order depends on the number of rows.
     """
-    low = hidden.dtype != torch.float32
+    low = hidden.dtype.itemsize < 4
     return low and hidden.device.type == "cpu" and not torch.is_grad_enabled()
 
 

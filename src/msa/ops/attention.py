@@ -144,7 +144,7 @@ def attend(
 
     Source: MSA 3.2.1, Eq. 3 and 4, with the concatenation made by the caller.
     """
-    if queries.shape[1] == 1 and queries.device.type == "cpu" and queries.dtype != torch.float32:
+    if queries.shape[1] == 1 and queries.device.type == "cpu" and queries.dtype.itemsize < 4:
         return _attend_once(queries, keys, values, mask, scaling)
     out = F.scaled_dot_product_attention(
         queries.transpose(1, 2),

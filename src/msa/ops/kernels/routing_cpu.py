@@ -5,7 +5,9 @@ token, one comparison with the score of the question's k-th best document so far
 holds a better one is looked at more closely. After the first blocks that is rare: about k ln(N / k)
 documents in all. A document may span blocks; its score is that of its best chunk. So documents need
 no segment maximum, and their lengths do not matter. Keys are read once, for all questions together;
-with one vector per question that is what bounds the time.
+with one vector per question that is what bounds the time. Where the processor multiplies bfloat16,
+few vectors are first multiplied with such keys as they lie, and only keys that may be above a
+threshold are scored in float32.
 
 Held besides: a block of keys in float32, its scores, the running top-k, where documents end; and
 the chunks that a filter leaves, if those are less than half.
