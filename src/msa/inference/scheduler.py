@@ -10,7 +10,7 @@ larger batch are summed in another order).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -200,7 +200,8 @@ class Scheduler:
         runs = [prompt.run for prompt in prompts]
         contexts = [prompt.context for prompt in prompts]
         form = runs[0].request.format
-        groups = _groups(runs)
+        # questions that go to one state of a memory in the same way
+        groups = _groups((id(run.request.snapshot), id(run.request.options)) for run in runs)
         readers = [
             CandidateReader(runs[rows[0]].request.snapshot.reader, form.top_k) for rows in groups
         ]
@@ -372,11 +373,10 @@ class Scheduler:
 
     def _begin_answers(self, decoder: Decoder, runs: list[Interleave]) -> None:
         """State questions again after their prompts, and let the model answer."""
-        by_refusal: dict[tuple[int, ...], list[int]] = {}
-        for row, run in enumerate(runs):
-            by_refusal.setdefault(tuple(run.refusal), []).append(row)
-        for refusal, some in by_refusal.items():
-            self._answer(decoder.select(some), [runs[row] for row in some], refusal)
+        refusals = [tuple(run.refusal) for run in runs]
+        for rows in _groups(refusals):
+            part = decoder if len(rows) == len(runs) else decoder.select(rows)
+            self._answer(part, [runs[row] for row in rows], refusals[rows[0]])
 
     def _answer(self, decoder: Decoder, runs: list[Interleave], refusal: Sequence[int]) -> None:
         """The same of questions that are refused with the same tokens, or not at all."""
@@ -397,11 +397,10 @@ class Scheduler:
             self._enter(_Cohort(decoder, runs, rows).select(keep))
 
 
-def _groups(runs: Sequence[Interleave]) -> list[list[int]]:
-    """Rows whose questions go to one state of a memory in the same way."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, run in enumerate(runs):
-        key = id(run.request.snapshot), id(run.request.options)
+def _groups(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Rows that have the same key."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

@@ -98,15 +98,17 @@ class _Walk:
         thresholds = best.thresholds.to(routing.device)
         for start, end in _blocks(total, product.rows):
             chunks: slice | Tensor = slice(start, end)
+            size = end - start
             if self.chosen is not None:
                 chunks = self.chosen[start:end]
             if screen is not None:
                 near = screen(self.keys[chunks], thresholds[owner])
                 if not len(near):
                     continue
-                if len(near) <= (end - start) // FEW:
+                if len(near) <= size // FEW:
                     chunks = start + near if isinstance(chunks, slice) else chunks[near]
-            scores = product(chunks, end - start if isinstance(chunks, slice) else len(chunks))
+                    size = len(near)
+            scores = product(chunks, size)
             if self.scales is not None:
                 scores *= self.scales[chunks]
             above = ~(scores.amax(1) <= thresholds[owner])  # so for NaN, too
