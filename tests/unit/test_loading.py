@@ -158,26 +158,44 @@ def test_a_missing_or_damaged_file_is_one_line(folder, name):
 def test_what_runs_faster_on_a_cpu_is_measured_once_and_kept(home, monkeypatch, caplog):
     measured = []
 
-    def seconds(dtype):
-        measured.append(dtype)
-        return {torch.float32: 1.0, torch.bfloat16: 0.5}[dtype]
+    def seconds(names):
+        measured.append(names)
+        return {"float32": 1.0, "bfloat16": 0.5}
 
-    monkeypatch.setattr(precision, "_seconds", seconds)
+    monkeypatch.setattr(precision, "_measured", seconds)
     precision._fastest.cache_clear()
     with caplog.at_level("INFO", "msa"):
         assert precision.cpu_dtype(1e9) == torch.bfloat16
     assert "float32 1000.0 ms, bfloat16 500.0 ms; bfloat16 is used" in caplog.text
     precision._fastest.cache_clear()  # as a new process
     assert precision.cpu_dtype(1e9) == torch.bfloat16
-    assert len(measured) == 2
+    assert len(measured) == 1
     assert precision.cpu_dtype(1e6) == torch.float32  # too small to gain
     precision._fastest.cache_clear()
 
 
+def test_a_machine_that_is_busy_for_a_while_is_busy_for_all_alike(monkeypatch):
+    """What is measured takes turns: a pause in one turn does not decide."""
+    clock, turns = [0.0], []
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+
+    def question(dtype):
+        def run():
+            turns.append(dtype)
+            busy = 10.0 if len(turns) < 2 * precision.REPEATS - 1 else 0.0
+            clock[0] += busy + {torch.float32: 1.0, torch.bfloat16: 0.5}[dtype]
+
+        return run
+
+    monkeypatch.setattr(precision, "_question", question)
+    assert precision._measured(("float32", "bfloat16")) == {"float32": 1.0, "bfloat16": 0.5}
+    assert turns == [torch.float32, torch.bfloat16] * precision.REPEATS
+
+
 @pytest.mark.parametrize(("short", "chosen"), [(0.79, "bfloat16"), (0.9, "float32")])
 def test_bfloat16_must_be_clearly_faster(home, monkeypatch, short, chosen):
-    times = {torch.float32: 1.0, torch.bfloat16: short}
-    monkeypatch.setattr(precision, "_seconds", times.__getitem__)
+    times = {"float32": 1.0, "bfloat16": short}
+    monkeypatch.setattr(precision, "_measured", lambda names: times)
     precision._fastest.cache_clear()
     assert precision.cpu_dtype(1e9) == getattr(torch, chosen)
     precision._fastest.cache_clear()

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ SMALL_BYTES = 100e6
 MARGIN = 0.8  # bfloat16 must take less than this share of the time of float32
 ROWS, STEPS = 256, 10  # tokens read and written for a question of SQuAD, one passage read
 WIDTH, INNER = 576, 1536
-REPEATS = 5
+REPEATS = 30  # in turns, so that what else the machine does for a while meets all alike
 CPU_FILE = "cpu.json"
 
 _log = logging.getLogger(__name__)
@@ -55,14 +56,14 @@ def cpu_dtype(weight_bytes: float) -> torch.dtype:
 
 @cache
 def _fastest() -> torch.dtype:
-    key = f"{_cpu_name()}, torch {torch.__version__}, {ROWS} rows, {STEPS} steps"
+    key = f"{_cpu_name()}, torch {torch.__version__}, {ROWS} rows, {STEPS} steps, in turns"
     path = home() / CPU_FILE
     kept: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(kept, dict) and kept.get(key) in DTYPES:
         return DTYPES[kept[key]]
-    seconds = {name: _seconds(DTYPES[name]) for name in ("float32", "bfloat16")}
+    seconds = _measured(("float32", "bfloat16"))
     chosen = "bfloat16" if seconds["bfloat16"] < MARGIN * seconds["float32"] else "float32"
     times = ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in seconds.items())
     _log.info("%s: %s; %s is used", key, times, chosen)
@@ -74,18 +75,30 @@ def _fastest() -> torch.dtype:
     return DTYPES[chosen]
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    """Time of the products of one layer for one question: many rows once, one row many times."""
-    weight = torch.randn(INNER, WIDTH).to(dtype)
-    rows, row = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(1, WIDTH).to(dtype)
-    best = float("inf")
+def _measured(names: Sequence[str]) -> dict[str, float]:
+    """Seconds that the products of one layer take for one question, at best, in each dtype."""
+    work = {name: _question(DTYPES[name]) for name in names}
+    best = dict.fromkeys(names, float("inf"))
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _question(dtype: torch.dtype) -> Callable[[], None]:
+    """Many rows once, then a token many times; in low precision as two rows, as the model does."""
+    weight = torch.randn(INNER, WIDTH).to(dtype)
+    rows = torch.randn(ROWS, WIDTH).to(dtype)
+    row = torch.randn(2 if dtype.itemsize < 4 else 1, WIDTH).to(dtype)
+
+    def run() -> None:
         torch.nn.functional.linear(rows, weight)
         for _ in range(STEPS):
             torch.nn.functional.linear(row, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+
+    return run
 
 
 def _cpu_name() -> str:
