@@ -19,6 +19,8 @@ from msa.inference.decoding import (
     Decoder,
     RoundRow,
     TextRow,
+    begin_texts,
+    feed_pending,
     prefill,
     write_all,
 )
@@ -386,6 +388,47 @@ def test_a_preference_sees_the_text_with_every_token_that_may_follow(
     assert seen[-1][:2] == rows[0].tokens[:2]
     likely = {tokens[0] for tokens in seen if len(tokens) == 1}
     assert rows[0].tokens[0] % 2 == any(token % 2 for token in likely)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_of_texts_that_begin_differently_the_best_is_written_to_its_end(
+    model: Any, memory: Any, count: int
+) -> None:
+    def prefer(tokens: Sequence[int]) -> float:
+        return -0.5 * sum(token % 2 for token in tokens)
+
+    barred = [int(decoder_of(model, memory, CONTEXTS[:1]).logits[0].argmax())]
+
+    def row() -> TextRow:
+        return TextRow(greedy(1)[0], [], 4, barred, prefer)
+
+    decoder = decoder_of(model, memory, CONTEXTS[:1])
+    texts = begin_texts(decoder.logits[0], row(), count)
+    firsts = [text.tokens[0] for text in texts]
+    assert len(set(firsts)) == len(firsts) == min(count, GUIDED_TOKENS)
+    assert not set(firsts) & set(barred)
+    several = decoder.select([0] * len(texts))
+    feed_pending(several, texts)
+    write_all(several, texts)
+    best = max(texts, key=lambda text: text.score)
+    alone = []
+    for first in firsts:
+        text = row()
+        decoder.rewind()
+        text.take(first, float(decoder.logits[0].float().log_softmax(-1)[first]))
+        feed_pending(decoder, [text])
+        write_all(decoder, [text])
+        alone.append(text)
+    wanted = max(alone, key=lambda text: text.log_probability + prefer(text.tokens))
+    assert best.tokens == wanted.tokens
+    assert best.score == pytest.approx(wanted.log_probability + prefer(wanted.tokens), abs=1e-4)
+    assert all(text.score <= text.log_probability for text in texts)
+    for text in texts:  # what was dropped could not win
+        assert text.score > -math.inf or text.log_probability <= best.score
+    greedily = row()
+    decoder.rewind()
+    write_all(decoder, [greedily])
+    assert firsts[0] == greedily.tokens[0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -27,6 +27,7 @@ from msa.evaluation.systems import (
     bank_documents,
 )
 from msa.inference.options import AskOptions
+from msa.inference.scheduler import Scheduler
 from msa.memory.latent import LatentMemory
 from msa.model.checkpoint import Checkpoint
 from msa.text.prompts import PromptTemplate
@@ -145,8 +146,8 @@ def test_the_reader_answers_as_the_engine_does_with_the_same_documents(
     assert [r.numbers for r in read] == [tuple(c.number for c in a.citations) for a in answers]
 
 
-def test_the_reader_weighs_evidence_as_the_engine_does(checkpoint, tiny_set, states, engine):
-    weight = {"evidence_weight": 40.0}
+@pytest.mark.parametrize("weight", [{"evidence_weight": 40.0}, {"answer_beginnings": 4}], ids=str)
+def test_the_reader_weighs_answers_as_the_engine_does(checkpoint, tiny_set, states, engine, weight):
     texts = [question.text for question in tiny_set.questions]
     asked = {"max_rounds": 1, "max_documents_per_round": 2, "min_documents_per_round": 2}
     answers = engine.ask(texts, **asked, **weight)
@@ -164,12 +165,46 @@ def test_the_reader_weighs_evidence_as_the_engine_does(checkpoint, tiny_set, sta
     assert [r.text for r in reader.answer(texts, documents)] == [a.text for a in answers]
 
 
-def test_an_answer_that_is_drawn_keeps_the_probabilities_of_the_model(tiny_set, engine):
+@pytest.mark.parametrize("weight", [{"evidence_weight": 40.0}, {"answer_beginnings": 4}], ids=str)
+def test_an_answer_that_is_drawn_keeps_the_probabilities_of_the_model(tiny_set, engine, weight):
     texts = [question.text for question in tiny_set.questions]
-    drawn, plain = (
-        engine.ask(texts, temperature=1.0, seed=3, evidence_weight=w) for w in (40.0, 0.0)
-    )
+    drawn, plain = (engine.ask(texts, temperature=1.0, seed=3, **w) for w in (weight, {}))
     assert [a.text for a in drawn] == [a.text for a in plain]
+
+
+def test_an_answer_of_several_beginnings_is_the_likeliest_and_comes_in_one_piece(tiny_set, engine):
+    texts = [question.text for question in tiny_set.questions]
+    several = {"answer_beginnings": 5, "max_new_tokens": 6}
+    greedy, best = (engine.ask(texts, **(several | {"answer_beginnings": n})) for n in (1, 5))
+    assert [a.text for a in greedy] != [a.text for a in best]
+    for one, other in zip(greedy, best, strict=True):
+        if one.text == other.text:
+            assert one.usage.generated_tokens <= other.usage.generated_tokens
+    for text, answer in zip(texts, best, strict=True):
+        assert engine.ask(text, **several).text == answer.text  # whoever asks beside it
+        events = list(engine.ask(text, stream=True, **several))
+        pieces = [event.data for event in events if event.kind == "token"]
+        assert pieces == ([answer.text] if answer.text else [])
+        assert [event.kind for event in events].count("answer") == 1
+
+
+def test_a_question_counts_once_however_many_texts_it_writes(tiny_set, engine):
+    texts = [question.text for question in tiny_set.questions][:3]
+    scheduler = Scheduler(engine.model, max_rows=2)
+    requests = [engine.request(text, answer_beginnings=4) for text in texts]
+    for request in requests:
+        scheduler.add(request)
+    most = 0
+    while not (most or scheduler.idle):
+        scheduler.step()
+        rows = sum(len(cohort.rows) for cohort in scheduler._cohorts)
+        most = rows if rows > 2 else 0
+    assert most
+    assert len(scheduler) == 3
+    scheduler.remove(requests[0])
+    assert len(scheduler) == 2
+    assert set(scheduler.clear()) == set(requests[1:])
+    assert scheduler.idle
 
 
 def test_words_of_a_corpus_weigh_as_in_a_bank_of_it(tiny_set, engine):

@@ -17,7 +17,14 @@ from msa.errors import InputError
 from msa.evaluation.metrics import normalize_answer
 from msa.inference.batch import prompt_batch
 from msa.inference.choosing import Sampler
-from msa.inference.decoding import Decoder, Preference, TextRow, write_all
+from msa.inference.decoding import (
+    Decoder,
+    Preference,
+    TextRow,
+    begin_texts,
+    feed_pending,
+    write_all,
+)
 from msa.inference.evidence import Evidence
 from msa.inference.interleave import AskFormat
 from msa.inference.options import AskOptions
@@ -76,11 +83,13 @@ class TextReader:
         self._memory = memory
         self._max_new_tokens = max_new_tokens
         self._refusal_threshold = refusal_threshold
-        form, options = AskFormat(self._model, self._encoder), AskOptions()
-        self._lead_in, self._refusal = form.lead_in(options), form.refusal(options)
+        form, plain = AskFormat(self._model, self._encoder), AskOptions()
+        self._lead_in, self._refusal = form.lead_in(plain), form.refusal(plain)
         self._refusal_starts = form.refusal_starts
         self._answers, self._pad = form.answers, form.pad
-        self._coverage, self._weight = coverage, checkpoint.ask_options.evidence_weight
+        options = checkpoint.ask_options
+        self._coverage, self._weight = coverage, options.evidence_weight
+        self._beginnings = options.answer_beginnings
 
     def answer(
         self,
@@ -186,8 +195,15 @@ class TextReader:
                 limits, decoder.positions, refused, preferences, strict=True
             )
         ]
-        write_all(decoder, rows)
-        return [row.tokens for row in rows]
+        texts = [
+            [row] if row.done else begin_texts(logits, row, self._beginnings)
+            for row, logits in zip(rows, decoder.logits, strict=True)
+        ]
+        whose = [i for i, some in enumerate(texts) for _ in some]
+        decoder, written = decoder.select(whose), [row for some in texts for row in some]
+        feed_pending(decoder, written)
+        write_all(decoder, written)
+        return [max(some, key=lambda row: row.score).tokens for some in texts]
 
     def _refused(self, decoder: Decoder, rows: int) -> list[bool]:
         """Whether the refusal is likely enough; else it is not to be written."""

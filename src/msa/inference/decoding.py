@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of the prompts, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -18,7 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msa.inference.batch import Batch, left_padded
-from msa.inference.choosing import Sampler, check_logits, choose, constrained
+from msa.inference.choosing import (
+    GUIDED_TOKENS,
+    Sampler,
+    check_logits,
+    choose,
+    constrained,
+)
 from msa.inference.constraints import RoundGrammar, Written
 from msa.inference.refusal import logit
 from msa.model.cache import MSACache
@@ -409,6 +416,8 @@ class TextRow:
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
+        rivals: texts that are written in place of this one (`begin_texts`), this one among them. It
+            is done as soon as one of them is complete that it cannot be better than.
     """
 
     sampler: Sampler
@@ -420,11 +429,22 @@ class TextRow:
     log_probability: float = 0.0
     ended: bool = False
     pending: list[int] = field(default_factory=list)
+    rivals: Sequence[TextRow] = field(default=(), repr=False, compare=False)
+    _score: float = -math.inf
 
     @property
     def done(self) -> bool:
         """See `Writer.done`."""
+        return self._complete or any(row.score >= self.log_probability for row in self.rivals)
+
+    @property
+    def _complete(self) -> bool:
         return self.ended or len(self.tokens) >= self.budget
+
+    @property
+    def score(self) -> float:
+        """What it is chosen by among its rivals, at most `log_probability`; -inf until complete."""
+        return self._score
 
     def legal(self) -> None:
         """Any token but those barred."""
@@ -446,6 +466,40 @@ class TextRow:
         self.log_probability += log_probability
         self.ended = any(self.tokens[-len(end) :] == list(end) for end in self.ends)
         self.pending = [token]
+        if self._complete:
+            self._score = self.log_probability + (
+                0.0 if self.preference is None else self.preference(self.tokens)
+            )
+
+
+def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
+    """Texts that begin with each of the best first tokens, to be written side by side.
+
+    A small model's first word decides what it answers, and the right one is mostly among a few.
+    What is written from each, and scored as a whole, tells more than the first token does.
+
+    Args:
+        logits: [V], of the first token.
+        row: of which nothing is written.
+        count: texts, at most; of `GUIDED_TOKENS` tokens there are no more.
+
+    Returns:
+        At least one, best beginning first, with its first token pending; rivals of each other.
+    """
+    allowed = constrained(logits[None], [None], [row.barred])[0]
+    likely = allowed.topk(min(GUIDED_TOKENS, len(allowed)))
+    logs = (likely.values - logits.float().logsumexp(dim=-1)).tolist()
+    guide = row.guide or (lambda token: 0.0)
+    first = sorted(
+        zip(likely.indices.tolist(), logs, strict=True), key=lambda one: -(one[1] + guide(one[0]))
+    )
+    texts: list[TextRow] = []
+    for token, log_probability in first[:count]:
+        if log_probability > -math.inf or not texts:  # not what is barred
+            text = replace(row, tokens=[], pending=[], rivals=texts)
+            text.take(token, log_probability)
+            texts.append(text)
+    return texts
 
 
 def choose_next(decoder: Decoder, writers: Sequence[Writer]) -> None:

@@ -230,6 +230,8 @@ class Interleave:
     _found: _Routed = field(init=False)
     _pieces: AnswerPieces = field(init=False)
     _given: int = 0  # tokens of the answer that went into its pieces
+    _texts: Sequence[TextRow] = ()  # written side by side, one of which is the answer
+    _unfinished: int = 0  # of these
 
     def __post_init__(self) -> None:
         options = self.request.options
@@ -394,10 +396,19 @@ class Interleave:
 
     @property
     def _weighs_evidence(self) -> bool:
-        """Whether the answer is; one that is drawn keeps the probabilities that the model gives."""
+        """Whether the answer is."""
+        return self._weighs_answers and self.request.options.evidence_weight > 0
+
+    @property
+    def _weighs_answers(self) -> bool:
+        """Whether there is a choice; what is drawn keeps the probabilities that the model gives."""
         options = self.request.options
-        greedy = options.temperature == 0 and options.force_answer_prefix
-        return greedy and options.evidence_weight > 0
+        return options.temperature == 0 and options.force_answer_prefix
+
+    @property
+    def beginnings(self) -> int:
+        """First tokens of the answer that are written on from, at most."""
+        return self.request.options.answer_beginnings if self._weighs_answers else 1
 
     @property
     def refusal(self) -> list[int]:
@@ -429,6 +440,10 @@ class Interleave:
             prefer = self._evidence.preference(options.evidence_weight, form.answers)
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first(), prefer)
 
+    def write(self, texts: Sequence[TextRow]) -> None:
+        """Note what is written from now on: the answer, or those of which one will be."""
+        self._texts, self._unfinished = texts, len(texts)
+
     def _not_first(self) -> Sequence[int]:
         """Tokens that a refusal begins with, where the threshold decides, or has for an answer.
 
@@ -441,16 +456,24 @@ class Interleave:
 
     def pieces(self, row: TextRow) -> list[Event]:
         """What of the answer has become certain since the last call."""
-        if not self.request.stream or self.refused or self._undecided:
+        if not self.request.stream or self._is_held:
             return []
         new, self._given = row.tokens[self._given :], len(row.tokens)
         return self._token("".join(self._pieces.push(token) for token in new))
 
+    @property
+    def _is_held(self) -> bool:
+        """Whether nothing of the answer is certain before all is written."""
+        return self.refused or self._undecided or len(self._texts) > 1
+
     def finish(self, row: TextRow) -> list[Event]:
-        """The rest of the pieces, and the answer."""
-        held = self.refused or self._undecided
+        """A text is done; after the last one the rest of the pieces, and the answer."""
+        self._unfinished -= 1
+        if self._unfinished > 0:
+            return []
+        held = self._is_held
         rest = self.pieces(row)
-        answer = self._finished(row)
+        answer = self._finished(max(self._texts, key=lambda text: text.score))
         if self.request.stream:
             rest += self._token(answer.text if held else self._pieces.finish())
         return [*rest, Event("answer", len(self.rounds), answer)]
@@ -468,7 +491,7 @@ class Interleave:
 
     def _finished(self, row: TextRow) -> Answer:
         """The answer from what was written for it."""
-        self.generated_tokens += len(row.tokens)
+        self.generated_tokens += sum(len(text.tokens) for text in self._texts)
         form, question = self.request.format, self.request.question
         text, stopped = form.answers.text(row.tokens), self.forced or "answered"
         if not row.ended:

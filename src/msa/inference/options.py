@@ -22,6 +22,7 @@ _COUNTS = (
     "max_new_tokens",
     "candidates",
     "judged_documents",
+    "answer_beginnings",
     "batch_size",
 )
 # Features of the refusal's score (msa.inference.refusal):
@@ -92,6 +93,10 @@ class AskOptions:
             `force_answer_prefix`: factor of how much less of the question the sentence holds that
             a token leads into than the best sentence of the same text (`Evidence.behind`), taken
             off the token's logit (an extension; 0 is the paper). Needs a bank with a word index.
+        answer_beginnings: with a `temperature` of 0, and with `force_answer_prefix`: first tokens
+            of the answer, the likeliest ones, each of which is written on from; given is the answer
+            with the greatest probability as a whole, evidence included (an extension; 1 is the
+            paper). At most `choosing.GUIDED_TOKENS` count. Above 1 answers come in one piece.
         temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
@@ -122,6 +127,7 @@ class AskOptions:
     judge_margin: float = 0.1
     judge_weight: float = 0.15
     evidence_weight: float = 0.0
+    answer_beginnings: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

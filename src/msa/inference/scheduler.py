@@ -20,7 +20,14 @@ from torch import Tensor
 
 from msa.errors import MSAError
 from msa.inference.batch import prompt_batch
-from msa.inference.decoding import Decoder, RoundRow, TextRow, choose_next, feed_pending
+from msa.inference.decoding import (
+    Decoder,
+    RoundRow,
+    TextRow,
+    begin_texts,
+    choose_next,
+    feed_pending,
+)
 from msa.inference.fusion import rank_judged
 from msa.inference.interleave import Interleave, Request
 from msa.inference.judging import Trial, judge
@@ -125,7 +132,8 @@ class Scheduler:
 
     @property
     def _under_way(self) -> int:
-        return len(self._waiting) + sum(len(cohort.runs) for cohort in self._cohorts)
+        writing = {id(run) for cohort in self._cohorts for run in cohort.runs}
+        return len(self._waiting) + len(writing)
 
     def add(self, request: Request) -> None:
         """Take a question, of `MemoryEngine.request`; it is begun in one of the next steps."""
@@ -142,7 +150,7 @@ class Scheduler:
         """Forget all questions; those that were forgotten."""
         runs = [some.run for some in self._waiting]
         runs += [run for cohort in self._cohorts for run in cohort.runs]
-        forgotten = [*self._new, *(run.request for run in runs)]
+        forgotten = list(dict.fromkeys([*self._new, *(run.request for run in runs)]))
         self._new.clear()
         self._waiting, self._cohorts = [], []
         return forgotten
@@ -383,18 +391,24 @@ class Scheduler:
         likely = decoder.feed([run.begin_answer() for run in runs], refusal)
         for run, log_probability in zip(runs, likely, strict=bool(refusal)):
             run.judge_refusal(log_probability)
-        rows: list[RoundRow | TextRow] = [
+        rows = [
             run.answering(position) for run, position in zip(runs, decoder.positions, strict=True)
         ]
-        keep = []
+        writing: list[int] = []
+        texts: list[RoundRow | TextRow] = []
         for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
-            assert isinstance(row, TextRow)
+            begun = [row]
+            if run.beginnings > 1 and not row.done:
+                begun = begin_texts(decoder.logits[i], row, run.beginnings)
+            run.write(begun)
             if row.done:  # refused before anything was written
                 self._tried(run, partial(run.finish, row))
             else:
-                keep.append(i)
-        if keep:
-            self._enter(_Cohort(decoder, runs, rows).select(keep))
+                writing += [i] * len(begun)
+                texts += begun
+        if writing:
+            part = decoder if writing == list(range(len(decoder))) else decoder.select(writing)
+            self._enter(_Cohort(part, [runs[i] for i in writing], texts))
 
 
 def _groups(keys: Iterable[Hashable]) -> list[list[int]]:

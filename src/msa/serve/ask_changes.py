@@ -32,5 +32,6 @@ class RetrievalChanges(BaseModel):
     judge_margin: _Weight | None = None
     judge_weight: _Weight | None = None
     evidence_weight: _Weight | None = None
+    answer_beginnings: Annotated[Whole, Field(ge=1, le=8)] | None = None
     refusal_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     allow_unread: bool | None = None
