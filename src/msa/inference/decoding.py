@@ -472,6 +472,10 @@ class TextRow:
             )
 
 
+CLOSE_BEGINNING = 2.0
+"""How far below the best first token another may score to be written on from."""
+
+
 def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
     """Texts that begin with each of the best first tokens, to be written side by side.
 
@@ -481,7 +485,7 @@ def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
     Args:
         logits: [V], of the first token.
         row: of which nothing is written.
-        count: texts, at most; of `GUIDED_TOKENS` tokens there are no more.
+        count: texts, at most; those close to the best, of `GUIDED_TOKENS`.
 
     Returns:
         At least one, best beginning first, with its first token pending; rivals of each other.
@@ -493,9 +497,10 @@ def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
     first = sorted(
         zip(likely.indices.tolist(), logs, strict=True), key=lambda one: -(one[1] + guide(one[0]))
     )
+    best = first[0][1] + guide(first[0][0])
     texts: list[TextRow] = []
     for token, log_probability in first[:count]:
-        if log_probability > -math.inf or not texts:  # not what is barred
+        if not texts or best - log_probability - guide(token) <= CLOSE_BEGINNING:
             text = replace(row, tokens=[], pending=[], rivals=texts)
             text.take(token, log_probability)
             texts.append(text)

@@ -96,7 +96,8 @@ class AskOptions:
         answer_beginnings: with a `temperature` of 0, and with `force_answer_prefix`: first tokens
             of the answer, the likeliest ones, each of which is written on from; given is the answer
             with the greatest probability as a whole, evidence included (an extension; 1 is the
-            paper). At most `choosing.GUIDED_TOKENS` count. Above 1 answers come in one piece.
+            paper). Those close to the best are (`decoding.CLOSE_BEGINNING`), so many at most; an
+            answer with more than one is streamed in one piece.
         temperature: 0 writes the likeliest token; from 0.001 on samples.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: makes sampling repeatable, every question with a generator of its own; None takes
