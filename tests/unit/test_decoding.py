@@ -440,6 +440,8 @@ def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
         check_logits(logits)
     with pytest.raises(ModelError, match="not finite"):
         choose(logits, greedy(2), None, [True, True])
+    with pytest.raises(ModelError, match="not finite"):
+        begin_texts(logits[1], TextRow(greedy(1)[0], [], 4), 3)
     choose(logits, greedy(2), None, [True, False])  # a row that has ended may hold anything
     with pytest.raises(ModelError, match="not finite"):
         check_logits(torch.full((2, 4), -math.inf))

@@ -416,6 +416,8 @@ class TextRow:
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
+        score: what it is chosen by among its rivals: `log_probability` and preference; -inf until it
+            is complete.
         rivals: texts that are written in place of this one (`begin_texts`), this one among them. It
             is done as soon as one of them is complete that it cannot be better than.
     """
@@ -429,8 +431,8 @@ class TextRow:
     log_probability: float = 0.0
     ended: bool = False
     pending: list[int] = field(default_factory=list)
+    score: float = -math.inf
     rivals: Sequence[TextRow] = field(default=(), repr=False, compare=False)
-    _score: float = -math.inf
 
     @property
     def done(self) -> bool:
@@ -440,11 +442,6 @@ class TextRow:
     @property
     def _complete(self) -> bool:
         return self.ended or len(self.tokens) >= self.budget
-
-    @property
-    def score(self) -> float:
-        """What it is chosen by among its rivals, at most `log_probability`; -inf until complete."""
-        return self._score
 
     def legal(self) -> None:
         """Any token but those barred."""
@@ -467,9 +464,8 @@ class TextRow:
         self.ended = any(self.tokens[-len(end) :] == list(end) for end in self.ends)
         self.pending = [token]
         if self._complete:
-            self._score = self.log_probability + (
-                0.0 if self.preference is None else self.preference(self.tokens)
-            )
+            preferred = 0.0 if self.preference is None else self.preference(self.tokens)
+            self.score = self.log_probability + preferred
 
 
 CLOSE_BEGINNING = 2.0
@@ -489,7 +485,11 @@ def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
 
     Returns:
         At least one, best beginning first, with its first token pending; rivals of each other.
+
+    Raises:
+        ModelError: the model's logits are not numbers.
     """
+    check_logits(logits[None])
     allowed = constrained(logits[None], [None], [row.barred])[0]
     likely = allowed.topk(min(GUIDED_TOKENS, len(allowed)))
     logs = (likely.values - logits.float().logsumexp(dim=-1)).tolist()

@@ -407,7 +407,7 @@ class Interleave:
 
     @property
     def beginnings(self) -> int:
-        """First tokens of the answer that are written on from, at most."""
+        """First tokens of the answer that are written from, at most."""
         return self.request.options.answer_beginnings if self._weighs_answers else 1
 
     @property
@@ -441,7 +441,7 @@ class Interleave:
         return TextRow(self._sampler, form.answers.ends, budget, self._not_first(), prefer)
 
     def write(self, texts: Sequence[TextRow]) -> None:
-        """Note what is written from now on: the answer, or those of which one will be."""
+        """Take in what is written from now on: the answer, or several of which one will be it."""
         self._texts, self._unfinished = texts, len(texts)
 
     def _not_first(self) -> Sequence[int]:
