@@ -416,8 +416,7 @@ class TextRow:
         tokens: token ids, end mark included.
         log_probability: of all its tokens together, as the model gives it.
         ended: it ends with an end mark.
-        score: what it is chosen by among its rivals: `log_probability` and preference; -inf until it
-            is complete.
+        score: `log_probability` and preference, by which it is chosen; -inf until it is complete.
         rivals: texts that are written in place of this one (`begin_texts`), this one among them. It
             is done as soon as one of them is complete that it cannot be better than.
     """
