@@ -19,8 +19,8 @@ run() {
 
 run qa/squad --systems msa gold bm25-1 minilm-1 --count 100
 run qa/squad --systems msa:evidence_weight=0 msa:lexical_weight=0 msa:refusal_threshold=0.756 \
-    msa:max_documents_per_round=1,max_rounds=1 msa:max_documents_per_round=2 closed \
-    closed+memory --count 100
+    msa:max_documents_per_round=1,max_rounds=1 msa:max_documents_per_round=2 \
+    msa:answer_beginnings=1 closed closed+memory --count 100
 run qa/nq_litm qa/policyqa --systems msa msa:lexical_weight=0 gold bm25-1 minilm-1 --count 60
 run qa/covidqa --systems msa msa:lexical_weight=0 gold bm25-1 minilm-1 --count 40
 run qa/hotpotqa qa/2wikimultihopqa --systems msa msa:max_rounds=1 msa:lexical_weight=0 gold bm25-4 \
