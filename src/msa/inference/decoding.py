@@ -493,13 +493,11 @@ def begin_texts(logits: Tensor, row: TextRow, count: int) -> list[TextRow]:
     likely = allowed.topk(min(GUIDED_TOKENS, len(allowed)))
     logs = (likely.values - logits.float().logsumexp(dim=-1)).tolist()
     guide = row.guide or (lambda token: 0.0)
-    first = sorted(
-        zip(likely.indices.tolist(), logs, strict=True), key=lambda one: -(one[1] + guide(one[0]))
-    )
-    best = first[0][1] + guide(first[0][0])
+    pairs = zip(likely.indices.tolist(), logs, strict=True)
+    first = sorted(((log + guide(token), token, log) for token, log in pairs), key=lambda x: -x[0])
     texts: list[TextRow] = []
-    for token, log_probability in first[:count]:
-        if not texts or best - log_probability - guide(token) <= CLOSE_BEGINNING:
+    for score, token, log_probability in first[:count]:
+        if not texts or first[0][0] - score <= CLOSE_BEGINNING:
             text = replace(row, tokens=[], pending=[], rivals=texts)
             text.take(token, log_probability)
             texts.append(text)
