@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa.errors import InputError
 from msa.ops import kernels
-from msa.ops.kernels import routing_cpu
+from msa.ops.kernels import key_scan, routing_cpu
 from msa.ops.routing import (
     TopDocuments,
     document_scores,
@@ -60,38 +60,88 @@ def test_it_is_one_without_onednn_and_under_autocast(name, monkeypatch):
         check(kernels.route_documents, CASES[name])
 
 
-@pytest.mark.parametrize("wide", [1, 1000])
-@pytest.mark.parametrize("name", [n for n in CASES if "float32" in n or "many" in n])
-def test_it_is_one_whether_keys_are_multiplied_as_rows_or_as_columns(name, wide, monkeypatch):
-    monkeypatch.setattr(routing_cpu, "WIDE", wide)
-    monkeypatch.setattr(routing_cpu, "MIN_BLOCK", 10)
+@pytest.fixture
+def scanned(monkeypatch):
+    """Banks of any size are scanned, by threads that each have a part and little room."""
+    monkeypatch.setattr(routing_cpu, "SCANNED_FROM", 0)
+    monkeypatch.setattr(routing_cpu, "MIN_BLOCK", 7)
+    monkeypatch.setattr(key_scan, "SHARE", 1)
+    monkeypatch.setattr(key_scan, "ROOM", 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+SCANNED = [n for n, case in CASES.items() if case["routing_keys"].dtype in key_scan.BITS]
+
+
+@pytest.mark.usefixtures("scanned")
+@pytest.mark.parametrize("name", SCANNED)
+def test_the_compiled_scan_is_a_twin(name):
     check(kernels.route_documents, CASES[name])
 
 
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("screens", [False, True])
-@pytest.mark.parametrize("name", [n for n in CASES if "bfloat16" in n])
-def test_it_is_one_with_a_screen_and_without(name, screens, monkeypatch):
-    monkeypatch.setattr(routing_cpu, "_multiplies_bfloat16", lambda: screens)
-    monkeypatch.setattr(routing_cpu, "WIDE", 1000)
-    check(kernels.route_documents, CASES[name])
+@pytest.mark.usefixtures("scanned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_score_depends_on_question_and_key_alone(dtype):
+    """Not on other questions, other keys, threads, or where a scan stops: to the last bit."""
+    case = make(ragged(5, 200, 6), batch=5, tokens=1, dtype=dtype)
+    together = kernels.route_documents(**case)
+    torch.set_num_threads(1)
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = changed(case, vectors=lambda v, p=part: v[p], routing_mask=lambda m, p=part: m[p])
+        found = kernels.route_documents(**alone)
+        assert found.documents[0].tolist() == together.documents[row].tolist()
+        assert found.scores[0].tolist() == together.scores[row].tolist()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_a_screen_lets_every_key_pass_that_may_be_above(scale):
-    """Keys as close together as bfloat16 can have them, thresholds in between."""
-    torch.manual_seed(0)
-    keys = (torch.randn(1, 192) + 0.01 * torch.randn(3000, 192)).bfloat16()
-    vectors = scale * torch.randn(3, 192)
-    scores = vectors.double() @ keys.double().T
-    order = scores.sort(dim=1).values
-    thresholds = (order[:, -20] + order[:, -21]).float() / 2
-    passed = routing_cpu._Screen(vectors)(keys, thresholds)
-    wanted = (scores > thresholds[:, None]).any(0).nonzero()[:, 0]
-    assert set(wanted.tolist()) <= set(passed.tolist())
-    assert len(passed) < 3000
-    none = routing_cpu._Screen(vectors)(keys, 2 * order[:, -1].abs().float())
-    assert len(none) == 0
+@pytest.mark.usefixtures("scanned")
+def test_equal_keys_have_equal_scores_wherever_they_lie():
+    case = changed(make([1] * 64, top_k=64), routing_keys=lambda k: k[:1].expand_as(k).contiguous())
+    found = kernels.route_documents(**case)
+    assert found.documents.tolist() == [list(range(64))] * 2
+    assert found.scores.unique(dim=1).shape[1] == 1
+
+
+def test_what_is_not_cpu_memory_in_order_or_is_small_is_not_scanned():
+    keys, vectors = torch.zeros(1 << 13, 192), torch.zeros(4, 192)
+    can = routing_cpu._can_scan
+    assert can(keys, vectors)
+    assert not can(keys[: 1 << 11], vectors)
+    assert not can(keys.T.contiguous().T, vectors)
+    assert not can(keys.half(), vectors)
+    assert not can(keys.to("meta"), vectors)
+    assert not can(keys, torch.zeros(100, 192))
+
+
+def test_a_scan_leaves_torch_its_number_of_threads():
+    """Numba makes the pool that torch uses, too, with as many threads as there are cores."""
+    code = """
+import torch
+from msa.ops.kernels import key_scan
+torch.set_num_threads(2)
+key_scan.SHARE = 1
+scan = key_scan.KeyScan(torch.randn(64, 8), None, None, torch.randn(1, 8))
+places, scores, stop = scan(0, 64, torch.tensor([-torch.inf]))
+print(len(places), stop, torch.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    environment["PYTHONPATH"] = str(TESTS.parent / "src")
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["64", "64", "2"], run.stderr
+
+
+def test_a_scan_is_compiled_where_nothing_may_be_written(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, options)
+
+    monkeypatch.setattr(key_scan, "njit", njit)
+    assert key_scan._compiled(nogil=True)(len) == (len, {"nogil": True})
 
 
 @given(
@@ -243,10 +293,12 @@ class Memory(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("share", [None, 0.9, 0.01])
-def test_memory_does_not_grow_with_the_bank(dtype, share, monkeypatch):
+def test_memory_does_not_grow_with_the_bank(scan, dtype, share, monkeypatch):
     monkeypatch.setattr(routing_cpu, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(routing_cpu, "SCANNED_FROM", 0 if scan else torch.inf)
     case = make([3] * 7000, dtype=dtype, dim=16)
     if share is not None:
         case["document_mask"] = torch.rand(7000) < share
@@ -259,20 +311,29 @@ def test_memory_does_not_grow_with_the_bank(dtype, share, monkeypatch):
 def test_a_filter_that_few_documents_pass_saves_the_product(monkeypatch):
     monkeypatch.setattr(routing_cpu, "BLOCK_BYTES", 1 << 14)
     rows = []
-    product = routing_cpu._Product.__call__
+    product, scan = routing_cpu._Product.__call__, key_scan.KeyScan.__call__
 
-    def counted(self, chunks, size):
+    def multiplied(self, chunks, size):
         rows.append(size)
         return product(self, chunks, size)
 
-    monkeypatch.setattr(routing_cpu._Product, "__call__", counted)
+    def scanned(self, start, end, thresholds):
+        found = scan(self, start, end, thresholds)
+        rows.append(found[-1] - start)
+        return found
+
+    monkeypatch.setattr(routing_cpu._Product, "__call__", multiplied)
+    monkeypatch.setattr(key_scan.KeyScan, "__call__", scanned)
     mask = torch.zeros(2000, dtype=torch.bool)
     mask[::100] = True
-    kernels.route_documents(**make([3] * 2000, document_mask=mask))
-    assert sum(rows) == 3 * 20
-    rows.clear()
-    kernels.route_documents(**make([3] * 2000))
-    assert sum(rows) == 3 * 2000
+    for smallest in (0, torch.inf):
+        monkeypatch.setattr(routing_cpu, "SCANNED_FROM", smallest)
+        kernels.route_documents(**make([3] * 2000, document_mask=mask))
+        assert sum(rows) == 3 * 20
+        rows.clear()
+        kernels.route_documents(**make([3] * 2000))
+        assert sum(rows) == 3 * 2000
+        rows.clear()
 
 
 class Shapes(TorchDispatchMode):

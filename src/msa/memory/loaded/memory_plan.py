@@ -1,9 +1,9 @@
 """What a loaded bank will take, said before it is loaded: which tier holds what, in bytes.
 
 Routing keys lie where the scoring runs: on the device, or in RAM. They are held as they are stored,
-wider where that scans faster, in int8 where there is no room for more. Content lies in RAM or is
-mapped from disk. `plan` chooses, says why, and refuses with advice when nothing fits. The model's
-weights are not counted; load the model first, and what is free is what is left beside it.
+or in int8 where there is no room for that. Content lies in RAM or is mapped from disk. `plan`
+chooses, says why, and refuses with advice when nothing fits. The model's weights are not counted;
+load the model first, and what is free is what is left beside it.
 
 All sizes are in bytes; GB in messages is 1e9.
 """
@@ -29,20 +29,22 @@ from msa.memory.store.document_table import Partition
 from msa.memory.store.manifest import DTYPES, Manifest
 from msa.memory.store.mapped_pages import WINDOW_BYTES
 from msa.memory.store.records import SegmentEntry
+from msa.ops.kernels.routing_cpu import SCANNED_FROM
 from msa.ops.quantization import is_supported, packed_width
 
 # Not all that is free is to be had: allocators waste some, and others want some too.
 USABLE = 0.9
 # Room for documents to come, on a device; RAM that is not written to costs nothing.
 GROWTH = 1.25
-# Wider keys than those stored may take this share of RAM; content on a GPU machine, that one.
-WIDE_SHARE = 0.25
+# Content on a GPU machine may take this share of RAM.
 HELD_SHARE = 0.5
 # Without a GPU the page cache holds content as well; less than this is soon read, and held.
 HELD_BYTES = 128 << 20
 # Questions asked together, for their working set (`AskOptions.batch_size`).
 _BATCH = 16
 _SCAN_BYTES = 32 << 20
+# The compiler of scans, loaded for a layer's keys of so many bytes.
+_COMPILER_BYTES = 128 << 20
 _KEY_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
@@ -65,7 +67,8 @@ class MemoryPlan:
         prefetch: whether content is fetched ahead for the next layer.
         rows_bytes: numbers, places and checksums of the documents, in RAM.
         question_bytes: working set of a batch of questions: their content twice over (when it is
-            fetched and when it is attended to), blocks of scores, pages of mapped files.
+            fetched and when it is attended to), blocks of scores and what scans them, pages of
+            mapped files.
         loading_bytes: for a while, when the bank is loaded.
         memory_available: RAM that this process can still have, without what other banks that it
             has loaded will still take.
@@ -175,7 +178,9 @@ class _Sizes:
         manifest = self.manifest
         longest = math.ceil(manifest.max_document_tokens / manifest.chunk_size)
         chunks = min(_BATCH * manifest.top_k_documents * longest, _BATCH * self.num_chunks)
-        return 2 * (2 * chunks * self.numbers * dtype.itemsize) + _SCAN_BYTES
+        layer = 4 * self.num_chunks * self.numbers // self.layers  # float32, the widest there is
+        compiler = _COMPILER_BYTES if layer >= SCANNED_FROM else 0
+        return 2 * (2 * chunks * self.numbers * dtype.itemsize) + _SCAN_BYTES + compiler
 
 
 @dataclass(slots=True)
@@ -243,9 +248,8 @@ def plan(
     """Which tier will hold what of a bank, before anything is loaded.
 
     On a GPU: keys there as stored, else in int8, else in RAM; content pinned in RAM, else mapped.
-    On a CPU: keys in float32 if they are stored shorter and take a quarter of the free RAM at most,
-    since they are scored in float32; else as stored, else int8; content held if there is little of
-    it, else mapped (the page cache holds it).
+    On a CPU: keys as stored, else in int8; content held if there is little of it, else mapped (the
+    page cache holds it).
 
     Args:
         bank: open.
@@ -327,7 +331,7 @@ def lower(
 ) -> MemoryPlan | None:
     """The plan to go on with when the device had no memory for this one; None when there is none.
 
-    One tier down: from wider keys to int8, from int8 on a device to RAM. The reserver is the one
+    One tier down: from keys as stored to int8, from int8 on a device to RAM. The reserver is that
     of `plan`.
     """
     sizes = _sizes_of(bank, Partition(*given.shard), None)
@@ -379,14 +383,6 @@ def _place_keys(
                     draft.say(f"routing keys fit on {device} in {choice}{_not(choice, stored)}")
                     return str(device), choice, growth
         draft.say(f"routing keys do not fit on {device}, so they are scored on the CPU")
-    wide = draft.keys("float32")
-    slow = name is None and stored != "float32"
-    if slow and wide <= WIDE_SHARE * draft.memory / draft.world and draft.memory_holds(wide):
-        draft.say(
-            f"a scan on the CPU turns {stored} into float32 every time, and routing keys in "
-            "float32 take less than a quarter of the free RAM"
-        )
-        return "cpu", "float32", 1.0
     for choice in choices:
         if draft.memory_holds(draft.keys(choice)):
             draft.say(f"routing keys fit in RAM in {choice}{_not(choice, stored)}")

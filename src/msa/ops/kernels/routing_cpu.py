@@ -1,13 +1,12 @@
 """Routing in one walk over the keys, block by block (the rule is Eq. 2 of MSA).
 
-Per block: one matrix product with the routing tokens of all questions, the best score of every
-token, one comparison with the score of the question's k-th best document so far. Only a block that
-holds a better one is looked at more closely. After the first blocks that is rare: about k ln(N / k)
-documents in all. A document may span blocks; its score is that of its best chunk. So documents need
-no segment maximum, and their lengths do not matter. Keys are read once, for all questions together;
-with one vector per question that is what bounds the time. Where the processor multiplies bfloat16,
-few vectors are first multiplied with such keys as they lie, and only keys that may be above a
-threshold are scored in float32.
+Per block: the scores of the routing tokens of all questions, and one comparison with the score of
+the question's k-th best document so far. Only what is better is looked at more closely. After the
+first blocks that is rare: about k ln(N / k) documents in all. A document may span blocks; its score
+is that of its best chunk. So documents need no segment maximum, and their lengths do not matter.
+Keys are read once, for all questions together; with one vector per question that is what bounds the
+time. A processor scans them for few routing tokens by `msa.ops.kernels.key_scan`; for many, or on
+another device, a block's scores are one matrix product.
 
 Held besides: a block of keys in float32, its scores, the running top-k, where documents end; and
 the chunks that a filter leaves, if those are less than half.
@@ -19,7 +18,6 @@ all questions, K selected documents.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,16 +31,16 @@ from msa.types import Selection
 BLOCK_BYTES = 1 << 22
 BLOCK_PART = 96
 SMALL = 1 << 20
-# Keys in float32 that are multiplied at a time, per thread: a share of its cache.
+# Float32 keys that are multiplied at a time, per thread: a share of its cache.
 PIECE_BYTES = 1 << 20
-# Keys of so many bytes are fetched well by matrix products.
-LONG_ROW = 1 << 11
-# From so many routing tokens on, keys are multiplied as rows, and before as columns.
-WIDE = 16
-# Keys that a screen leaves are gathered if they are at most one of so many.
-FEW = 8
+# A scan takes less time than products while the routing tokens fit in a core's first cache, with
+# so many bytes. Of less than so many bytes of keys it is not worth loading what compiles it.
+SCANNED_VECTORS = 1 << 15
+SCANNED_FROM = 1 << 22
 # Blocks have at least so many keys, and the first one no more: there everything is a candidate.
 MIN_BLOCK = 160
+# A scanned block is so many times as large as the one before.
+GROWTH = 16
 
 
 @torch.no_grad()
@@ -92,23 +90,35 @@ class _Walk:
 
     def run(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
         """Offer what may belong to the top-k; `routing` is [R, G*D], `owner` [R] its questions."""
+        if _can_scan(self.keys, routing):
+            self._scan(routing, owner, best)
+        else:
+            self._multiply(routing, owner, best)
+
+    @property
+    def _total(self) -> int:
+        return len(self.keys) if self.chosen is None else len(self.chosen)
+
+    def _scan(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
+        from msa.ops.kernels.key_scan import KeyScan  # loads a compiler
+
+        scan = KeyScan(self.keys, self.scales, self.chosen, routing)
+        start, size = 0, MIN_BLOCK
+        while start < self._total:
+            end = min(start + size, self._total)
+            chunks, scores, start = scan(start, end, best.thresholds[owner])
+            size *= GROWTH
+            if len(chunks):
+                self._offer(scores, chunks, torch.arange(len(routing)), owner, best)
+
+    def _multiply(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
         product = _Product(routing, self.keys)
-        screen = _Screen(routing) if _can_screen(self.keys, len(routing)) else None
-        total = len(self.keys) if self.chosen is None else len(self.chosen)
         thresholds = best.thresholds.to(routing.device)
-        for start, end in _blocks(total, product.rows):
+        for start, end in _blocks(self._total, product.rows):
             chunks: slice | Tensor = slice(start, end)
-            size = end - start
             if self.chosen is not None:
                 chunks = self.chosen[start:end]
-            if screen is not None:
-                near = screen(self.keys[chunks], thresholds[owner])
-                if not len(near):
-                    continue
-                if len(near) <= size // FEW:
-                    chunks = start + near if isinstance(chunks, slice) else chunks[near]
-                    size = len(near)
-            scores = product(chunks, size)
+            scores = product(chunks, end - start)
             if self.scales is not None:
                 scores *= self.scales[chunks]
             above = ~(scores.amax(1) <= thresholds[owner])  # so for NaN, too
@@ -148,41 +158,8 @@ class _Walk:
         best.offer(rows, documents, values)
 
 
-class _Screen:
-    """Which bfloat16 keys can be above a threshold, by products in bfloat16.
-
-    These are read at once, without a copy in float32, but their results have 8 bits. A routing
-    token is two vectors here, so that only the rounding of results is in doubt.
-    """
-
-    def __init__(self, routing: Tensor) -> None:
-        self.size = len(routing)
-        high = routing.bfloat16()
-        self.vectors = torch.cat([high, (routing.float() - high.float()).bfloat16()])
-
-    def __call__(self, keys: Tensor, thresholds: Tensor) -> Tensor:
-        """Indices of keys [c, G*D] whose score may be above the threshold [R] of some token."""
-        products = F.linear(self.vectors, keys)
-        rows = (~(self._most(products.amax(1)[:, None]) <= thresholds[:, None])).nonzero()[:, 0]
-        if not len(rows):
-            return rows
-        most = self._most(products[torch.cat([rows, rows + self.size])])
-        return (~(most <= thresholds[rows, None])).any(0).nonzero()[:, 0]
-
-    @staticmethod
-    def _most(products: Tensor) -> Tensor:
-        """[r, c] float32, what scores are at most, from both of their parts [2 r, c]."""
-        parts = products.float()
-        parts = parts + parts.abs() * 2**-8
-        return parts[: len(parts) // 2] + parts[len(parts) // 2 :]
-
-
 class _Product:
-    """Scores of blocks of keys for R routing tokens.
-
-    A block is multiplied in pieces that the cache holds. Short keys that are float32 already are
-    read once before, by a reduction: it fetches memory three times as fast as matrix products do,
-    which take half the time or less when the cache holds the keys.
+    """Scores of blocks of keys for R routing tokens, in pieces that the cache holds.
 
     Attributes:
         rows: keys of a block, at most.
@@ -191,56 +168,38 @@ class _Product:
     def __init__(self, routing: Tensor, keys: Tensor) -> None:
         self.keys = keys
         self.size, width = routing.shape
-        self.narrow = self.size < WIDE
-        if not self.narrow:  # registers hold 8 columns
-            routing = F.pad(routing, (0, 0, 0, -self.size % 8))
-        self.vectors = routing.float()
+        # registers hold 8 columns
+        self.vectors = F.pad(routing, (0, 0, 0, -self.size % 8)).float()
         room = min(BLOCK_BYTES, max(keys.nbytes // BLOCK_PART, SMALL))
-        self.rows = min(max(room // (4 * len(routing)), MIN_BLOCK), len(keys))
+        self.rows = min(max(room // (4 * len(self.vectors)), MIN_BLOCK), len(keys))
         on_cpu, self.convert = keys.device.type == "cpu", keys.dtype != torch.float32
-        piece = PIECE_BYTES * torch.get_num_threads()
-        if self.convert or not self.narrow:  # takes memory
-            piece = min(piece, room)
+        piece = min(PIECE_BYTES * torch.get_num_threads(), room)
         piece = min(max(piece // (4 * width), MIN_BLOCK), self.rows)
-        self.onednn = on_cpu and not self.convert and not self.narrow and _has_onednn()
+        self.onednn = on_cpu and not self.convert and _has_onednn()
         if self.onednn:
             piece = 1 << (piece.bit_length() - 1)
             self.rows -= self.rows % piece
         self.piece = piece if self.convert or on_cpu else self.rows
         self.buffer = torch.empty(piece if self.convert else 0, width, device=keys.device)
-        self.read = on_cpu and not self.convert and 4 * width < LONG_ROW
 
     def __call__(self, chunks: slice | Tensor, size: int) -> Tensor:
         """[R, c] float32 for c keys: a slice of them, or their indices."""
-        shape = (self.size, size) if self.narrow else (size, len(self.vectors))
-        scores = torch.empty(shape, device=self.keys.device)
+        scores = torch.empty(size, len(self.vectors), device=self.keys.device)
         keys = self.keys[chunks] if isinstance(chunks, slice) else self.keys
         for start in range(0, size, self.piece):
             part = slice(start, min(start + self.piece, size))
             some = keys[part] if isinstance(chunks, slice) else keys[chunks[part]]
             if self.convert:
                 some = self.buffer[: len(some)].copy_(some)
-            elif self.read:
-                some.amax()
-            self._multiply(some, scores, part)
-        return scores if self.narrow else scores[:, : self.size].T
-
-    def _multiply(self, keys: Tensor, scores: Tensor, part: slice) -> None:
-        """Write the products of a piece into its part of the scores."""
-        if not self.narrow:
             # torch.ops.mkldnn is what compiled models call. Of keys as they lie it takes less time
             # than torch.mm, which copies them into another order. It keeps code for every shape
             # that it has met, so it is given few: whole pieces, of powers of two.
-            product = torch.ops.mkldnn._linear_pointwise
             scores[part] = (
-                product(keys, self.vectors, None, "none", [], "")
-                if self.onednn and len(keys) == self.piece
-                else torch.mm(keys, self.vectors.T)
+                torch.ops.mkldnn._linear_pointwise(some, self.vectors, None, "none", [], "")
+                if self.onednn and len(some) == self.piece
+                else torch.mm(some, self.vectors.T)
             )
-        elif self.size == 1:
-            torch.mv(keys, self.vectors[0], out=scores[0, part])
-        else:
-            torch.mm(self.vectors, keys.T, out=scores[:, part])
+        return scores[:, : self.size].T
 
 
 def _blocks(total: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -256,13 +215,7 @@ def _has_onednn() -> bool:
     return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _can_screen(keys: Tensor, tokens: int) -> bool:
-    on_cpu = keys.device.type == "cpu" and keys.dtype == torch.bfloat16
-    return on_cpu and tokens < WIDE and _multiplies_bfloat16()
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it; without them it takes longer than float32."""
-    known = torch.cpu.get_capabilities()
-    return _has_onednn() and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+def _can_scan(keys: Tensor, routing: Tensor) -> bool:
+    known = keys.dtype in (torch.float32, torch.bfloat16, torch.int8)
+    near = keys.device.type == routing.device.type == "cpu" and keys.is_contiguous()
+    return near and known and keys.nbytes >= SCANNED_FROM and 4 * routing.numel() <= SCANNED_VECTORS
