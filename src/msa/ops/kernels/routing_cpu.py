@@ -40,7 +40,7 @@ SCANNED_FROM = 1 << 22
 # Blocks have at least so many keys, and the first one no more: there everything is a candidate.
 MIN_BLOCK = 160
 # A scanned block is so many times as large as the one before.
-GROWTH = 16
+GROWTH = 4
 
 
 @torch.no_grad()
