@@ -110,7 +110,7 @@ def rankings(
             config = checkpoint.model.config
             for reduction in args.reductions or [config.query_reduction]:
                 config.query_reduction = reduction
-                name = f"MSA, {reduction}" if args.reductions else "MSA"
+                name = f"{args.label}, {reduction}" if args.reductions else args.label
                 found = layer_scores(checkpoint, bench.states, block)
                 scores |= routings(name, found, scores["BM25"], checkpoint.ask_options, args)
                 if checkpoint.ask_options.lexical_weight > 0:
@@ -307,6 +307,7 @@ def arguments() -> argparse.Namespace:
         "--weights", type=weights, help="of the layers, as 2:1,6:0.5; by default the checkpoint's"
     )
     command.add_argument("--documents", type=int, help="of a smaller corpus, for a quick look")
+    command.add_argument("--label", default="MSA", help="of the model, in the table")
     command.add_argument("--output", help="JSON file to add to; a page (.md) is put beside it")
     return parser.parse_args()
 
