@@ -14,6 +14,7 @@ NAMES = {"squad": "SQuAD dev", "2wikimultihopqa": "2WikiMultihopQA dev"}
 
 REAL = {
     "real_documents.md": "what is found",
+    "ablations.md": "what is found by other routers, without training and on the way",
     "evaluation.md": "what is answered, in every task, up to 10 million tokens",
     "what_did_not_help.md": "what did not help",
 }
