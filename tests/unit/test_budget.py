@@ -199,6 +199,14 @@ def device_plan(bank, device_memory, monkeypatch, **options):
     return plan(bank, "cuda:0", device_memory=device_memory, **options)
 
 
+def test_what_compiles_a_scan_is_counted_where_the_cpu_scans(large, monkeypatch):
+    options = {"dtype": torch.int8, "content": "mapped"}
+    on_device = device_plan(large, 1000 * GB, monkeypatch, memory=500 * GB, **options)
+    on_cpu = plan(large, memory=500 * GB, **options)
+    assert (on_device.keys_device, on_cpu.keys_device) == ("cuda:0", "cpu")
+    assert on_cpu.question_bytes - on_device.question_bytes == memory_plan._COMPILER_BYTES
+
+
 def test_on_a_device_with_room_keys_lie_there_and_content_is_pinned(bank, monkeypatch):
     made = device_plan(bank, 80 * GB, monkeypatch, memory=8 * GB)
     assert (made.keys_device, made.keys_dtype) == ("cuda:0", "float32")

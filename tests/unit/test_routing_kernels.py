@@ -73,7 +73,7 @@ def scanned(monkeypatch):
     torch.set_num_threads(before)
 
 
-SCANNED = [n for n, case in CASES.items() if case["routing_keys"].dtype in key_scan.BITS]
+SCANNED = [n for n, case in CASES.items() if case["routing_keys"].dtype in routing_cpu.SCANNED]
 
 
 @pytest.mark.usefixtures("scanned")

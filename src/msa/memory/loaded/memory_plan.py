@@ -178,9 +178,13 @@ class _Sizes:
         manifest = self.manifest
         longest = math.ceil(manifest.max_document_tokens / manifest.chunk_size)
         chunks = min(_BATCH * manifest.top_k_documents * longest, _BATCH * self.num_chunks)
+        return 2 * (2 * chunks * self.numbers * dtype.itemsize) + _SCAN_BYTES
+
+    @property
+    def compiler(self) -> int:
+        """What compiles the scan of keys on a CPU."""
         layer = 4 * self.num_chunks * self.numbers // self.layers  # float32, the widest there is
-        compiler = _COMPILER_BYTES if layer >= SCANNED_FROM else 0
-        return 2 * (2 * chunks * self.numbers * dtype.itemsize) + _SCAN_BYTES + compiler
+        return _COMPILER_BYTES if layer >= SCANNED_FROM else 0
 
 
 @dataclass(slots=True)
@@ -210,7 +214,8 @@ class _Draft:
     @property
     def base(self) -> int:
         """RAM that is taken in any case."""
-        return self.sizes.rows + max(self.question + WINDOW_BYTES, self.loading)
+        asking = self.question + WINDOW_BYTES + self.sizes.compiler
+        return self.sizes.rows + max(asking, self.loading)
 
     def keys(self, dtype: str) -> int:
         """Routing keys on the CPU, with their copy in blocks if there is to be one."""
@@ -303,6 +308,7 @@ def plan(
     content_bytes = sizes.content(draft.content_dtype)
     prefetch = target.type != "cpu" or (not held and content_bytes > left / 2)
     window = 0 if held and keys_dtype != "int8" else WINDOW_BYTES
+    compiler = sizes.compiler if keys_device == "cpu" else 0
     return MemoryPlan(
         bank=str(bank.path),
         device=str(target),
@@ -318,7 +324,7 @@ def plan(
         content_bytes=content_bytes,
         prefetch=prefetch,
         rows_bytes=sizes.rows,
-        question_bytes=draft.question + window,
+        question_bytes=draft.question + window + compiler,
         loading_bytes=draft.loading,
         memory_available=draft.memory,
         device_available=draft.device_memory,

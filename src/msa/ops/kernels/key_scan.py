@@ -25,8 +25,6 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-# torch's dtype of keys -> the one of their bits that Numba knows
-BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.int8: torch.int8}
 # A thread scans at least so many bytes, and stops when it has found so many keys.
 SHARE = 1 << 18
 ROOM = 1024
@@ -120,7 +118,8 @@ class KeyScan:
     """The scan of some keys for some vectors.
 
     Args:
-        keys: [C, W] of a dtype in `BITS`, on the CPU, one number after the other.
+        keys: [C, W] float32, int8, or uint16 for the bits of bfloat16; on the CPU, one number after
+            the other.
         scales: [C] float32 for int8 keys, else None.
         chosen: [C'] int64, the keys that are scanned; None for all.
         vectors: [R, W] float32.
@@ -133,10 +132,7 @@ class KeyScan:
         missing = -self.size % WIDTH
         self.vectors = torch.nn.functional.pad(vectors.float(), (0, 0, 0, missing)).numpy()
         self.thresholds = np.full(self.size + missing, np.inf, np.float32)
-        self.of = (
-            keys.detach().view(BITS[keys.dtype]).numpy(),
-            *(None if t is None else t.numpy() for t in (scales, chosen)),
-        )
+        self.of = [None if t is None else t.numpy() for t in (keys.detach(), scales, chosen)]
         self.bytes = keys.shape[1] * keys.element_size()
         self.threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         self.places = np.empty((self.threads, ROOM), np.int64)
@@ -156,11 +152,11 @@ class KeyScan:
         """
         self.thresholds[: self.size] = thresholds.numpy()
         parts = max(1, min(self.threads, (end - start) * self.bytes // SHARE))
-        cuts = np.linspace(start, end, parts + 1).astype(np.int64)
         given = (*self.of, self.vectors, self.thresholds)
         if parts == 1:
             found, stop = _scan(*given, start, end, self.places[0], self.scores[0])
             return *self._copied([found]), stop
+        cuts = np.linspace(start, end, parts + 1).astype(np.int64)
         counts, stops = np.zeros(parts, np.int64), np.zeros(parts, np.int64)
         with _POOL:
             torch_threads = torch.get_num_threads()

@@ -37,6 +37,8 @@ PIECE_BYTES = 1 << 20
 # so many bytes. Of less than so many bytes of keys it is not worth loading what compiles it.
 SCANNED_VECTORS = 1 << 15
 SCANNED_FROM = 1 << 22
+# Keys that are scanned, by the dtype that their bits are taken in.
+SCANNED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.int8: torch.int8}
 # Blocks have at least so many keys, and the first one no more: there everything is a candidate.
 MIN_BLOCK = 160
 # A scanned block is so many times as large as the one before.
@@ -102,14 +104,16 @@ class _Walk:
     def _scan(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
         from msa.ops.kernels.key_scan import KeyScan  # loads a compiler
 
-        scan = KeyScan(self.keys, self.scales, self.chosen, routing)
+        keys = self.keys.view(SCANNED[self.keys.dtype])
+        scan = KeyScan(keys, self.scales, self.chosen, routing)
+        tokens = torch.arange(len(routing))
         start, size = 0, MIN_BLOCK
         while start < self._total:
             end = min(start + size, self._total)
             chunks, scores, start = scan(start, end, best.thresholds[owner])
             size *= GROWTH
             if len(chunks):
-                self._offer(scores, chunks, torch.arange(len(routing)), owner, best)
+                self._offer(scores, chunks, tokens, owner, best)
 
     def _multiply(self, routing: Tensor, owner: Tensor, best: TopDocuments) -> None:
         product = _Product(routing, self.keys)
@@ -216,6 +220,6 @@ def _has_onednn() -> bool:
 
 
 def _can_scan(keys: Tensor, routing: Tensor) -> bool:
-    known = keys.dtype in (torch.float32, torch.bfloat16, torch.int8)
-    near = keys.device.type == routing.device.type == "cpu" and keys.is_contiguous()
-    return near and known and keys.nbytes >= SCANNED_FROM and 4 * routing.numel() <= SCANNED_VECTORS
+    usual = keys.device.type == routing.device.type == "cpu" and keys.is_contiguous()
+    usual = usual and keys.dtype in SCANNED
+    return usual and keys.nbytes >= SCANNED_FROM and 4 * routing.numel() <= SCANNED_VECTORS
